@@ -1,0 +1,260 @@
+"""The mathematics of supervised fine-tuning (SFT) on responses to prompts.
+
+Symbols: B rows, T positions, V vocabulary; x the prompt, y the response; m in {0, 1} the response
+mask, 1 exactly where the label is a response token.
+
+    SFT loss  L = - (1/B) sum_b (1/C) sum_t m_bt log p(y_bt | x_b, y_b,<t)        C: normalize_constant
+
+Source: Stanford CS336 (Spring 2025), Assignment 5, sections 4.2 and 4.3.
+Differences: log-softmax and entropy are computed in at least float32 whatever the dtype of the logits;
+`get_masked_response_log_probs` is added, which computes logits for response positions only.
+
+Rows are padded on the right and the attention is causal, so that no real position ever sees padding:
+no attention mask is needed.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a prompt, with exactly one BOS where the tokenizer asks for one.
+
+    Special tokens that a tokenizer adds at the end (EOS) are left out: the response comes next.
+    """
+    token_ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    if adds_bos and token_ids[:1] != [tokenizer.bos_token_id]:
+        return [tokenizer.bos_token_id, *token_ids]
+    return token_ids
+
+
+def tokenize_prompt_and_output(
+    prompt_strs: list[str], output_strs: list[str], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Tokenize prompts and outputs apart, join them, and mask the output tokens.
+
+    Args:
+        prompt_strs: B prompts.
+        output_strs: B outputs (responses); no special token is added to them.
+        tokenizer: a tokenizer; without a pad token it pads with EOS (padding is masked everywhere).
+
+    Returns:
+        `input_ids` and `labels`, both (B, T - 1) int64: the joined ids without the last and without the
+        first position; `response_mask`, (B, T - 1) bool: true exactly where the label is an output token.
+        T is the length of the longest row.
+
+    Raises:
+        ValueError: the lists differ in length or are empty, a row has no prompt token (its first output
+            token would have nothing to be predicted from), or the tokenizer has neither PAD nor EOS.
+
+    Source: CS336 Assignment 5, problem tokenize_prompt_and_output.
+    """
+    if len(prompt_strs) != len(output_strs) or not prompt_strs:
+        raise ValueError(
+            f"prompt_strs has {len(prompt_strs)} and output_strs {len(output_strs)} strings: "
+            "give as many outputs as prompts, at least one"
+        )
+    prompts = [encode_prompt(prompt, tokenizer) for prompt in prompt_strs]
+    outputs = [tokenizer.encode(output, add_special_tokens=False) for output in output_strs]
+    return join_prompt_and_response_ids(prompts, outputs, pad_token_id(tokenizer))
+
+
+def join_prompt_and_response_ids(
+    prompt_ids: list[list[int]], response_ids: list[list[int]], padding_id: int
+) -> dict[str, Tensor]:
+    """Join token ids of prompts and responses into right-padded rows; returns as above.
+
+    >>> rows = join_prompt_and_response_ids([[5, 6], [7]], [[8], [9, 10, 11]], padding_id=0)
+    >>> rows["labels"].tolist()
+    [[6, 8, 0], [9, 10, 11]]
+    >>> rows["response_mask"].tolist()
+    [[False, True, False], [True, True, True]]
+    """
+    rows, masks = [], []
+    for index, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
+        if not prompt:
+            raise ValueError(f"prompt {index} has no tokens: give a prompt of at least one token")
+        rows.append(torch.tensor(prompt + response))
+        masks.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
+    padded_rows = pad_sequence(rows, batch_first=True, padding_value=padding_id)
+    padded_masks = pad_sequence(masks, batch_first=True, padding_value=False)
+    return {
+        "input_ids": padded_rows[:, :-1].contiguous(),
+        "labels": padded_rows[:, 1:].contiguous(),
+        "response_mask": padded_masks[:, 1:].contiguous(),
+    }
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id to pad with: PAD, else EOS."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token_id, int):
+            return token_id
+    raise ValueError("the tokenizer has neither a pad_token nor an eos_token: set tokenizer.pad_token")
+
+
+def compute_entropy(logits: Float[Tensor, "... vocabulary"]) -> Float[Tensor, "..."]:
+    """Return the entropy of the next-token distributions, in nats.
+
+        H(p) = - sum_v p_v log p_v,        p = softmax(logits),        0 log 0 = 0
+
+    Args:
+        logits: unnormalized log-probabilities, any float dtype; -inf means probability zero.
+
+    Returns:
+        Entropies in [0, log V], in float32 or the logits' own wider dtype.
+
+    Source: CS336 Assignment 5, problem compute_entropy.
+
+    >>> round(compute_entropy(torch.zeros(4)).item(), 4)
+    1.3863
+    """
+    log_probs = _to_full_precision(logits).log_softmax(dim=-1)
+    probs = log_probs.exp()
+    return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(dim=-1)
+
+
+def get_response_log_probs(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch sequence"],
+    labels: Int[Tensor, "batch sequence"],
+    return_token_entropy: bool = False,
+) -> dict[str, Tensor]:
+    """Score every label of every row, prompt and padding included.
+
+        log_probs[b, t] = log p(labels[b, t] | input_ids[b, :t + 1])
+
+    Args:
+        model: a causal language model of Transformers.
+        input_ids: (B, T) as from `tokenize_prompt_and_output`.
+        labels: (B, T), input_ids shifted by one.
+        return_token_entropy: also return the entropy of each next-token distribution.
+
+    Returns:
+        `log_probs` (B, T) and, where asked for, `token_entropy` (B, T) without gradient; float32 or wider.
+
+    Source: CS336 Assignment 5, problem get_response_log_probs. It holds (B, T, V) logits in memory; the
+    training loops use `get_masked_response_log_probs`.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    return _score_labels(logits, labels, return_token_entropy)
+
+
+def get_masked_response_log_probs(
+    model: PreTrainedModel,
+    input_ids: Int[Tensor, "batch sequence"],
+    labels: Int[Tensor, "batch sequence"],
+    response_mask: Bool[Tensor, "batch sequence"],
+    return_token_entropy: bool = False,
+) -> dict[str, Tensor]:
+    """Score the labels under the mask alone: equal to `get_response_log_probs` there, zero elsewhere.
+
+    The hidden states of the masked positions are gathered before the output layer, so that the logits
+    take N x V numbers, N the number of response tokens, instead of B x T x V.
+
+    Args:
+        response_mask: (B, T), true where a score is wanted; the others are as above.
+
+    Raises:
+        ValueError: the model changes its logits after the output layer (soft-capping, scaling), which
+            this shortcut would leave out.
+    """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
+    hidden_states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    response_logits = model.get_output_embeddings()(hidden_states[response_mask])
+    scores = _score_labels(response_logits, labels[response_mask], return_token_entropy)
+    return {
+        name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
+        for name, values in scores.items()
+    }
+
+
+def masked_normalize(
+    tensor: Float[Tensor, "..."],
+    mask: Bool[Tensor, "..."],
+    normalize_constant: float,
+    dim: int | None = None,
+) -> Float[Tensor, "..."]:
+    """Sum over the masked elements and divide by a constant.
+
+        sum_i mask_i tensor_i / normalize_constant
+
+    What stands outside the mask, NaN and infinities included, changes neither value nor gradient.
+
+    Args:
+        tensor: any shape.
+        mask: same shape; nonzero elements count.
+        normalize_constant: the divisor, not zero.
+        dim: dimension to sum over; None sums over all.
+
+    Source: CS336 Assignment 5, problem masked_normalize.
+
+    >>> masked_normalize(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 0, 1]), 2.0)
+    tensor(2.)
+    """
+    if tensor.shape != mask.shape:
+        raise ValueError(f"tensor is {tuple(tensor.shape)} and mask {tuple(mask.shape)}: give both the same shape")
+    if normalize_constant == 0:
+        raise ValueError("normalize_constant = 0: give the number to divide by")
+    kept = torch.where(mask.bool(), tensor, torch.zeros_like(tensor))
+    return (kept.sum() if dim is None else kept.sum(dim=dim)) / normalize_constant
+
+
+def sft_microbatch_train_step(
+    policy_log_probs: Float[Tensor, "batch sequence"],
+    response_mask: Bool[Tensor, "batch sequence"],
+    gradient_accumulation_steps: int,
+    normalize_constant: float = 1.0,
+) -> tuple[Float[Tensor, ""], dict[str, Any]]:
+    """Compute the SFT loss of one microbatch and add its gradient to the parameters' `.grad`.
+
+        loss = - 1 / (B G) sum_b sum_t m_bt log p_bt / C        G: gradient_accumulation_steps
+
+    Over G microbatches of B rows each, the gradients add up to that of the mean over all B G rows.
+
+    Args:
+        policy_log_probs: (B, T) log-probabilities of the labels, with gradient.
+        response_mask: (B, T), true at response tokens.
+        gradient_accumulation_steps: microbatches per optimizer step, G >= 1.
+        normalize_constant: C above.
+
+    Returns:
+        The loss as differentiated (already divided by G), without gradient; and metadata:
+        `sum_log_prob`, the sum over response tokens, and `num_response_tokens`, both 0-d tensors.
+
+    Source: CS336 Assignment 5, problem sft_microbatch_train_step.
+    """
+    if gradient_accumulation_steps < 1:
+        raise ValueError(f"gradient_accumulation_steps = {gradient_accumulation_steps}: must be at least 1")
+    per_row = masked_normalize(policy_log_probs, response_mask, normalize_constant, dim=-1)
+    scaled_loss = -per_row.mean() / gradient_accumulation_steps
+    scaled_loss.backward()
+    metadata = {
+        "sum_log_prob": masked_normalize(policy_log_probs.detach(), response_mask, 1.0),
+        "num_response_tokens": response_mask.sum(),
+    }
+    return scaled_loss.detach(), metadata
+
+
+def _score_labels(
+    logits: Float[Tensor, "... vocabulary"], labels: Int[Tensor, "..."], return_token_entropy: bool
+) -> dict[str, Tensor]:
+    logits = _to_full_precision(logits)
+    label_logits = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    scores = {"log_probs": label_logits - logits.logsumexp(dim=-1)}
+    if return_token_entropy:
+        with torch.no_grad():
+            scores["token_entropy"] = compute_entropy(logits)
+    return scores
+
+
+def _to_full_precision(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

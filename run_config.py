@@ -1,0 +1,295 @@
+"""Typed run configuration: schema defaults -> YAML file -> preset -> `key=value` on the command line.
+
+Each later source overrides the earlier ones, and the whole is validated once, at the end. Validation
+never changes a value; sizes that follow from others are properties. Every field carries its meaning
+and unit, which `--help` prints.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_DATA = "arithmetic"
+
+
+class UserError(ValueError):
+    """A mistake a user can mend: shown as one line, without a traceback, with exit status 2."""
+
+
+class RunConfig(BaseModel):
+    """What training and evaluation share: model, devices, data, sampling, engine, records."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    preset: Literal["auto", "laptop", "one-gpu", "two-gpu"] = Field(
+        "auto", description="block of the YAML file to apply; auto chooses by the CUDA devices present"
+    )
+    run_name: str = Field("", description="folder of the run under runs_dir; empty: script and time")
+    runs_dir: str = Field("runs", description="folder that holds all runs")
+    seed: int = Field(0, ge=0, description="seed of data order and sampling")
+
+    model: str = Field(EMBEDDED_MODEL, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub name")
+    policy_device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda:\d+)$", description="torch device of the policy: cpu or cuda:N"
+    )
+    evaluator_device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda:0)$",
+        description="device of vLLM: cpu or cuda:0 (vLLM takes the first visible GPU; order CUDA_VISIBLE_DEVICES)",
+    )
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="autocast dtype of the policy; its weights stay float32"
+    )
+    engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="dtype of the vLLM engine's weights and cache"
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: flash_attention_2 where installed and on CUDA, else sdpa"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
+
+    prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
+    reward: Literal["r1_zero", "question_only"] = Field("r1_zero", description="reward function")
+    train_data: str = Field(
+        EMBEDDED_DATA, description=f"{EMBEDDED_DATA} (embedded), a JSON/JSONL/Parquet file, or hub owner/name:split"
+    )
+    validation_data: str = Field(EMBEDDED_DATA, description="held-out data, named like train_data")
+    arithmetic_terms: tuple[int, int] = Field(
+        (2, 4), description="fewest and most terms of an embedded arithmetic question"
+    )
+    arithmetic_max_term: int = Field(20, ge=2, description="largest term of an embedded arithmetic question")
+    num_eval_examples: int | Literal["all"] = Field(
+        256, description="validation questions per evaluation, a fixed subset (count or all)"
+    )
+
+    sampling_temperature: float = Field(1.0, ge=0, description="softmax temperature (0: greedy)")
+    sampling_top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    sampling_min_tokens: int = Field(4, ge=0, description="tokens before which a response may not end")
+    sampling_max_tokens: int = Field(1024, ge=1, description="tokens at which a response is cut")
+    stop_string: str = Field("</answer>", description="text that ends a response and stays in it; empty: none")
+
+    max_context_tokens: int = Field(2048, ge=8, description="longest prompt plus response, in tokens")
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of its GPU that vLLM may take")
+    engine_cache_gib: int = Field(1, ge=1, description="key-value cache of the CPU engine, in GiB")
+    engine_eager: bool = Field(True, description="false: compile the engine (slower start, faster sampling)")
+    max_sync_error: float = Field(
+        1.1,
+        gt=1,
+        description="limit on exp(mean |engine - policy log-prob|) after a weight sync (fp32: 1.001, bf16: 1.1)",
+    )
+    num_sync_tokens: int = Field(16, ge=1, description="sampled tokens per probe prompt for that check")
+    scoring_batch_size: int = Field(16, ge=1, description="responses per forward pass when scoring without gradients")
+
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online where an API key is set, else disabled"
+    )
+    wandb_project: str = Field("reasoning-from-scratch", description="wandb project")
+
+    @model_validator(mode="after")
+    def _check_shared_fields(self) -> Self:
+        fewest, most = self.arithmetic_terms
+        if not 2 <= fewest <= most:
+            raise ValueError(f"arithmetic_terms = {[fewest, most]}: give [fewest, most] with 2 <= fewest <= most")
+        if self.sampling_min_tokens > self.sampling_max_tokens:
+            raise ValueError(
+                f"sampling_min_tokens = {self.sampling_min_tokens} exceeds "
+                f"sampling_max_tokens = {self.sampling_max_tokens}: lower the first or raise the second"
+            )
+        if self.sampling_max_tokens >= self.max_context_tokens:
+            raise ValueError(
+                f"sampling_max_tokens = {self.sampling_max_tokens} leaves no room for a prompt in "
+                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
+            )
+        if isinstance(self.num_eval_examples, int) and self.num_eval_examples < 1:
+            raise ValueError(f"num_eval_examples = {self.num_eval_examples}: must be at least 1, or all")
+        return self
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether policy and vLLM live on the same GPU, so that the engine must sleep while training."""
+        return self.policy_device == self.evaluator_device != "cpu"
+
+
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning (SFT_train.py)."""
+
+    num_sft_examples: int | Literal["all"] = Field(
+        "all", description="unique training examples (the assignment: 128, 256, 512, 1024, all)"
+    )
+    filter_correct: bool = Field(False, description="keep only traces that the reward function accepts")
+    drop_long_examples: bool = Field(
+        False, description="leave out (and count) examples over max_context_tokens instead of stopping"
+    )
+    num_epochs: float = Field(1.0, gt=0, description="passes over the training examples, if max_steps is 0")
+    max_steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as num_epochs asks for")
+    train_batch_size: int = Field(32, ge=1, description="examples per optimizer step")
+    gradient_accumulation_steps: int = Field(8, ge=1, description="microbatches per optimizer step")
+    normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
+
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="constant, or linear warm-up then cosine to a tenth"
+    )
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps spent warming up (cosine)")
+    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+
+    eval_interval: int = Field(
+        50, ge=1, description="optimizer steps between evaluations (also before the first and after the last)"
+    )
+
+    @model_validator(mode="after")
+    def _check_sft_fields(self) -> Self:
+        if isinstance(self.num_sft_examples, int) and self.num_sft_examples < 1:
+            raise ValueError(f"num_sft_examples = {self.num_sft_examples}: must be at least 1, or all")
+        if self.train_batch_size % self.gradient_accumulation_steps:
+            below = self.train_batch_size // self.gradient_accumulation_steps * self.gradient_accumulation_steps
+            near = [size for size in (below, below + self.gradient_accumulation_steps) if size > 0]
+            raise ValueError(
+                f"train_batch_size = {self.train_batch_size} is not a multiple of gradient_accumulation_steps = "
+                f"{self.gradient_accumulation_steps}: train_batch_size = {' or '.join(map(str, near))} is"
+            )
+        return self
+
+    @property
+    def microbatch_size(self) -> int:
+        """Examples per forward and backward pass."""
+        return self.train_batch_size // self.gradient_accumulation_steps
+
+
+ConfigType = TypeVar("ConfigType", bound=RunConfig)
+
+
+def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list[str]) -> ConfigType:
+    """Return the validated configuration of a script.
+
+    Args:
+        schema: the typed configuration to fill.
+        yaml_path: the script's YAML file; `config=path` among the arguments names another one.
+        arguments: the command line after the script's name, each `key=value` (value in YAML syntax).
+
+    Raises:
+        UserError: an argument, key or value is wrong; names it, where it stands and what to do.
+    """
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(schema, yaml_path))
+        raise SystemExit(0)
+    overrides = _parse_arguments(arguments)
+    yaml_path = Path(overrides.pop("config", yaml_path))
+    yaml_values = read_yaml(yaml_path)
+    presets = yaml_values.pop("presets", None) or {}
+    preset = overrides.get("preset", yaml_values.get("preset", "auto"))
+    if preset == "auto":
+        preset, reason = choose_preset()
+        print(f"preset: {preset} ({reason})")
+    if presets and preset not in presets:
+        raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(presets)}")
+    preset_values = presets.get(preset) or {}
+
+    merged = yaml_values | preset_values | overrides | {"preset": preset}
+    sources = (
+        dict.fromkeys(yaml_values, str(yaml_path))
+        | dict.fromkeys(preset_values, f"{yaml_path}, preset {preset}")
+        | dict.fromkeys(overrides, "command line")
+    )
+    try:
+        return schema.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_describe(error, schema, sources)) from None
+
+
+def choose_preset() -> tuple[str, str]:
+    """Return the preset for this machine and the reason, without starting a CUDA context."""
+    import torch
+
+    num_devices = torch.cuda.device_count()
+    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2)]
+    return preset, f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not YAML (names the line) or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config = {path}: {error.strerror or error}; name a YAML file that exists") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
+    return values
+
+
+def help_text(schema: type[RunConfig], yaml_path: str | Path) -> str:
+    """Return every key of a schema with its default, meaning and unit."""
+    script = Path(sys.argv[0]).name
+    lines = [
+        f"usage: uv run python {script} [key=value ...]",
+        f"Values come from the schema's defaults, then {yaml_path}, then its preset, then the command line.",
+        "",
+        f"  config={yaml_path}",
+        "      the YAML file to read",
+    ]
+    for name, field in schema.model_fields.items():
+        default = yaml.safe_dump(field.default, default_flow_style=True).strip().removesuffix("\n...")
+        if isinstance(field.default, tuple):
+            default = str(list(field.default))
+        lines += [f"  {name}={default}", f"      {field.description}"]
+    return "\n".join(lines)
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main(arguments)`: a UserError becomes one line and status 2, Ctrl-C status 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what was written so far is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse_arguments(arguments: list[str]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
+        if not separator or not key.isidentifier():
+            raise UserError(f"argument {argument!r}: write key=value; --help lists the keys")
+        if key in overrides:
+            raise UserError(f"{key} is given twice on the command line: keep one")
+        try:
+            overrides[key] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            overrides[key] = text
+    return overrides
+
+
+def _describe(error: ValidationError, schema: type[RunConfig], sources: dict[str, str]) -> str:
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        if not item["loc"]:
+            problems[item["msg"]] = item["msg"].removeprefix("Value error, ")
+            continue
+        key = str(item["loc"][0])
+        where = f" ({sources[key]})" if key in sources else ""
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}?" if near else "--help lists the keys"
+            problems[key] = f"unknown key {key}{where}: {mend}"
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            previous = f"{problems[key]}, or " if key in problems else f"{key} = {item['input']!r}{where}: "
+            problems[key] = previous + message
+    return "; ".join(problems.values())

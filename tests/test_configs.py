@@ -1,0 +1,135 @@
+"""Every preset of every YAML file is valid; every mistake is one line that names field, value and mend."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import run_config
+from run_config import SFTConfig, UserError, load_config
+
+REPOSITORY = Path(__file__).parent.parent
+SCHEMAS = {"config.yaml": SFTConfig}
+
+
+def presets_of(path):
+    return list(yaml.safe_load((REPOSITORY / path).read_text())["presets"])
+
+
+@pytest.mark.parametrize(("path", "preset"), [(path, preset) for path in SCHEMAS for preset in presets_of(path)])
+def test_every_preset_is_valid(path, preset):
+    config = load_config(SCHEMAS[path], REPOSITORY / path, [f"preset={preset}"])
+    assert config.preset == preset
+    assert ("cuda" in config.policy_device) == (preset != "laptop")
+
+
+def test_every_yaml_file_has_the_three_presets():
+    assert {path.name for path in REPOSITORY.glob("*.yaml")} == set(SCHEMAS)
+    for path in SCHEMAS:
+        assert presets_of(path) == ["laptop", "one-gpu", "two-gpu"]
+
+
+def test_gpu_presets():
+    one, two = (load_config(SFTConfig, REPOSITORY / "config.yaml", [f"preset={p}"]) for p in ("one-gpu", "two-gpu"))
+    assert one.model == two.model == "Qwen/Qwen2.5-Math-1.5B"
+    assert one.compute_dtype == two.compute_dtype == "bfloat16"
+    assert one.shares_gpu and not two.shares_gpu
+    assert (two.policy_device, two.evaluator_device) == ("cuda:1", "cuda:0")
+    assert "sft-reason" in one.train_data and "sft-reason" in one.validation_data
+
+
+@pytest.mark.parametrize(("num_devices", "preset"), [(0, "laptop"), (1, "one-gpu"), (2, "two-gpu"), (8, "two-gpu")])
+def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, num_devices, preset):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", []).preset == preset
+    assert capsys.readouterr().out.startswith(f"preset: {preset} ({num_devices} CUDA device")
+
+
+def test_order_of_precedence(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("seed: 1\nlearning_rate: 1e-5\ntrain_batch_size: 16\npresets:\n  laptop:\n    learning_rate: 2e-5\n")
+    config = load_config(SFTConfig, "nowhere.yaml", [f"config={path}", "preset=laptop", "train_batch_size=24"])
+    assert (config.seed, config.learning_rate, config.train_batch_size) == (1, 2e-5, 24)
+    assert config.adam_betas == SFTConfig().adam_betas
+    assert load_config(SFTConfig, path, ["preset=laptop", "learning_rate=3e-5"]).learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["learning_rat=1"], "unknown key learning_rat (command line): did you mean learning_rate?"),
+        (["zzzzzz=1"], "unknown key zzzzzz (command line): --help lists the keys"),
+        (["learning_rate=fast"], "learning_rate = 'fast' (command line): input should be a valid number"),
+        (["learning_rate=-1"], "learning_rate = -1 (command line): input should be greater than 0"),
+        (["prompt"], "argument 'prompt': write key=value"),
+        (["seed=1", "seed=2"], "seed is given twice"),
+        (["preset=gpu"], "preset = gpu: "),
+        (["config=none.yaml"], "config = none.yaml: No such file"),
+        (["train_batch_size=30"], "train_batch_size = 30 is not a multiple of gradient_accumulation_steps = 4: train_batch_size = 28 or 32 is"),
+        (["num_sft_examples=many"], "num_sft_examples = 'many'"),
+        (["num_sft_examples=0"], "num_sft_examples = 0: must be at least 1, or all"),
+        (["sampling_max_tokens=512"], "sampling_max_tokens = 512 leaves no room for a prompt"),
+        (["sampling_min_tokens=65"], "sampling_min_tokens = 65 exceeds sampling_max_tokens = 64"),
+        (["arithmetic_terms=[3,2]"], "arithmetic_terms = [3, 2]"),
+        (["evaluator_device=cuda:1"], "evaluator_device = 'cuda:1'"),
+        (["policy_device=gpu"], "policy_device = 'gpu'"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    arguments = arguments if any("preset" in a for a in arguments) else ["preset=laptop", *arguments]
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_config(SFTConfig, REPOSITORY / "config.yaml", arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_the_file_name_the_file(tmp_path):
+    path = tmp_path / "my.yaml"
+    for text, message in [
+        ("seed: -1\n", f"seed = -1 ({path}): input should be greater than or equal to 0"),
+        ("presets:\n  laptop:\n    sed: 1\n", f"unknown key sed ({path}, preset laptop): did you mean seed?"),
+        ("- a\n", "expected `key: value` lines"),
+        ("a: [1\n", "is not YAML"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_config(SFTConfig, path, ["preset=laptop"])
+
+
+def test_validation_does_not_change_values():
+    values = {"learning_rate": 1e-4, "train_batch_size": 64, "num_epochs": 2.0}
+    dumped = SFTConfig.model_validate(values).model_dump()
+    assert {name: dumped[name] for name in values} == values
+
+
+def test_help_lists_every_key_with_meaning_and_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(SFTConfig, "config.yaml", ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in SFTConfig.model_fields.items():
+        assert re.search(rf"^  {name}=", text, re.MULTILINE)
+        assert field.description and field.description in text
+
+
+def test_run_main_turns_user_errors_into_one_line_and_keeps_real_bugs(monkeypatch, capsys):
+    def user_mistake(arguments):
+        raise UserError("seed = -1:\n  wrong")
+
+    with pytest.raises(SystemExit) as caught:
+        run_config.run_main(user_mistake)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: seed = -1: wrong\n"
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_config.run_main(interrupted)
+    assert caught.value.code == 130
+
+    def bug(arguments):
+        raise ValueError("shape mismatch")
+
+    with pytest.raises(ValueError, match="shape mismatch"):
+        run_config.run_main(bug)

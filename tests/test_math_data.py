@@ -1,0 +1,176 @@
+"""Every layout is read, every fault named with its place, and the embedded data is worked out rightly."""
+
+import json
+import re
+
+import pytest
+
+from math_data import (
+    arithmetic_records,
+    epoch_order,
+    fill_prompt,
+    load_examples,
+    load_prompt_template,
+    load_sft_examples,
+    load_validation_examples,
+    parse_record,
+    read_records,
+)
+from math_reward import r1_zero_reward_fn
+from run_config import SFTConfig, UserError
+
+SFT_TRACE = {"problem": "p", "reasoning_trace": "r </think> <answer> 1 </answer>", "extracted_answer": "1", "expected_answer": "2"}
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_layouts():
+    record = parse_record(SFT_TRACE, "f, line 1")
+    assert (record.question, record.response, record.ground_truth) == ("p", SFT_TRACE["reasoning_trace"], "2")
+    record = parse_record({"problem": "p", "expected_answer": "2"}, "f")
+    assert (record.question, record.response, record.reasoning, record.ground_truth) == ("p", None, None, "2")
+    record = parse_record({"problem": "p", "answer": "2", "level": 1, "subject": "Algebra", "solution": "s"}, "f")
+    assert (record.question, record.reasoning, record.ground_truth) == ("p", "s", "2")
+    record = parse_record({"prompt": "whole prompt", "response": "r", "ground_truth": "2"}, "f")
+    assert (record.prompt, record.response, record.ground_truth) == ("whole prompt", "r", "2")
+    record = parse_record({"prompt": "whole prompt", "response": "r"}, "f")
+    assert record.ground_truth is None
+    record = parse_record({"question": "q", "answer": "He has 2*600=<<2*600=1200>>1200.\nSo.\n#### 1,200"}, "f")
+    assert (record.question, record.reasoning, record.ground_truth) == ("q", "He has 2*600=1200. So.", "1200")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text": "x"}, "f, line 3: fields ['text'] fit no known layout"),
+        ({"problem": "p", "answer": ["a"]}, "f, line 3: field answer is ['a']"),
+        ({"problem": "", "answer": "a"}, "f, line 3: field problem is ''"),
+        ({"question": "q", "answer": "72"}, "f, line 3: answer has no '#### <number>'"),
+    ],
+)
+def test_bad_records_name_their_place(values, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse_record(values, "f, line 3")
+
+
+def test_files_are_told_apart_by_content(tmp_path):
+    records = [{"problem": f"p{i}", "answer": str(i)} for i in range(3)]
+    lines = write_lines(tmp_path / "lines.json", records)
+    array = tmp_path / "array.jsonl"
+    array.write_text(json.dumps(records, indent=1))
+    import datasets
+
+    parquet = tmp_path / "table.jsonl"
+    datasets.Dataset.from_list(records).to_parquet(str(parquet))
+    for source in (lines, str(array), str(parquet)):
+        assert [values for values, _ in read_records(source)] == records
+    assert [where for _, where in read_records(lines)] == [f"{lines}, line {i}" for i in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("  \n", "is empty"),
+        ('{"problem": "p", "answer": "1"}\n{"problem": \n', "line 2: broken JSON"),
+        ('[{"problem": "p"},\n nonsense]', "line 2: broken JSON array"),
+        ("[1]", "record 1: expected an object"),
+        ("3\n", "line 1: expected an object"),
+    ],
+)
+def test_broken_files_name_the_line(tmp_path, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        list(read_records(str(path)))
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        list(read_records(str(tmp_path / "nothing.jsonl")))
+    with pytest.raises(UserError, match="is a folder"):
+        list(read_records(str(tmp_path)))
+
+
+def test_prompt_templates_are_to_the_letter():
+    template = load_prompt_template("r1_zero")
+    assert template.endswith("User: {question}\nAssistant: <think>")
+    assert template.count("\n") == 2
+    assert load_prompt_template("question_only") == "{question}"
+    assert fill_prompt(template, r"\frac{1}{2} {question}").count(r"\frac{1}{2} {question}") == 1
+
+
+def test_prompt_by_path_needs_its_place_holder(tmp_path):
+    path = tmp_path / "my.prompt"
+    path.write_text("Q: {question}")
+    assert load_prompt_template(str(path)) == "Q: {question}"
+    path.write_text("Q:")
+    with pytest.raises(UserError, match="place holder"):
+        load_prompt_template(str(path))
+    with pytest.raises(UserError, match="use question_only, r1_zero"):
+        load_prompt_template("r2")
+
+
+def test_arithmetic_is_deterministic_disjoint_and_right():
+    train = arithmetic_records("train", (2, 4), 20)
+    validation = arithmetic_records("validation", (2, 4), 20)
+    assert train == arithmetic_records("train", (2, 4), 20)
+    assert (len(train), len(validation)) == (8192, 1024)
+    train_questions, validation_questions = ({record.question for record in records} for records in (train, validation))
+    assert len(train_questions) == 8192
+    assert not train_questions & validation_questions
+    for record in train[:500] + validation[:500]:
+        expression = re.fullmatch(r"What is ([-+ \d]+)\?", record.question)[1]
+        assert eval(expression) == int(record.ground_truth)
+        for step in record.reasoning.rstrip(".").split(". "):
+            left, right = step.split(" = ")
+            assert eval(left) == int(right)
+        assert step.endswith(f" = {record.ground_truth}")
+
+
+def test_every_embedded_trace_is_accepted_by_its_reward_function():
+    for example in load_examples("arithmetic", SFTConfig(), "train")[:300]:
+        assert r1_zero_reward_fn(example.response, example.ground_truth)["reward"] == 1
+
+
+def test_validation_subset_ignores_the_run_seed():
+    subsets = [load_validation_examples(SFTConfig(seed=seed, num_eval_examples=64)) for seed in (0, 1)]
+    assert subsets[0] == subsets[1]
+    assert len({example.prompt for example in subsets[0]}) == 64
+    assert len(load_validation_examples(SFTConfig(num_eval_examples="all"))) == 1024
+
+
+def test_sft_examples_are_unique_and_follow_the_seed(tmp_path):
+    source = write_lines(tmp_path / "sft.jsonl", [SFT_TRACE | {"problem": f"p{i % 6}"} for i in range(12)])
+    examples, counts = load_sft_examples(SFTConfig(train_data=source))
+    assert counts == {"num_records": 12, "num_unique": 6}
+    assert len({example.prompt for example in examples}) == 6
+    taken, _ = load_sft_examples(SFTConfig(train_data=source, num_sft_examples=4))
+    assert taken == examples[:4]
+    other, _ = load_sft_examples(SFTConfig(train_data=source, seed=1))
+    assert other != examples
+    assert sorted(other) == sorted(examples)
+    with pytest.raises(UserError, match="num_sft_examples = 7: .* has 6 unique"):
+        load_sft_examples(SFTConfig(train_data=source, num_sft_examples=7))
+
+
+def test_data_without_traces_or_answers_is_refused(tmp_path):
+    questions = write_lines(tmp_path / "questions.jsonl", [{"problem": "p", "expected_answer": "1"}])
+    with pytest.raises(UserError, match="1 of 1 records have no response"):
+        load_sft_examples(SFTConfig(train_data=questions))
+    traces = write_lines(tmp_path / "traces.jsonl", [{"prompt": "p", "response": "r"}])
+    with pytest.raises(UserError, match="no ground truth, the first at .*traces.jsonl, line 1"):
+        load_validation_examples(SFTConfig(validation_data=traces))
+    with pytest.raises(UserError, match="num_eval_examples = 9: .* has 1 questions"):
+        load_validation_examples(SFTConfig(validation_data=questions, num_eval_examples=9))
+
+
+def test_epochs_cover_every_example_before_repeating():
+    order = epoch_order(num_examples=5, num_draws=13, seed=3)
+    assert len(order) == 13
+    assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
+    assert order[:5] != order[5:10]
+    assert order == epoch_order(5, 13, seed=3) != epoch_order(5, 13, seed=4)

@@ -20,6 +20,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from math_data import Example, describe_sources, epoch_order, load_sft_examples, load_validation_examples
 from math_reward import REWARD_FUNCTIONS
-from policy_evaluation import Evaluator, autocast, load_policy
+from policy_evaluation import Evaluator, autocast, check_devices, load_policy
 from run_config import SFTConfig, UserError, load_config, run_main
 from run_directory import RunDirectory, plot_metrics
 from SFT_helper import (
@@ -51,7 +52,8 @@ class TokenizedExample(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Configuration, data, policy, evaluator, loop, results."""
-    config = load_config(SFTConfig, "config.yaml", arguments)
+    config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
+    check_devices(config)
     examples = select_examples(config)
     validation_examples = load_validation_examples(config)
     policy, tokenizer = load_policy(config)

@@ -93,15 +93,8 @@ def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: the device is not there, the model is unknown, or its context is too short.
+        UserError: the model is unknown, or its context is too short.
     """
-    if config.policy_device != "cpu":
-        index = int(config.policy_device.removeprefix("cuda:"))
-        if index >= torch.cuda.device_count():
-            raise UserError(
-                f"policy_device = {config.policy_device}: {torch.cuda.device_count()} CUDA devices are visible; "
-                "use preset=laptop, or run where the GPU is"
-            )
     transformers_logging.disable_progress_bar()
     folder = resolve_model(config.model)
     policy = AutoModelForCausalLM.from_pretrained(
@@ -218,6 +211,17 @@ def init_vllm(
             disable_log_stats=True,
             **options,
         )
+
+
+def check_devices(config: RunConfig) -> None:
+    """Raise a UserError if a device of the configuration cannot be had; called first, before any long work."""
+    num_devices = torch.cuda.device_count()
+    if config.policy_device != "cpu" and int(config.policy_device.removeprefix("cuda:")) >= num_devices:
+        raise UserError(
+            f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; "
+            "use preset=laptop, or run where the GPU is"
+        )
+    check_engine_device(config.evaluator_device)
 
 
 def check_engine_device(device: str) -> None:
@@ -589,7 +593,8 @@ def metrics_table(rows: Iterable[tuple[str, float | int | None]]) -> str:
 def main(arguments: list[str]) -> None:
     """Evaluate a model as it is, print a table and ten examples of each category."""
     arguments = [re.sub(r"^data=", "validation_data=", argument) for argument in arguments]
-    config = load_config(SFTConfig, "config.yaml", arguments)
+    config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
+    check_devices(config)
     examples = load_validation_examples(config)
     policy, tokenizer = load_policy(config)
     with RunDirectory.create(config, "evaluation") as run:

@@ -181,7 +181,7 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
     if {"--help", "-h"} & set(arguments):
         print(help_text(schema, yaml_path))
         raise SystemExit(0)
-    overrides = _parse_arguments(arguments)
+    overrides = _parse_arguments(arguments, schema)
     yaml_path = Path(overrides.pop("config", yaml_path))
     yaml_values = read_yaml(yaml_path)
     presets = yaml_values.pop("presets", None) or {}
@@ -236,9 +236,9 @@ def help_text(schema: type[RunConfig], yaml_path: str | Path) -> str:
     script = Path(sys.argv[0]).name
     lines = [
         f"usage: uv run python {script} [key=value ...]",
-        f"Values come from the schema's defaults, then {yaml_path}, then its preset, then the command line.",
+        f"Values come from the schema's defaults, then {Path(yaml_path).name}, then its preset, then the command line.",
         "",
-        f"  config={yaml_path}",
+        f"  config={Path(yaml_path).name}",
         "      the YAML file to read",
     ]
     for name, field in schema.model_fields.items():
@@ -261,7 +261,8 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         sys.exit(130)
 
 
-def _parse_arguments(arguments: list[str]) -> dict[str, Any]:
+def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str, Any]:
+    text_keys = {"config"} | {name for name, field in schema.model_fields.items() if field.annotation is str}
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
@@ -270,7 +271,7 @@ def _parse_arguments(arguments: list[str]) -> dict[str, Any]:
         if key in overrides:
             raise UserError(f"{key} is given twice on the command line: keep one")
         try:
-            overrides[key] = yaml.safe_load(text) if text else ""
+            overrides[key] = text if key in text_keys or not text else yaml.safe_load(text)
         except yaml.YAMLError:
             overrides[key] = text
     return overrides

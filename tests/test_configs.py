@@ -83,6 +83,11 @@ def test_mistakes_are_named(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_text_stays_text():
+    for text in ("on", "1", "1e-5", "null"):
+        assert load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", f"run_name={text}"]).run_name == text
+
+
 def test_mistakes_in_the_file_name_the_file(tmp_path):
     path = tmp_path / "my.yaml"
     for text, message in [

@@ -1,0 +1,238 @@
+"""The mathematics of GRPO: group-normalized advantages and policy-gradient losses.
+
+Symbols: N responses in groups of G to the same question; R the reward, A the advantage; T positions; m the
+response mask; rho_t = pi(y_t) / pi_old(y_t) the importance ratio of a token; eps the clip range.
+
+    advantage     A_i = (R_i - mean of its group) [ / (std of its group + advantage_eps) ]
+    loss types    no_baseline              -R log pi
+                  reinforce_with_baseline  -A log pi
+                  grpo_clip                -min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+                  grpo_no_clip             -rho A
+
+Sources: Shao et al. 2024 (DeepSeekMath, GRPO), equations 3 and 4; Liu et al. 2025 (Dr. GRPO: no std);
+Stanford CS336 (Spring 2025), Assignment 5, section 7.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
+REQUIRED_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "no_baseline": ("raw_rewards",),
+    "reinforce_with_baseline": ("advantages",),
+    "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
+    "grpo_no_clip": ("advantages", "old_log_probs"),
+}
+
+
+def compute_group_normalized_rewards(
+    reward_fn: Callable[[str, str], dict[str, float]],
+    rollout_responses: list[str],
+    repeated_ground_truths: list[str],
+    group_size: int,
+    advantage_eps: float,
+    normalize_by_std: bool,
+) -> tuple[Float[Tensor, " rollouts"], Float[Tensor, " rollouts"], dict[str, float]]:
+    """Grade the responses and subtract from each reward the mean of its group.
+
+        A_i = R_i - mean(R_group),    divided by (std(R_group) + advantage_eps) if `normalize_by_std`
+
+    The std is the sample std (divisor G - 1). A group of equal rewards has advantages of exactly zero.
+
+    Args:
+        reward_fn: maps (response, ground truth) to a dictionary with `reward`.
+        rollout_responses: N responses, those to the same question next to each other.
+        repeated_ground_truths: N answers, each repeated `group_size` times.
+        group_size: responses per question, G >= 2 if `normalize_by_std`.
+        advantage_eps: added to the std.
+        normalize_by_std: divide by the std.
+
+    Returns:
+        Advantages (N,), raw rewards (N,), both float32; and metadata: mean, std (sample), min and max of the
+        rewards, and the fraction of responses whose advantage is zero.
+
+    Raises:
+        ValueError: lengths differ, or N is not a multiple of G.
+
+    Source: CS336 Assignment 5, problem compute_group_normalized_rewards.
+    """
+    num_rollouts = len(rollout_responses)
+    if num_rollouts != len(repeated_ground_truths):
+        raise ValueError(f"{num_rollouts} responses and {len(repeated_ground_truths)} ground truths: give as many")
+    if group_size < 1 or num_rollouts == 0 or num_rollouts % group_size:
+        raise ValueError(f"{num_rollouts} responses do not make whole groups of group_size = {group_size}")
+    if normalize_by_std and group_size == 1:
+        raise ValueError("group_size = 1 has no standard deviation: use groups of 2 or more")
+    pairs = zip(rollout_responses, repeated_ground_truths, strict=True)
+    raw_rewards = torch.tensor([float(reward_fn(response, truth)["reward"]) for response, truth in pairs])
+    groups = raw_rewards.view(-1, group_size)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if normalize_by_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
+    # The mean of equal numbers can differ from them by rounding: such a group teaches nothing, exactly.
+    is_uniform = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    advantages = advantages.masked_fill(is_uniform, 0.0).flatten()
+    metadata = {
+        "reward_mean": raw_rewards.mean().item(),
+        "reward_std": raw_rewards.std().item() if num_rollouts > 1 else 0.0,
+        "reward_min": raw_rewards.min().item(),
+        "reward_max": raw_rewards.max().item(),
+        "zero_advantage_fraction": (advantages == 0).float().mean().item(),
+    }
+    return advantages, raw_rewards, metadata
+
+
+def compute_naive_policy_gradient_loss(
+    raw_rewards_or_advantages: Float[Tensor, "batch 1"], policy_log_probs: Float[Tensor, "batch sequence"]
+) -> Float[Tensor, "batch sequence"]:
+    """Return the per-token REINFORCE loss, - A log pi(y_t), of shape (B, T).
+
+    Args:
+        raw_rewards_or_advantages: (B, 1), one number per response.
+        policy_log_probs: (B, T), with gradient.
+
+    Source: Williams 1992; CS336 Assignment 5, problem compute_naive_policy_gradient_loss.
+
+    >>> compute_naive_policy_gradient_loss(torch.tensor([[2.0]]), torch.tensor([[-1.0, -0.5]]))
+    tensor([[2., 1.]])
+    """
+    return -raw_rewards_or_advantages * policy_log_probs
+
+
+def compute_grpo_clip_loss(
+    advantages: Float[Tensor, "batch 1"],
+    policy_log_probs: Float[Tensor, "batch sequence"],
+    old_log_probs: Float[Tensor, "batch sequence"],
+    cliprange: float,
+) -> tuple[Float[Tensor, "batch sequence"], dict[str, Tensor]]:
+    """Return the per-token clipped loss, - min(rho A, clip(rho, 1 - eps, 1 + eps) A), of shape (B, T).
+
+    Args:
+        advantages: (B, 1), one number per response.
+        policy_log_probs: (B, T), with gradient.
+        old_log_probs: (B, T), of the policy that sampled, without gradient.
+        cliprange: eps > 0.
+
+    Returns:
+        The loss; and per token (B, T), without gradient: `ratio`, `is_clipped_low` (rho < 1 - eps with A < 0)
+        and `is_clipped_high` (rho > 1 + eps with A > 0), the tokens whose gradient the clip removes.
+
+    Source: Schulman et al. 2017, equation 7; CS336 Assignment 5, problem compute_grpo_clip_loss.
+    """
+    ratio = torch.exp(policy_log_probs - old_log_probs)
+    clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    per_token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    metadata = {
+        "ratio": ratio.detach(),
+        "is_clipped_low": (ratio.detach() < 1.0 - cliprange) & (advantages < 0),
+        "is_clipped_high": (ratio.detach() > 1.0 + cliprange) & (advantages > 0),
+    }
+    return per_token_loss, metadata
+
+
+def compute_policy_gradient_loss(
+    policy_log_probs: Float[Tensor, "batch sequence"],
+    loss_type: LossType,
+    raw_rewards: Float[Tensor, "batch 1"] | None = None,
+    advantages: Float[Tensor, "batch 1"] | None = None,
+    old_log_probs: Float[Tensor, "batch sequence"] | None = None,
+    cliprange: float | None = None,
+) -> tuple[Float[Tensor, "batch sequence"], dict[str, Tensor]]:
+    """Return the per-token loss of a loss type, (B, T), and its per-token metadata.
+
+    Raises:
+        ValueError: the loss type is unknown, or an argument that it needs is missing (all are named).
+
+    Source: CS336 Assignment 5, problem compute_policy_gradient_loss; grpo_no_clip: its clip ablation.
+    """
+    if loss_type not in get_args(LossType):
+        raise ValueError(f"loss_type = {loss_type!r}: use one of {', '.join(get_args(LossType))}")
+    given = {
+        "raw_rewards": raw_rewards,
+        "advantages": advantages,
+        "old_log_probs": old_log_probs,
+        "cliprange": cliprange,
+    }
+    missing = [name for name in REQUIRED_ARGUMENTS[loss_type] if given[name] is None]
+    if missing:
+        raise ValueError(f"loss_type = {loss_type} needs {' and '.join(missing)}: pass {'it' * (len(missing) == 1) or 'them'}")
+    if loss_type == "no_baseline":
+        assert raw_rewards is not None
+        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
+    assert advantages is not None
+    if loss_type == "reinforce_with_baseline":
+        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
+    assert old_log_probs is not None
+    if loss_type == "grpo_no_clip":
+        ratio = torch.exp(policy_log_probs - old_log_probs)
+        return -ratio * advantages, {"ratio": ratio.detach()}
+    assert cliprange is not None
+    return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+
+
+def masked_mean(
+    tensor: Float[Tensor, "..."], mask: Bool[Tensor, "..."], dim: int | None = None
+) -> Float[Tensor, "..."]:
+    """Return the mean over the masked elements; NaN (0/0) where a slice has none.
+
+    What stands outside the mask, NaN and infinities included, changes neither value nor gradient.
+
+    Args:
+        tensor: any shape.
+        mask: same shape; nonzero elements count.
+        dim: dimension to average over; None averages over all.
+
+    Source: CS336 Assignment 5, problem masked_mean.
+
+    >>> masked_mean(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 0, 1]))
+    tensor(2.)
+    """
+    if tensor.shape != mask.shape:
+        raise ValueError(f"tensor is {tuple(tensor.shape)} and mask {tuple(mask.shape)}: give both the same shape")
+    kept = torch.where(mask.bool(), tensor, torch.zeros_like(tensor))
+    counts = mask.bool()
+    return kept.sum() / counts.sum() if dim is None else kept.sum(dim=dim) / counts.sum(dim=dim)
+
+
+def grpo_microbatch_train_step(
+    policy_log_probs: Float[Tensor, "batch sequence"],
+    response_mask: Bool[Tensor, "batch sequence"],
+    gradient_accumulation_steps: int,
+    loss_type: LossType,
+    raw_rewards: Float[Tensor, "batch 1"] | None = None,
+    advantages: Float[Tensor, "batch 1"] | None = None,
+    old_log_probs: Float[Tensor, "batch sequence"] | None = None,
+    cliprange: float | None = None,
+) -> tuple[Float[Tensor, ""], dict[str, Any]]:
+    """Compute the policy-gradient loss of one microbatch and add its gradient to the parameters' `.grad`.
+
+        loss = 1 / (B S) sum_b masked_mean_t loss_bt        S: gradient_accumulation_steps
+
+    Args: as in `compute_policy_gradient_loss`; response_mask (B, T) is true at response tokens.
+
+    Returns:
+        The loss as differentiated (already divided by S), without gradient; and metadata reduced over the
+        response tokens: `clip_fraction_low`, `clip_fraction_high` (grpo_clip), `ratio_mean`, `ratio_max`.
+
+    Source: CS336 Assignment 5, problem grpo_microbatch_train_step.
+    """
+    if gradient_accumulation_steps < 1:
+        raise ValueError(f"gradient_accumulation_steps = {gradient_accumulation_steps}: must be at least 1")
+    per_token_loss, per_token_metadata = compute_policy_gradient_loss(
+        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
+    )
+    scaled_loss = masked_mean(per_token_loss, response_mask, dim=-1).mean() / gradient_accumulation_steps
+    scaled_loss.backward()
+    metadata: dict[str, Any] = {}
+    if "ratio" in per_token_metadata:
+        ratio = per_token_metadata["ratio"][response_mask.bool()]
+        metadata |= {"ratio_mean": ratio.mean(), "ratio_max": ratio.max()}
+    for side in ("low", "high"):
+        if f"is_clipped_{side}" in per_token_metadata:
+            is_clipped = per_token_metadata[f"is_clipped_{side}"].float()
+            metadata[f"clip_fraction_{side}"] = masked_mean(is_clipped, response_mask)
+    return scaled_loss.detach(), metadata

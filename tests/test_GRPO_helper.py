@@ -1,0 +1,203 @@
+"""The GRPO mathematics against constants worked by hand and losses written as loops in float64."""
+
+import math
+
+import pytest
+import torch
+
+from GRPO_helper import (
+    compute_group_normalized_rewards,
+    compute_grpo_clip_loss,
+    compute_naive_policy_gradient_loss,
+    compute_policy_gradient_loss,
+    grpo_microbatch_train_step,
+    masked_mean,
+)
+
+LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
+
+
+def rewards_of(values):
+    """A reward function that reads the reward from the response."""
+    return lambda response, truth: {"reward": float(response)}, [str(value) for value in values], ["x"] * len(values)
+
+
+def test_advantages_by_hand():
+    reward_fn, responses, truths = rewards_of([1, 0, 0, 1, 1, 1, 0, 1])
+    advantages, raw, metadata = compute_group_normalized_rewards(reward_fn, responses, truths, 4, 1e-6, True)
+    # group 1: mean 0.5, sample std sqrt(1/3); group 2: mean 0.75, sample std 0.5
+    a, b, c = 0.5 / (math.sqrt(1 / 3) + 1e-6), 0.25 / (0.5 + 1e-6), -0.75 / (0.5 + 1e-6)
+    assert advantages.tolist() == pytest.approx([a, -a, -a, a, b, b, c, b], abs=1e-6)
+    assert raw.tolist() == [1, 0, 0, 1, 1, 1, 0, 1]
+    assert metadata["reward_mean"] == pytest.approx(0.625)
+    advantages, _, _ = compute_group_normalized_rewards(reward_fn, responses, truths, 4, 1e-6, False)
+    assert advantages.tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5, 0.25, 0.25, -0.75, 0.25], abs=1e-7)
+
+
+@pytest.mark.parametrize("normalize_by_std", [True, False])
+def test_groups_of_equal_rewards_have_advantage_exactly_zero(normalize_by_std):
+    reward_fn, responses, truths = rewards_of([0.1] * 3 + [0.0, 1.0, 0.0])
+    advantages, _, metadata = compute_group_normalized_rewards(reward_fn, responses, truths, 3, 1e-6, normalize_by_std)
+    assert advantages[:3].tolist() == [0.0, 0.0, 0.0]
+    assert (advantages[3:] != 0).all()
+    assert metadata["zero_advantage_fraction"] == 0.5
+
+
+def test_advantages_refuse_bad_input():
+    reward_fn, responses, truths = rewards_of([1, 0, 1])
+    with pytest.raises(ValueError, match="3 responses do not make whole groups of group_size = 2"):
+        compute_group_normalized_rewards(reward_fn, responses, truths, 2, 1e-6, True)
+    with pytest.raises(ValueError, match="3 responses and 2"):
+        compute_group_normalized_rewards(reward_fn, responses, truths[:2], 3, 1e-6, True)
+    with pytest.raises(ValueError, match="group_size = 1"):
+        compute_group_normalized_rewards(reward_fn, responses, truths, 1, 1e-6, True)
+
+
+def random_batch(seed=0, rows=4, tokens=6):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    old = -draw(rows, tokens).abs()
+    mask = torch.rand(rows, tokens, generator=generator) > 0.3
+    mask[:, 0] = True
+    return {
+        "policy_log_probs": old + 0.3 * draw(rows, tokens),
+        "response_mask": mask,
+        "raw_rewards": draw(rows, 1).sign().clamp(min=0),
+        "advantages": draw(rows, 1),
+        "old_log_probs": old,
+        "cliprange": 0.2,
+    }
+
+
+def naive_token_loss(loss_type, batch, row, token):
+    log_prob = batch["policy_log_probs"][row, token].item()
+    ratio = math.exp(log_prob - batch["old_log_probs"][row, token].item())
+    advantage, reward = batch["advantages"][row, 0].item(), batch["raw_rewards"][row, 0].item()
+    clipped = min(max(ratio, 0.8), 1.2)
+    return {
+        "no_baseline": -reward * log_prob,
+        "reinforce_with_baseline": -advantage * log_prob,
+        "grpo_clip": -min(ratio * advantage, clipped * advantage),
+        "grpo_no_clip": -ratio * advantage,
+    }[loss_type]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_losses_equal_a_naive_loop(loss_type):
+    batch = random_batch()
+    mask = batch["response_mask"]
+    expected_rows = [
+        [naive_token_loss(loss_type, batch, row, token) for token in range(6) if mask[row, token]] for row in range(4)
+    ]
+    expected = sum(sum(losses) / len(losses) for losses in expected_rows) / 4 / 2
+    batch["policy_log_probs"].requires_grad_()
+    loss, _ = grpo_microbatch_train_step(**batch, gradient_accumulation_steps=2, loss_type=loss_type)
+    assert loss.item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradients_equal_finite_differences(loss_type):
+    batch = random_batch(seed=1)
+    batch["policy_log_probs"].requires_grad_()
+
+    def loss_of(log_probs):
+        arguments = {name: value for name, value in batch.items() if name not in ("policy_log_probs", "response_mask")}
+        per_token, _ = compute_policy_gradient_loss(log_probs, loss_type, **arguments)
+        return masked_mean(per_token, batch["response_mask"], dim=-1).mean()
+
+    assert torch.autograd.gradcheck(loss_of, batch["policy_log_probs"], eps=1e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "has_gradient", "side"),
+    [
+        (1.5, 1.0, -1.2, False, "high"),
+        (0.5, 1.0, -0.5, True, None),
+        (1.5, -1.0, 1.5, True, None),
+        (0.5, -1.0, 0.8, False, "low"),
+        (1.1, 1.0, -1.1, True, None),
+        (0.9, -1.0, 0.9, True, None),
+    ],
+)
+def test_clip_cases(ratio, advantage, loss, has_gradient, side):
+    log_probs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    per_token, metadata = compute_grpo_clip_loss(
+        torch.tensor([[advantage]], dtype=torch.float64), log_probs, torch.zeros(1, 1, dtype=torch.float64), 0.2
+    )
+    per_token.sum().backward()
+    assert per_token.item() == pytest.approx(loss, abs=1e-12)
+    assert (log_probs.grad.item() != 0) == has_gradient
+    assert metadata["is_clipped_low"].item() == (side == "low")
+    assert metadata["is_clipped_high"].item() == (side == "high")
+
+
+def test_missing_arguments_are_named():
+    log_probs = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="no_baseline needs raw_rewards"):
+        compute_policy_gradient_loss(log_probs, "no_baseline")
+    with pytest.raises(ValueError, match="grpo_clip needs advantages and old_log_probs and cliprange"):
+        compute_policy_gradient_loss(log_probs, "grpo_clip")
+    with pytest.raises(ValueError, match="grpo_no_clip needs old_log_probs"):
+        compute_policy_gradient_loss(log_probs, "grpo_no_clip", advantages=torch.ones(1, 1))
+    with pytest.raises(ValueError, match="loss_type = 'ppo': use one of no_baseline, "):
+        compute_policy_gradient_loss(log_probs, "ppo")
+
+
+def test_masked_mean_by_hand():
+    tensor, mask = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[1, 0, 1], [0, 0, 1]])
+    assert masked_mean(tensor, mask).item() == pytest.approx(10 / 3, abs=1e-6)
+    assert masked_mean(tensor, mask, dim=-1).tolist() == [2.0, 6.0]
+    by_column = masked_mean(tensor, mask, dim=0)
+    assert by_column[0] == 1.0 and math.isnan(by_column[1]) and by_column[2] == 4.5
+    with pytest.raises(ValueError, match="same shape"):
+        masked_mean(tensor, mask[0])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_what_stands_outside_the_mask_changes_nothing(loss_type):
+    results = []
+    for poison in (0.0, math.nan, math.inf):
+        batch = random_batch()
+        for name in ("policy_log_probs", "old_log_probs"):
+            batch[name] = torch.where(batch["response_mask"], batch[name], torch.full_like(batch[name], poison))
+        batch["policy_log_probs"].requires_grad_()
+        loss, metadata = grpo_microbatch_train_step(**batch, gradient_accumulation_steps=1, loss_type=loss_type)
+        gradient = torch.where(batch["response_mask"], batch["policy_log_probs"].grad, torch.zeros(()).double())
+        results.append((loss, gradient, metadata))
+    for loss, gradient, metadata in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
+        assert metadata == results[0][2]
+
+
+def test_metadata_counts_response_tokens_only():
+    log_probs = torch.log(torch.tensor([[1.5, 0.5, 9.0]])).requires_grad_()
+    mask = torch.tensor([[True, True, False]])
+    _, metadata = grpo_microbatch_train_step(
+        log_probs, mask, 1, "grpo_clip", advantages=torch.ones(1, 1), old_log_probs=torch.zeros(1, 3), cliprange=0.2
+    )
+    assert metadata["clip_fraction_high"].item() == 0.5
+    assert metadata["clip_fraction_low"].item() == 0.0
+    assert metadata["ratio_max"].item() == pytest.approx(1.5)
+    assert metadata["ratio_mean"].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_accumulated_gradient_equals_that_of_the_whole_batch(loss_type):
+    gradients = []
+    for num_microbatches in (1, 2, 4, 8):
+        batch = random_batch(rows=8)
+        batch["policy_log_probs"].requires_grad_()
+        for rows in torch.arange(8).chunk(num_microbatches):
+            part = {name: value[rows] if torch.is_tensor(value) else value for name, value in batch.items()}
+            grpo_microbatch_train_step(**part, gradient_accumulation_steps=num_microbatches, loss_type=loss_type)
+        gradients.append(batch["policy_log_probs"].grad)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], atol=1e-12, rtol=0)
+
+
+def test_naive_loss_by_hand_and_inputs_unchanged():
+    advantages, log_probs = torch.tensor([[2.0], [-1.0]]), torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
+    copies = advantages.clone(), log_probs.clone()
+    assert compute_naive_policy_gradient_loss(advantages, log_probs).tolist() == [[2.0, 4.0], [-3.0, -4.0]]
+    assert torch.equal(advantages, copies[0]) and torch.equal(log_probs, copies[1])

@@ -1,0 +1,317 @@
+"""The scripts: for real on a tiny model with a real engine, their mistakes in one line, the README's commands."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import SFT_train
+from run_config import SFTConfig, UserError, load_config, run_main
+
+REPOSITORY = Path(__file__).parent.parent
+MODULES = ["SFT_helper", "GRPO_helper", "policy_evaluation", "SFT_train", "run_config", "run_directory", "math_data", "math_reward"]
+
+
+def tiny_arguments(model, runs_dir, **overrides):
+    values = {
+        "preset": "laptop",
+        "model": model,
+        "runs_dir": runs_dir,
+        "wandb_mode": "disabled",
+        "compute_dtype": "float32",
+        "engine_dtype": "float32",
+        "max_sync_error": 1.001,
+        "num_sft_examples": 24,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": "1e-3",
+        "eval_interval": 2,
+        "num_eval_examples": 8,
+        "sampling_max_tokens": 16,
+        "max_context_tokens": 384,
+    }
+    return [f"{key}={value}" for key, value in (values | overrides).items()]
+
+
+def run_script(name, *arguments, folder=REPOSITORY):
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / name), *arguments], capture_output=True, text=True, cwd=folder, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def sft_run(tiny_model_folder, tmp_path_factory):
+    """One whole run of SFT_train.py: 3 steps, evaluated at 0, 2 and 3."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    result = run_script("SFT_train.py", *tiny_arguments(tiny_model_folder, runs_dir, run_name="tiny"))
+    assert result.returncode == 0, result.stderr
+    return runs_dir / "tiny", result
+
+
+def test_sft_run_leaves_everything_in_its_folder(sft_run):
+    path, result = sft_run
+    lines = result.stdout.splitlines()
+    assert "24 taken" in result.stdout
+    assert re.match(r"validation after 3 steps: format reward \d\.\d+, answer reward \d\.\d+ on 8 held-out", lines[-2])
+    assert str(path) in lines[-1]
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "training_loss.png", "validation_reward.png"):
+        assert (path / name).stat().st_size > 0
+    assert sorted(file.name for file in (path / "samples").iterdir()) == [f"step_{step:06d}.jsonl" for step in (0, 2, 3)]
+    saved = SFTConfig.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
+    assert (saved.learning_rate, saved.run_name) == (1e-3, "tiny")
+
+
+def test_sft_run_logs_every_metric_at_every_step(sft_run):
+    rows = [json.loads(line) for line in (sft_run[0] / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if "train_step" in row]
+    assert [row["train_step"] for row in train] == [1, 2, 3]
+    assert [row["eval_step"] for row in rows if "eval_step" in row] == [0, 2, 3]
+    documented = set(re.findall(r"(?:train|time|memory)/\w+", SFT_train.__doc__))
+    for row in train:
+        assert set(row) == documented | {"train_step"}
+        assert all(value is not None for value in row.values())
+    assert train[-1]["train/loss_per_token"] < train[0]["train/loss_per_token"]
+    for row in rows:
+        if "eval_step" in row:
+            assert 1 <= row["eval/sync_multiplicative_error"] < 1.001
+            assert row["eval/num_examples"] == 8
+
+
+def test_final_folder_loads_and_gives_the_evaluated_score_again(sft_run, tmp_path):
+    """In float32 the same seeds give the same tokens in a fresh process and engine, not only a like score."""
+    final = sft_run[0] / "final"
+    AutoTokenizer.from_pretrained(final)
+    assert AutoModelForCausalLM.from_pretrained(final).dtype == torch.float32
+    result = run_script("policy_evaluation.py", *tiny_arguments(final, tmp_path, run_name="again"), "data=arithmetic")
+    assert result.returncode == 0, result.stderr
+    for heading in ("format 1, answer 1", "format 1, answer 0", "format 0"):
+        assert f"=== {heading}: " in result.stdout
+    assert re.search(r"answer_reward +\d", result.stdout)
+    first, again = (path.read_text() for path in (sft_run[0] / "samples/step_000003.jsonl", tmp_path / "again/samples/step_000000.jsonl"))
+    responses = [[json.loads(line)["response"] for line in text.splitlines()] for text in (first, again)]
+    assert responses[0] == responses[1]
+
+
+class FakeEvaluator:
+    """An evaluator without an engine, for tests of the training loop alone."""
+
+    def __init__(self, config, run, tokenizer, examples):
+        self.run = run
+
+    def evaluate(self, policy, eval_step):
+        metrics = {"eval/answer_reward": 0.0, "eval/format_reward": 0.0, "eval/response_length": 1.0, "eval/truncated_fraction": 0.0}
+        self.run.log({"eval_step": eval_step, "eval/num_examples": 8, **metrics})
+        return metrics
+
+
+@pytest.fixture
+def without_engine(monkeypatch):
+    monkeypatch.setattr(SFT_train, "Evaluator", FakeEvaluator)
+
+
+def metrics_of(path):
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "train_step" in row]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(without_engine, tiny_model_folder, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, seed=seed))
+    weights = [(tmp_path / name / "final/model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_gradient_accumulation_does_not_change_the_step(tiny_model, tiny_model_folder, tokenizer, steps):
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, "", gradient_accumulation_steps=steps))
+    train_set = SFT_train.tokenize_examples(SFT_train.select_examples(config), tokenizer, config)[:8]
+    metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, config)
+    gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+    tiny_model.zero_grad()
+    whole = config.model_copy(update={"gradient_accumulation_steps": 1})
+    whole_metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, whole)
+    whole_gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+    assert (gradient - whole_gradient).norm() < 1e-6 * whole_gradient.norm()
+    assert metrics == pytest.approx(whole_metrics, rel=1e-5)
+
+
+def test_per_token_metrics_cover_every_microbatch(tiny_model, tiny_model_folder, tokenizer):
+    from SFT_helper import compute_entropy
+
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, ""))
+    train_set = SFT_train.tokenize_examples(SFT_train.select_examples(config), tokenizer, config)[:8]
+    metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, config)
+    log_probs, entropies, per_row = [], [], []
+    for row in train_set:
+        logits = tiny_model(torch.tensor([row.prompt_ids + row.response_ids])).logits[0, len(row.prompt_ids) - 1 : -1]
+        scores = logits.log_softmax(-1).gather(-1, torch.tensor(row.response_ids)[:, None])[:, 0]
+        log_probs.append(scores)
+        per_row.append(-scores.sum())
+        entropies.append(compute_entropy(logits))
+    assert metrics["train/loss_per_token"] == pytest.approx(-torch.cat(log_probs).mean().item(), rel=1e-5)
+    assert metrics["train/token_entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
+    assert metrics["train/loss"] == pytest.approx(torch.stack(per_row).mean().item(), rel=1e-5)
+    assert metrics["train/num_response_tokens"] == sum(len(row.response_ids) for row in train_set)
+
+
+def test_gradient_checkpointing_does_not_change_the_weights(without_engine, tiny_model_folder, tmp_path):
+    for name, value in (("off", "false"), ("on", "true")):
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, gradient_checkpointing=value))
+    weights = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").state_dict() for name in ("off", "on")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(without_engine, tiny_model_folder, tmp_path):
+    with pytest.raises(UserError, match=r"step 2: loss nan.*last_good.*arithmetic train, question \d+"):
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="bad", learning_rate="1e38"))
+    assert [row["train_step"] for row in metrics_of(tmp_path / "bad")] == [1]
+    assert (tmp_path / "bad/last_good/model.safetensors").exists()
+
+
+def test_steps_override_epochs_and_epochs_may_be_fractions(without_engine, tiny_model_folder, tmp_path):
+    for name, overrides, num_steps in (("steps", {"max_steps": 5}, 5), ("epochs", {"num_epochs": 1.5}, 5), ("half", {"num_epochs": 0.5}, 2)):
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, **overrides))
+        rows = metrics_of(tmp_path / name)
+        assert len(rows) == num_steps
+        assert rows[-1]["train/epoch"] == pytest.approx(num_steps * 8 / 24)
+
+
+def test_learning_rate_schedules_by_hand():
+    config = SFTConfig(learning_rate=1.0, lr_schedule="cosine", warmup_fraction=0.2)
+    rates = [SFT_train.learning_rate_at(step, 10, config) for step in range(1, 11)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[5] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert SFT_train.learning_rate_at(1, 10, SFTConfig(learning_rate=0.5)) == 0.5
+
+
+def write_lines(path, records):
+    path.write_text("".join(record if isinstance(record, str) else json.dumps(record) + "\n" for record in records))
+    return path
+
+
+GSM8K = {"question": "How many legs have 3 cats?", "answer": "3*4=<<3*4=12>>12\n#### 12"}
+TRACE = {"problem": "1 + 1?", "reasoning_trace": " 2 </think> <answer> 2 </answer>", "expected_answer": "2"}
+
+
+def test_filter_correct_keeps_what_the_reward_function_accepts(tmp_path, capsys):
+    data = write_lines(tmp_path / "sft.jsonl", [TRACE, TRACE | {"expected_answer": "3", "problem": "1 + 2?"}])
+    config = SFTConfig(train_data=str(data), filter_correct=True)
+    assert [example.ground_truth for example in SFT_train.select_examples(config)] == ["2"]
+    assert "kept 1 of 2 traces" in capsys.readouterr().out
+
+
+def test_long_examples_are_never_cut(tokenizer, tmp_path, capsys):
+    records = [TRACE, TRACE | {"problem": "long " * 200}]
+    config = SFTConfig(
+        train_data=str(write_lines(tmp_path / "sft.jsonl", records)), max_context_tokens=160, sampling_max_tokens=16
+    )
+    examples = SFT_train.select_examples(config)
+    with pytest.raises(UserError, match=r"1 of 2 training examples exceed max_context_tokens = 160, .*sft.jsonl, line 2"):
+        SFT_train.tokenize_examples(examples, tokenizer, config)
+    kept = SFT_train.tokenize_examples(examples, tokenizer, config.model_copy(update={"drop_long_examples": True}))
+    assert len(kept) == 1
+    assert "left out: 1 of 2" in capsys.readouterr().out
+
+
+ONE_EACH = {"num_sft_examples": "all", "num_eval_examples": 1}
+BAD_INPUTS = {
+    "missing file": ({"train_data": "none.jsonl"}, "none.jsonl does not exist"),
+    "empty file": ({"train_data": "empty.jsonl"}, "empty.jsonl is empty"),
+    "broken line": ({"train_data": "broken.jsonl"}, "broken.jsonl, line 2: broken JSON"),
+    "missing fields": ({"validation_data": "fields.jsonl"}, "fields.jsonl, line 2: fields ['text'] fit no known"),
+    "long prompt": ({"validation_data": "long.jsonl"} | ONE_EACH, "1 prompts are longer than max_context_tokens - "),
+    "long example": ({"max_context_tokens": 64}, "training examples exceed max_context_tokens = 64"),
+    "nothing left": ({"train_data": "wrong.jsonl", "filter_correct": "true"} | ONE_EACH, "accepts none of the 1 traces"),
+    "unknown model": ({"model": "Qwen/Nothing-0B"}, "run `hf download Qwen/Nothing-0B`"),
+    "no cuda": ({"preset": "one-gpu"}, "0 CUDA devices are visible; use preset=laptop"),
+    "no cuda for vllm": ({"evaluator_device": "cuda:0"}, "the CPU build of vLLM is installed"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_one_line_and_status_2(case, tiny_model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "broken.jsonl", [TRACE, '{"problem": \n'])
+    write_lines(tmp_path / "empty.jsonl", [])
+    write_lines(tmp_path / "fields.jsonl", [TRACE, {"text": "x"}])
+    write_lines(tmp_path / "wrong.jsonl", [TRACE | {"expected_answer": "3"}])
+    write_lines(tmp_path / "long.jsonl", [{"problem": "long " * 400, "answer": "1"}])
+    overrides, message = BAD_INPUTS[case]
+    monkeypatch.setattr(sys, "argv", ["SFT_train.py", *tiny_arguments(**({"model": tiny_model_folder, "runs_dir": tmp_path / "runs"} | overrides))])
+    with pytest.raises(SystemExit) as caught:
+        run_main(SFT_train.main)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2
+    assert error.startswith("error: ") and message in error
+
+
+def test_gsm8k_layout_trains_by_changing_data_keys_only(without_engine, tiny_model_folder, tmp_path):
+    data = write_lines(tmp_path / "gsm8k.jsonl", [GSM8K | {"question": f"{i} cats?"} for i in range(24)])
+    SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="gsm8k", train_data=data, validation_data=data))
+    assert len(metrics_of(tmp_path / "gsm8k")) == 3
+
+
+def test_mistakes_end_in_one_line_without_a_traceback():
+    result = run_script("SFT_train.py", "preset=laptop", "learning_rat=1e-5")
+    assert result.returncode == 2
+    assert result.stderr == "error: unknown key learning_rat (command line): did you mean learning_rate?\n"
+
+
+def test_importing_a_module_is_light():
+    """No import parses arguments, starts CUDA, or brings in vLLM or wandb."""
+    code = (
+        f"import sys; sys.argv.append('nonsense')\nfor name in {MODULES!r}: __import__(name)\n"
+        "import torch; assert not torch.cuda.is_initialized(); assert not {'vllm', 'wandb'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_module_shadows_a_library():
+    import importlib.metadata
+
+    taken = set(sys.stdlib_module_names) | {name.lower() for name in importlib.metadata.packages_distributions()}
+    assert not {path.stem.lower() for path in REPOSITORY.glob("*.py")} & taken
+
+
+def readme_commands():
+    text = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if "python " in line]
+
+
+def test_readme_commands_exist():
+    commands = readme_commands()
+    assert "pip install -q uv && uv run python SFT_train.py" in commands
+    for command in commands:
+        script, *arguments = command.split("#")[0].partition("python ")[2].split()
+        assert (REPOSITORY / script).is_file(), command
+        for argument in arguments:
+            key = argument.partition("=")[0]
+            assert key in {*SFTConfig.model_fields, "data", "config", "--help"}, command
+
+
+def test_readme_names_files_that_exist():
+    text = (REPOSITORY / "README.md").read_text()
+    assert "pip install -q uv && uv run pytest" in text
+    for name in re.findall(r"`([\w/]+\.(?:py|yaml|prompt|md))`", text):
+        assert (REPOSITORY / name).is_file(), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_functions_are_documented(name):
+    module = importlib.import_module(name)
+    for attribute, value in vars(module).items():
+        if not attribute.startswith("_") and getattr(value, "__module__", None) == name and callable(value) and attribute != "RewardFunction":
+            assert value.__doc__, f"{name}.{attribute}"

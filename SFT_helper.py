@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -116,8 +116,8 @@ def compute_entropy(logits: Float[Tensor, "... vocabulary"]) -> Float[Tensor, ".
     1.3863
     """
     log_probs = _to_full_precision(logits).log_softmax(dim=-1)
-    probs = log_probs.exp()
-    return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(dim=-1)
+    finite_log_probs = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)  # 0 times it is 0, where 0 * -inf is NaN
+    return -(log_probs.exp() * finite_log_probs).sum(dim=-1)
 
 
 def get_response_log_probs(
@@ -155,8 +155,10 @@ def get_masked_response_log_probs(
 ) -> dict[str, Tensor]:
     """Score the labels under the mask alone: equal to `get_response_log_probs` there, zero elsewhere.
 
-    The hidden states of the masked positions are gathered before the output layer, so that the logits
-    take N x V numbers, N the number of response tokens, instead of B x T x V.
+    Two things make it cheaper than scoring everything, without changing a value. The hidden states of the
+    masked positions are gathered before the output layer, so that the logits take N x V numbers, N the
+    number of response tokens, instead of B x T x V. And a prefix that all rows share (the prompt template)
+    is run once instead of B times: see `compute_hidden_states`.
 
     Args:
         response_mask: (B, T), true where a score is wanted; the others are as above.
@@ -168,13 +170,55 @@ def get_masked_response_log_probs(
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
-    hidden_states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    response_logits = model.get_output_embeddings()(hidden_states[response_mask])
+    num_shared = shared_prefix_length(input_ids, response_mask)
+    if not _prefix_pays(model, input_ids, num_shared):
+        num_shared = 0
+    hidden_states = compute_hidden_states(model, input_ids, num_shared)
+    response_logits = model.get_output_embeddings()(hidden_states[response_mask[:, num_shared:]])
     scores = _score_labels(response_logits, labels[response_mask], return_token_entropy)
     return {
         name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
         for name, values in scores.items()
     }
+
+
+def shared_prefix_length(
+    input_ids: Int[Tensor, "batch sequence"], response_mask: Bool[Tensor, "batch sequence"]
+) -> int:
+    """Return how many leading positions hold the same token in every row and predict no response token.
+
+    >>> ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
+    >>> shared_prefix_length(ids, torch.tensor([[False, False, True, True], [False, False, False, True]]))
+    2
+    """
+    is_shared = (input_ids == input_ids[:1]).all(dim=0) & ~response_mask.any(dim=0)
+    return int(is_shared.long().cumprod(dim=0).sum())
+
+
+def compute_hidden_states(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch sequence"], num_shared: int
+) -> Float[Tensor, "batch rest width"]:
+    """Return the last hidden states behind a shared prefix, running the prefix once for all rows.
+
+    Attention is causal, so that the prefix's keys and values do not depend on what follows: they are computed
+    from the first row, with gradients, and expanded over the rows for the forward pass of the rest.
+
+    Args:
+        model: a causal language model of Transformers.
+        input_ids: (B, T), the same in all rows up to `num_shared`.
+        num_shared: P, 0 <= P < T; 0 runs whole rows.
+
+    Returns:
+        (B, T - P, width), equal to the last T - P positions of a plain forward pass.
+    """
+    if num_shared == 0:
+        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    cache = DynamicCache(config=model.config)
+    model.base_model(input_ids=input_ids[:1, :num_shared], past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
+        layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
+    return model.base_model(input_ids=input_ids[:, num_shared:], past_key_values=cache, use_cache=True).last_hidden_state
 
 
 def masked_normalize(
@@ -242,6 +286,14 @@ def sft_microbatch_train_step(
         "num_response_tokens": response_mask.sum(),
     }
     return scaled_loss.detach(), metadata
+
+
+def _prefix_pays(model: PreTrainedModel, input_ids: Int[Tensor, "batch sequence"], num_shared: int) -> bool:
+    """Whether a shared prefix saves a quarter of the positions; checkpointed layers keep no cache to share."""
+    if model.is_gradient_checkpointing and model.training:
+        return False
+    num_saved = num_shared * (input_ids.shape[0] - 1)
+    return num_saved >= input_ids.numel() / 4
 
 
 def _score_labels(

@@ -159,7 +159,9 @@ def compute_policy_gradient_loss(
     }
     missing = [name for name in REQUIRED_ARGUMENTS[loss_type] if given[name] is None]
     if missing:
-        raise ValueError(f"loss_type = {loss_type} needs {' and '.join(missing)}: pass {'it' * (len(missing) == 1) or 'them'}")
+        raise ValueError(
+            f"loss_type = {loss_type} needs {' and '.join(missing)}: pass {'it' * (len(missing) == 1) or 'them'}"
+        )
     if loss_type == "no_baseline":
         assert raw_rewards is not None
         return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}

@@ -13,7 +13,7 @@ Rows are padded on the right and the attention is causal, so that no real positi
 no attention mask is needed.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,11 +27,16 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     Special tokens that a tokenizer adds at the end (EOS) are left out: the response comes next.
     """
-    token_ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    token_ids = encode_response(prompt, tokenizer)
     adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
     if adds_bos and token_ids[:1] != [tokenizer.bos_token_id]:
-        return [tokenizer.bos_token_id, *token_ids]
+        return [cast(int, tokenizer.bos_token_id), *token_ids]
     return token_ids
+
+
+def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a response: its text alone, no special token added."""
+    return cast(list[int], tokenizer.encode(response, add_special_tokens=False))
 
 
 def tokenize_prompt_and_output(
@@ -61,7 +66,7 @@ def tokenize_prompt_and_output(
             "give as many outputs as prompts, at least one"
         )
     prompts = [encode_prompt(prompt, tokenizer) for prompt in prompt_strs]
-    outputs = [tokenizer.encode(output, add_special_tokens=False) for output in output_strs]
+    outputs = [encode_response(output, tokenizer) for output in output_strs]
     return join_prompt_and_response_ids(prompts, outputs, pad_token_id(tokenizer))
 
 
@@ -174,7 +179,8 @@ def get_masked_response_log_probs(
     if not _prefix_pays(model, input_ids, num_shared):
         num_shared = 0
     hidden_states = compute_hidden_states(model, input_ids, num_shared)
-    response_logits = model.get_output_embeddings()(hidden_states[response_mask[:, num_shared:]])
+    output_layer = cast(torch.nn.Module, model.get_output_embeddings())
+    response_logits = output_layer(hidden_states[response_mask[:, num_shared:]])
     scores = _score_labels(response_logits, labels[response_mask], return_token_entropy)
     return {
         name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
@@ -201,7 +207,7 @@ def compute_hidden_states(
     """Return the last hidden states behind a shared prefix, running the prefix once for all rows.
 
     Attention is causal, so that the prefix's keys and values do not depend on what follows: they are computed
-    from the first row, with gradients, and expanded over the rows for the forward pass of the rest.
+    from the first row, with gradients, and repeated over the rows for the forward pass of the rest.
 
     Args:
         model: a causal language model of Transformers.
@@ -215,10 +221,10 @@ def compute_hidden_states(
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     cache = DynamicCache(config=model.config)
     model.base_model(input_ids=input_ids[:1, :num_shared], past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        layer.keys = layer.keys.expand(len(input_ids), -1, -1, -1)
-        layer.values = layer.values.expand(len(input_ids), -1, -1, -1)
-    return model.base_model(input_ids=input_ids[:, num_shared:], past_key_values=cache, use_cache=True).last_hidden_state
+    cache.batch_repeat_interleave(len(input_ids))
+    return model.base_model(
+        input_ids=input_ids[:, num_shared:], past_key_values=cache, use_cache=True
+    ).last_hidden_state
 
 
 def masked_normalize(

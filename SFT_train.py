@@ -34,6 +34,7 @@ from run_config import SFTConfig, UserError, load_config, run_main
 from run_directory import RunDirectory, plot_metrics
 from SFT_helper import (
     encode_prompt,
+    encode_response,
     get_masked_response_log_probs,
     join_prompt_and_response_ids,
     masked_normalize,
@@ -87,11 +88,14 @@ def train(
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     policy.train()
-    print_evaluation(evaluator.evaluate(policy, eval_step=0), step=0)
+    evaluation = evaluator.evaluate(policy, eval_step=0)
+    print_evaluation(evaluation, step=0)
     progress = tqdm(range(1, num_steps + 1), desc="SFT", unit="step")
     for step in progress:
         started = time.perf_counter()
-        batch = [train_set[index] for index in order[(step - 1) * config.train_batch_size : step * config.train_batch_size]]
+        batch = [
+            train_set[index] for index in order[(step - 1) * config.train_batch_size : step * config.train_batch_size]
+        ]
         learning_rate = learning_rate_at(step, num_steps, config)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -122,9 +126,12 @@ def train(
                 "memory/peak_gib": peak_memory_gib(config.policy_device),
             }
         )
-        progress.set_postfix(loss_per_token=f"{metrics['train/loss_per_token']:.3f}")
         if step % config.eval_interval == 0 or step == num_steps:
-            print_evaluation(evaluator.evaluate(policy, eval_step=step), step)
+            evaluation = evaluator.evaluate(policy, eval_step=step)
+            print_evaluation(evaluation, step)
+        progress.set_postfix(
+            loss=f"{metrics['train/loss_per_token']:.3f}", accuracy=f"{evaluation['eval/answer_reward']:.3f}"
+        )
 
 
 def accumulate_gradients(
@@ -220,7 +227,7 @@ def tokenize_examples(
         TokenizedExample(
             example,
             encode_prompt(example.prompt, tokenizer),
-            tokenizer.encode(example.response or "", add_special_tokens=False),
+            encode_response(example.response or "", tokenizer),
         )
         for example in examples
     ]

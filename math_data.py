@@ -35,8 +35,9 @@ VALIDATION_SUBSET_SEED = 20250
 
 
 class Example(NamedTuple):
-    """One question as a prompt, with its ground truth and, where there is one, a response to imitate."""
+    """One question, the prompt that asks it, its ground truth and, where there is one, a response to imitate."""
 
+    question: str
     prompt: str
     ground_truth: str | None
     response: str | None
@@ -47,12 +48,12 @@ class Example(NamedTuple):
 class Record:
     """One record of a data set before prompt and answer format are applied.
 
-    Exactly one of `question` and `prompt` is set; `response` is complete, `reasoning` still lacks the answer.
+    `prompt`, where it is set, is already written out; `response` is complete, `reasoning` still lacks the answer.
     """
 
     source: str
+    question: str
     ground_truth: str | None
-    question: str | None = None
     prompt: str | None = None
     reasoning: str | None = None
     response: str | None = None
@@ -122,7 +123,8 @@ def load_examples(source: str, config: RunConfig, split: Literal["train", "valid
     template = load_prompt_template(config.prompt)
     return [
         Example(
-            prompt=record.prompt if record.prompt is not None else fill_prompt(template, record.question or ""),
+            question=record.question,
+            prompt=record.prompt if record.prompt is not None else fill_prompt(template, record.question),
             ground_truth=record.ground_truth,
             response=record.response or format_response(record.reasoning, record.ground_truth, config.reward),
             source=record.source,
@@ -220,6 +222,7 @@ def parse_record(values: dict[str, Any], where: str) -> Record:
         truth = values.get("ground_truth")
         return Record(
             source=where,
+            question=fields["prompt"],
             prompt=fields["prompt"],
             response=fields["response"],
             ground_truth=None if truth is None else str(truth),

@@ -120,7 +120,7 @@ def _symbolically_equal(answer: str, ground_truth: str) -> bool:
     import math_verify
 
     # math-verify's time limit is a SIGALRM, which only the main thread may set.
-    limit = SYMBOLIC_TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
+    limit = SYMBOLIC_TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else 0  # 0: none
     truth = math_verify.parse(f"${ground_truth}$", parsing_timeout=limit)
     given = math_verify.parse(f"${answer}$", parsing_timeout=limit)
     return bool(math_verify.verify(truth, given, timeout_seconds=limit))

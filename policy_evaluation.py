@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -106,7 +106,8 @@ def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
             "lower it to that"
         )
-    return policy.to(config.policy_device).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
+    return policy.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def choose_attention(config: RunConfig) -> str:
@@ -282,9 +283,8 @@ def sample_responses(
     for ids, output in zip(prompt_ids, outputs, strict=True):
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
-        log_probs = [
-            entry[token_id].logprob for entry, token_id in zip(completion.logprobs or [], token_ids, strict=True)
-        ]
+        entries = cast(list[dict[int, Any]], completion.logprobs)
+        log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
         responses.append(Response(list(ids), completion.text, token_ids, log_probs, str(completion.finish_reason)))
     return responses
 
@@ -430,7 +430,7 @@ def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | 
     """
     correct = [example for example in examples if example["answer_reward"] == 1]
     incorrect = [example for example in examples if example["answer_reward"] != 1]
-    counts = {name: 0 for name in CATEGORIES}
+    counts: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
     for example in examples:
         counts[category(example)] += 1
     has_entropy = all(example["token_entropy"] is not None for example in examples)
@@ -603,11 +603,11 @@ def main(arguments: list[str]) -> None:
         path = evaluator.samples_path(0)
         graded = [json.loads(line) for line in path.read_text().splitlines()]
         for name in CATEGORIES:
-            members = [example for example in graded if category(example) == name]
+            members = [(asked, row) for asked, row in zip(examples, graded, strict=True) if category(row) == name]
             print(f"\n=== {name}: {len(members)} of {len(graded)} ===")
-            for example in members[:10]:
-                print(f"--- question: {example['prompt'].splitlines()[-2:][0]}")
-                print(f"    truth: {example['ground_truth']}    response: {example['response']!r}")
+            for asked, row in members[:10]:
+                print(f"--- question: {asked.question}")
+                print(f"    truth: {row['ground_truth']}    response: {row['response']!r}")
         print(f"\n{config.model} on {config.validation_data}, prompt {config.prompt}:")
         print(metrics_table((name.removeprefix("eval/"), value) for name, value in metrics.items()))
         print(f"all examples: {path}")

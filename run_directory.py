@@ -105,7 +105,12 @@ def start_wandb(config: RunConfig, path: Path) -> Any:
     )
     run.define_metric("train_step")
     run.define_metric("eval_step")
-    for prefix, axis in {"train": "train_step", "time": "train_step", "memory": "train_step", "eval": "eval_step"}.items():
+    for prefix, axis in {
+        "train": "train_step",
+        "time": "train_step",
+        "memory": "train_step",
+        "eval": "eval_step",
+    }.items():
         run.define_metric(f"{prefix}/*", step_metric=axis)
     return run
 

@@ -44,9 +44,7 @@ def run_masked_mean(tensor, mask, dim=None):
     return GRPO_helper.masked_mean(tensor, mask, dim)
 
 
-def run_sft_microbatch_train_step(
-    policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0
-):
+def run_sft_microbatch_train_step(policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant=1.0):
     return SFT_helper.sft_microbatch_train_step(
         policy_log_probs, response_mask, gradient_accumulation_steps, normalize_constant
     )
@@ -94,7 +92,5 @@ def run_parse_gsm8k_response(model_output):
     raise NotImplementedError(SUPPLEMENT)
 
 
-def run_compute_per_instance_dpo_loss(
-    lm, lm_ref, tokenizer, beta, prompt, response_chosen, response_rejected
-):
+def run_compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_chosen, response_rejected):
     raise NotImplementedError(SUPPLEMENT)

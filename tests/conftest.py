@@ -18,14 +18,19 @@ def tiny_model_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     records = arithmetic_records("train", (2, 3), 20)[:200]
     texts = [(PROMPTS_FOLDER / "r1_zero.prompt").read_text()] * 20
-    texts += [f"{record.question}{format_response(record.reasoning, record.ground_truth, 'r1_zero')}" for record in records]
+    texts += [
+        f"{record.question}{format_response(record.reasoning, record.ground_truth, 'r1_zero')}" for record in records
+    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=512, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=512,
+            special_tokens=["<eos>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)

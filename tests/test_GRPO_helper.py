@@ -55,7 +55,10 @@ def test_advantages_refuse_bad_input():
 
 def random_batch(seed=0, rows=4, tokens=6):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
     old = -draw(rows, tokens).abs()
     mask = torch.rand(rows, tokens, generator=generator) > 0.3
     mask[:, 0] = True

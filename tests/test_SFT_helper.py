@@ -114,7 +114,9 @@ def test_log_probs_by_hand():
     expected = torch.tensor([[math.log(0.75), math.log(0.2)]])
     torch.testing.assert_close(scores["log_probs"], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(scores["token_entropy"], compute_entropy(logits))
-    assert set(get_response_log_probs(ConstantLogits(logits), torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))) == {"log_probs"}
+    assert set(get_response_log_probs(ConstantLogits(logits), torch.tensor([[0, 1]]), torch.tensor([[1, 1]]))) == {
+        "log_probs"
+    }
 
 
 def test_log_probs_of_bfloat16_logits_are_normalized_in_float32():
@@ -181,7 +183,9 @@ def test_padding_does_not_change_scores(tiny_model):
 def batch_with_shared_prefix():
     template = list(range(100, 140))
     return join_prompt_and_response_ids(
-        [[*template, 5, 6, 7], [*template, 8], [*template, 9, 10, 11, 12]], [[20, 21], [22, 23, 24, 25], [26]], padding_id=0
+        [[*template, 5, 6, 7], [*template, 8], [*template, 9, 10, 11, 12]],
+        [[20, 21], [22, 23, 24, 25], [26]],
+        padding_id=0,
     )
 
 
@@ -200,7 +204,9 @@ def test_a_shared_prefix_is_run_once_and_changes_neither_scores_nor_gradients(ti
             part = {name: tensor[rows] for name, tensor in batch.items()}
             scores = get_masked_response_log_probs(tiny_model, **part, return_token_entropy=True)
             sft_microbatch_train_step(scores["log_probs"], part["response_mask"], 2)
-            log_probs = torch.cat([torch.atleast_2d(torch.as_tensor(log_probs)).flatten(), scores["log_probs"].detach().flatten()])
+            log_probs = torch.cat(
+                [torch.atleast_2d(torch.as_tensor(log_probs)).flatten(), scores["log_probs"].detach().flatten()]
+            )
         results.append((log_probs, torch.cat([p.grad.flatten() for p in tiny_model.parameters()])))
     width = batch["input_ids"].shape[1]
     assert num_positions == [2 * width, 2 * width, 40, 2 * (width - 40), 40, 2 * (width - 40)]

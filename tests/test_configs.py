@@ -48,7 +48,9 @@ def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, num_de
 
 def test_order_of_precedence(tmp_path):
     path = tmp_path / "my.yaml"
-    path.write_text("seed: 1\nlearning_rate: 1e-5\ntrain_batch_size: 16\npresets:\n  laptop:\n    learning_rate: 2e-5\n")
+    path.write_text(
+        "seed: 1\nlearning_rate: 1e-5\ntrain_batch_size: 16\npresets:\n  laptop:\n    learning_rate: 2e-5\n"
+    )
     config = load_config(SFTConfig, "nowhere.yaml", [f"config={path}", "preset=laptop", "train_batch_size=24"])
     assert (config.seed, config.learning_rate, config.train_batch_size) == (1, 2e-5, 24)
     assert config.adam_betas == SFTConfig().adam_betas
@@ -66,10 +68,13 @@ def test_order_of_precedence(tmp_path):
         (["seed=1", "seed=2"], "seed is given twice"),
         (["preset=gpu"], "preset = gpu: "),
         (["config=none.yaml"], "config = none.yaml: No such file"),
-        (["train_batch_size=30"], "train_batch_size = 30 is not a multiple of gradient_accumulation_steps = 4: train_batch_size = 28 or 32 is"),
+        (
+            ["train_batch_size=31"],
+            "31 is not a multiple of gradient_accumulation_steps = 2: train_batch_size = 30 or 32 is",
+        ),
         (["num_sft_examples=many"], "num_sft_examples = 'many'"),
         (["num_sft_examples=0"], "num_sft_examples = 0: must be at least 1, or all"),
-        (["sampling_max_tokens=512"], "sampling_max_tokens = 512 leaves no room for a prompt"),
+        (["sampling_max_tokens=1024"], "sampling_max_tokens = 1024 leaves no room for a prompt"),
         (["sampling_min_tokens=65"], "sampling_min_tokens = 65 exceeds sampling_max_tokens = 64"),
         (["arithmetic_terms=[3,2]"], "arithmetic_terms = [3, 2]"),
         (["evaluator_device=cuda:1"], "evaluator_device = 'cuda:1'"),
@@ -85,7 +90,9 @@ def test_mistakes_are_named(arguments, message):
 
 def test_text_stays_text():
     for text in ("on", "1", "1e-5", "null"):
-        assert load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", f"run_name={text}"]).run_name == text
+        assert (
+            load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", f"run_name={text}"]).run_name == text
+        )
 
 
 def test_mistakes_in_the_file_name_the_file(tmp_path):

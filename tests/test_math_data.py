@@ -19,7 +19,12 @@ from math_data import (
 from math_reward import r1_zero_reward_fn
 from run_config import SFTConfig, UserError
 
-SFT_TRACE = {"problem": "p", "reasoning_trace": "r </think> <answer> 1 </answer>", "extracted_answer": "1", "expected_answer": "2"}
+SFT_TRACE = {
+    "problem": "p",
+    "reasoning_trace": "r </think> <answer> 1 </answer>",
+    "extracted_answer": "1",
+    "expected_answer": "2",
+}
 
 
 def write_lines(path, records):

@@ -146,7 +146,11 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
 
     def reward_fn(response, truth):
         has_format = float(len(response) % 2)
-        return {"format_reward": has_format, "answer_reward": has_format * float(truth), "reward": has_format * float(truth)}
+        return {
+            "format_reward": has_format,
+            "answer_reward": has_format * float(truth),
+            "reward": has_format * float(truth),
+        }
 
     metrics, examples = evaluate_vllm(
         engine, reward_fn, QUESTIONS, sampling(min_tokens=4), ["1", "0"] * 3, policy=policy, output_path=path
@@ -164,7 +168,10 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
         "finish_reason",
     }
     assert metrics["eval/num_examples"] == 6
-    assert metrics["eval/num_format_1_answer_1"] + metrics["eval/num_format_1_answer_0"] + metrics["eval/num_format_0"] == 6
+    assert (
+        metrics["eval/num_format_1_answer_1"] + metrics["eval/num_format_1_answer_0"] + metrics["eval/num_format_0"]
+        == 6
+    )
     assert metrics["eval/truncated_fraction"] == sum(e["finish_reason"] == "length" for e in examples) / 6
     prompt_ids = [encode_prompt(question, tokenizer) for question in QUESTIONS]
     seeds = [policy_evaluation.derive_seed(0, "evaluation", index) for index in range(6)]
@@ -183,11 +190,20 @@ def example(format_reward, answer_reward, length, entropy=1.0, finish_reason="st
 
 
 def test_summary_by_hand():
-    examples = [example(1, 1, 10, 0.5), example(1, 1, 20, 1.0), example(1, 0, 40, 2.0), example(0, 0, 30, 0.0, "length")]
+    examples = [
+        example(1, 1, 10, 0.5),
+        example(1, 1, 20, 1.0),
+        example(1, 0, 40, 2.0),
+        example(0, 0, 30, 0.0, "length"),
+    ]
     metrics = summarize_examples(examples)
     assert metrics["eval/reward"] == metrics["eval/answer_reward"] == 0.5
     assert metrics["eval/format_reward"] == 0.75
-    assert (metrics["eval/num_format_1_answer_1"], metrics["eval/num_format_1_answer_0"], metrics["eval/num_format_0"]) == (2, 1, 1)
+    assert (
+        metrics["eval/num_format_1_answer_1"],
+        metrics["eval/num_format_1_answer_0"],
+        metrics["eval/num_format_0"],
+    ) == (2, 1, 1)
     assert metrics["eval/response_length"] == 25
     assert metrics["eval/response_length_correct"] == 15
     assert metrics["eval/response_length_incorrect"] == 35

@@ -61,7 +61,11 @@ def test_metrics_are_on_disk_at_once_and_valid_json(tmp_path):
 
 
 def test_figures_are_drawn_from_the_rows_that_have_the_metric(tmp_path):
-    rows = [{"train_step": 1, "train/loss": 1.0}, {"eval_step": 0, "eval/reward": None}, {"train_step": 2, "train/loss": 0.5}]
+    rows = [
+        {"train_step": 1, "train/loss": 1.0},
+        {"eval_step": 0, "eval/reward": None},
+        {"train_step": 2, "train/loss": 0.5},
+    ]
     path = tmp_path / "figure.png"
     plot_metrics(rows, {"loss": [("train/loss", "loss")], "none": [("eval/reward", "reward")]}, "train_step", path)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -79,7 +83,11 @@ def test_wandb_offline_receives_the_metrics_with_their_axes(tmp_path):
         run.log({"eval_step": 0, "eval/reward": 0.25, "eval/response_length_correct": None})
     (written,) = run.path.glob("wandb/offline-run-*/*.wandb")
     records = read_wandb(written)
-    history = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item} for r in records if r.history.item]
+    history = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.history.item
+    ]
     assert {"train_step": 1, "train/loss": 0.5}.items() <= history[0].items()
     assert {"eval_step": 0, "eval/reward": 0.25}.items() <= history[1].items()
     assert "eval/response_length_correct" not in history[1]
@@ -94,7 +102,7 @@ def test_wandb_offline_receives_the_metrics_with_their_axes(tmp_path):
 
 
 def read_wandb(path):
-    """The records of a .wandb file: a 7-byte header, then a LevelDB log (crc, length, type, payload) in 32 KiB blocks."""
+    """The records of a .wandb file: 7 bytes, then a LevelDB log (crc, length, type, payload) in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, pending, records = path.read_bytes(), 7, b"", []

@@ -16,7 +16,16 @@ import SFT_train
 from run_config import SFTConfig, UserError, load_config, run_main
 
 REPOSITORY = Path(__file__).parent.parent
-MODULES = ["SFT_helper", "GRPO_helper", "policy_evaluation", "SFT_train", "run_config", "run_directory", "math_data", "math_reward"]
+MODULES = [
+    "SFT_helper",
+    "GRPO_helper",
+    "policy_evaluation",
+    "SFT_train",
+    "run_config",
+    "run_directory",
+    "math_data",
+    "math_reward",
+]
 
 
 def tiny_arguments(model, runs_dir, **overrides):
@@ -63,7 +72,9 @@ def test_sft_run_leaves_everything_in_its_folder(sft_run):
     assert str(path) in lines[-1]
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "training_loss.png", "validation_reward.png"):
         assert (path / name).stat().st_size > 0
-    assert sorted(file.name for file in (path / "samples").iterdir()) == [f"step_{step:06d}.jsonl" for step in (0, 2, 3)]
+    assert sorted(file.name for file in (path / "samples").iterdir()) == [
+        f"step_{step:06d}.jsonl" for step in (0, 2, 3)
+    ]
     saved = SFTConfig.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
     assert (saved.learning_rate, saved.run_name) == (1e-3, "tiny")
 
@@ -94,7 +105,10 @@ def test_final_folder_loads_and_gives_the_evaluated_score_again(sft_run, tmp_pat
     for heading in ("format 1, answer 1", "format 1, answer 0", "format 0"):
         assert f"=== {heading}: " in result.stdout
     assert re.search(r"answer_reward +\d", result.stdout)
-    first, again = (path.read_text() for path in (sft_run[0] / "samples/step_000003.jsonl", tmp_path / "again/samples/step_000000.jsonl"))
+    first, again = (
+        path.read_text()
+        for path in (sft_run[0] / "samples/step_000003.jsonl", tmp_path / "again/samples/step_000000.jsonl")
+    )
     responses = [[json.loads(line)["response"] for line in text.splitlines()] for text in (first, again)]
     assert responses[0] == responses[1]
 
@@ -106,7 +120,12 @@ class FakeEvaluator:
         self.run = run
 
     def evaluate(self, policy, eval_step):
-        metrics = {"eval/answer_reward": 0.0, "eval/format_reward": 0.0, "eval/response_length": 1.0, "eval/truncated_fraction": 0.0}
+        metrics = {
+            "eval/answer_reward": 0.0,
+            "eval/format_reward": 0.0,
+            "eval/response_length": 1.0,
+            "eval/truncated_fraction": 0.0,
+        }
         self.run.log({"eval_step": eval_step, "eval/num_examples": 8, **metrics})
         return metrics
 
@@ -130,7 +149,9 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(without_engine
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_gradient_accumulation_does_not_change_the_step(tiny_model, tiny_model_folder, tokenizer, steps):
-    config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, "", gradient_accumulation_steps=steps))
+    config = load_config(
+        SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, "", gradient_accumulation_steps=steps)
+    )
     train_set = SFT_train.tokenize_examples(SFT_train.select_examples(config), tokenizer, config)[:8]
     metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, config)
     gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
@@ -177,7 +198,11 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(without_
 
 
 def test_steps_override_epochs_and_epochs_may_be_fractions(without_engine, tiny_model_folder, tmp_path):
-    for name, overrides, num_steps in (("steps", {"max_steps": 5}, 5), ("epochs", {"num_epochs": 1.5}, 5), ("half", {"num_epochs": 0.5}, 2)):
+    for name, overrides, num_steps in (
+        ("steps", {"max_steps": 5}, 5),
+        ("epochs", {"num_epochs": 1.5}, 5),
+        ("half", {"num_epochs": 0.5}, 2),
+    ):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, **overrides))
         rows = metrics_of(tmp_path / name)
         assert len(rows) == num_steps
@@ -216,7 +241,9 @@ def test_long_examples_are_never_cut(tokenizer, tmp_path, capsys):
         train_data=str(write_lines(tmp_path / "sft.jsonl", records)), max_context_tokens=160, sampling_max_tokens=16
     )
     examples = SFT_train.select_examples(config)
-    with pytest.raises(UserError, match=r"1 of 2 training examples exceed max_context_tokens = 160, .*sft.jsonl, line 2"):
+    with pytest.raises(
+        UserError, match=r"1 of 2 training examples exceed max_context_tokens = 160, .*sft.jsonl, line 2"
+    ):
         SFT_train.tokenize_examples(examples, tokenizer, config)
     kept = SFT_train.tokenize_examples(examples, tokenizer, config.model_copy(update={"drop_long_examples": True}))
     assert len(kept) == 1
@@ -231,7 +258,10 @@ BAD_INPUTS = {
     "missing fields": ({"validation_data": "fields.jsonl"}, "fields.jsonl, line 2: fields ['text'] fit no known"),
     "long prompt": ({"validation_data": "long.jsonl"} | ONE_EACH, "1 prompts are longer than max_context_tokens - "),
     "long example": ({"max_context_tokens": 64}, "training examples exceed max_context_tokens = 64"),
-    "nothing left": ({"train_data": "wrong.jsonl", "filter_correct": "true"} | ONE_EACH, "accepts none of the 1 traces"),
+    "nothing left": (
+        {"train_data": "wrong.jsonl", "filter_correct": "true"} | ONE_EACH,
+        "accepts none of the 1 traces",
+    ),
     "unknown model": ({"model": "Qwen/Nothing-0B"}, "run `hf download Qwen/Nothing-0B`"),
     "no cuda": ({"preset": "one-gpu"}, "0 CUDA devices are visible; use preset=laptop"),
     "no cuda for vllm": ({"evaluator_device": "cuda:0"}, "the CPU build of vLLM is installed"),
@@ -248,7 +278,11 @@ def test_bad_input_is_one_line_and_status_2(case, tiny_model_folder, tmp_path, m
     write_lines(tmp_path / "wrong.jsonl", [TRACE | {"expected_answer": "3"}])
     write_lines(tmp_path / "long.jsonl", [{"problem": "long " * 400, "answer": "1"}])
     overrides, message = BAD_INPUTS[case]
-    monkeypatch.setattr(sys, "argv", ["SFT_train.py", *tiny_arguments(**({"model": tiny_model_folder, "runs_dir": tmp_path / "runs"} | overrides))])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["SFT_train.py", *tiny_arguments(**({"model": tiny_model_folder, "runs_dir": tmp_path / "runs"} | overrides))],
+    )
     with pytest.raises(SystemExit) as caught:
         run_main(SFT_train.main)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -313,5 +347,10 @@ def test_readme_names_files_that_exist():
 def test_public_functions_are_documented(name):
     module = importlib.import_module(name)
     for attribute, value in vars(module).items():
-        if not attribute.startswith("_") and getattr(value, "__module__", None) == name and callable(value) and attribute != "RewardFunction":
+        if (
+            not attribute.startswith("_")
+            and getattr(value, "__module__", None) == name
+            and callable(value)
+            and attribute != "RewardFunction"
+        ):
             assert value.__doc__, f"{name}.{attribute}"

@@ -20,6 +20,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from SFT_helper import masked_normalize
+
+LengthNormalization = Literal["masked_mean", "masked_normalize", "token_mean"]
 LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
 REQUIRED_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "no_baseline": ("raw_rewards",),
@@ -200,6 +203,39 @@ def masked_mean(
     return kept.sum() / counts.sum() if dim is None else kept.sum(dim=dim) / counts.sum(dim=dim)
 
 
+def normalize_lengths(
+    per_token_loss: Float[Tensor, "batch sequence"],
+    response_mask: Bool[Tensor, "batch sequence"],
+    length_normalization: LengthNormalization,
+    num_step_rows: float,
+    normalize_constant: float | None = None,
+) -> Float[Tensor, ""]:
+    """Reduce the token losses of a microbatch to its share of the optimizer step's loss.
+
+        masked_mean        1/N sum_b (1 / sum_t m_bt) sum_t m_bt l_bt     every response weighs the same
+        masked_normalize   1/N sum_b 1/C sum_t m_bt l_bt                  C: sampling_max_tokens (Dr. GRPO)
+        token_mean         1/C sum_b sum_t m_bt l_bt                      C: response tokens of the step (DAPO)
+
+    The shares add up to the same loss however the step's rows are divided into microbatches, and rows of zero
+    loss may be left out, since neither N nor C is counted from the rows given.
+
+    Args:
+        per_token_loss: (B, T).
+        response_mask: (B, T); for masked_mean every row has at least one response token.
+        length_normalization: one of the above.
+        num_step_rows: N, rows of the whole optimizer step.
+        normalize_constant: C; not for masked_mean.
+
+    Sources: CS336 Assignment 5 (masked_mean); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025, equation 8 (DAPO).
+    """
+    if length_normalization == "masked_mean":
+        return masked_mean(per_token_loss, response_mask, dim=-1).sum() / num_step_rows
+    if normalize_constant is None:
+        raise ValueError(f"length_normalization = {length_normalization} needs normalize_constant: pass it")
+    summed = masked_normalize(per_token_loss, response_mask, normalize_constant)
+    return summed / num_step_rows if length_normalization == "masked_normalize" else summed
+
+
 def grpo_microbatch_train_step(
     policy_log_probs: Float[Tensor, "batch sequence"],
     response_mask: Bool[Tensor, "batch sequence"],
@@ -209,16 +245,23 @@ def grpo_microbatch_train_step(
     advantages: Float[Tensor, "batch 1"] | None = None,
     old_log_probs: Float[Tensor, "batch sequence"] | None = None,
     cliprange: float | None = None,
+    *,
+    length_normalization: LengthNormalization = "masked_mean",
+    normalize_constant: float | None = None,
+    num_step_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
     """Compute the policy-gradient loss of one microbatch and add its gradient to the parameters' `.grad`.
 
         loss = 1 / (B S) sum_b masked_mean_t loss_bt        S: gradient_accumulation_steps
 
     Args: as in `compute_policy_gradient_loss`; response_mask (B, T) is true at response tokens.
+        length_normalization, normalize_constant: as in `normalize_lengths`.
+        num_step_rows: rows of the whole optimizer step, where microbatches differ in size; default B S.
 
     Returns:
-        The loss as differentiated (already divided by S), without gradient; and metadata reduced over the
-        response tokens: `clip_fraction_low`, `clip_fraction_high` (grpo_clip), `ratio_mean`, `ratio_max`.
+        The loss as differentiated, without gradient; and metadata, sums over the response tokens of this
+        microbatch to be added up over a step: `num_tokens`; with a ratio `ratio_sum` and the maximum
+        `ratio_max`; with a clip `num_clipped_low` and `num_clipped_high`.
 
     Source: CS336 Assignment 5, problem grpo_microbatch_train_step.
     """
@@ -227,14 +270,18 @@ def grpo_microbatch_train_step(
     per_token_loss, per_token_metadata = compute_policy_gradient_loss(
         policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
     )
-    scaled_loss = masked_mean(per_token_loss, response_mask, dim=-1).mean() / gradient_accumulation_steps
-    scaled_loss.backward()
-    metadata: dict[str, Any] = {}
+    if num_step_rows is None:
+        num_step_rows = len(policy_log_probs) * gradient_accumulation_steps
+    step_loss = normalize_lengths(
+        per_token_loss, response_mask, length_normalization, num_step_rows, normalize_constant
+    )
+    step_loss.backward()
+    mask = response_mask.bool()
+    metadata: dict[str, Any] = {"num_tokens": mask.sum()}
     if "ratio" in per_token_metadata:
-        ratio = per_token_metadata["ratio"][response_mask.bool()]
-        metadata |= {"ratio_mean": ratio.mean(), "ratio_max": ratio.max()}
+        ratio = per_token_metadata["ratio"][mask]
+        metadata |= {"ratio_sum": ratio.sum(), "ratio_max": ratio.max()}
     for side in ("low", "high"):
         if f"is_clipped_{side}" in per_token_metadata:
-            is_clipped = per_token_metadata[f"is_clipped_{side}"].float()
-            metadata[f"clip_fraction_{side}"] = masked_mean(is_clipped, response_mask)
-    return scaled_loss.detach(), metadata
+            metadata[f"num_clipped_{side}"] = (per_token_metadata[f"is_clipped_{side}"] & mask).sum()
+    return step_loss.detach(), metadata

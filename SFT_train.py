@@ -16,8 +16,6 @@ Differences from the paper: epochs follow each other without a gap, so that no e
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from math_data import Example, describe_sources, epoch_order, load_sft_examples, load_validation_examples
 from math_reward import REWARD_FUNCTIONS
-from policy_evaluation import Evaluator, autocast, check_devices, load_policy
+from policy_evaluation import Evaluator, autocast, check_devices, load_policy, peak_memory_gib, print_evaluation
 from run_config import SFTConfig, UserError, load_config, run_main
 from run_directory import RunDirectory, plot_metrics
 from SFT_helper import (
@@ -244,24 +242,6 @@ def tokenize_examples(
             raise UserError(f"{message}; raise max_context_tokens, or leave them out with drop_long_examples=true")
         print(f"left out: {message}")
     return fitting
-
-
-def peak_memory_gib(device: str) -> float:
-    """Return the peak memory so far, in GiB: of the GPU on CUDA, else of this process."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20
-
-
-def print_evaluation(metrics: dict[str, float | None], step: int) -> None:
-    """Print one line for an evaluation, above the progress bar."""
-    tqdm.write(
-        f"step {step}: validation answer reward {metrics['eval/answer_reward']:.3f}, format reward "
-        f"{metrics['eval/format_reward']:.3f}, response length {metrics['eval/response_length']:.0f} tokens, "
-        f"truncated {metrics['eval/truncated_fraction']:.2f}",
-        file=sys.stdout,
-    )
 
 
 def report(run: RunDirectory, config: SFTConfig) -> None:

@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import time
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -516,9 +518,23 @@ class Evaluator:
                 self.config.max_sync_error,
             )
 
-    def evaluate(self, policy: PreTrainedModel, eval_step: int) -> dict[str, float | None]:
-        """Sync, evaluate, write the examples to samples/ and the metrics to the run; return the metrics."""
+    def evaluate(
+        self,
+        policy: PreTrainedModel,
+        eval_step: int,
+        examples: Sequence[Example] | None = None,
+        prefix: str = "eval",
+    ) -> dict[str, float | None]:
+        """Sync, evaluate, write the graded examples to samples/ and the metrics to the run; return the metrics.
+
+        Args:
+            policy: the weights to evaluate.
+            eval_step: the step that they belong to.
+            examples: other questions than the evaluator's own.
+            prefix: what the metrics' names begin with.
+        """
         started = time.perf_counter()
+        examples = self.examples if examples is None else examples
         was_training = policy.training
         policy.eval()
         sync_metrics = self.sync(policy)
@@ -526,25 +542,27 @@ class Evaluator:
             metrics, _ = evaluate_vllm(
                 self.llm,
                 REWARD_FUNCTIONS[self.config.reward],
-                [example.prompt for example in self.examples],
+                [example.prompt for example in examples],
                 sampling_params(self.config),
-                [example.ground_truth or "" for example in self.examples],
+                [example.ground_truth or "" for example in examples],
                 tokenizer=self.tokenizer,
                 policy=policy,
                 scoring_batch_size=self.config.scoring_batch_size,
                 seed=VALIDATION_SAMPLING_SEED,
-                output_path=self.samples_path(eval_step),
+                output_path=self.samples_path(eval_step, prefix),
             )
         if self.config.shares_gpu:
             sleep_vllm_instance(self.llm)
         policy.train(was_training)
-        seconds = time.perf_counter() - started
-        self.run.log({"eval_step": eval_step, **metrics, **_prefixed(sync_metrics), "eval/seconds": seconds})
+        metrics |= {f"eval/{name.replace('/', '_')}": value for name, value in sync_metrics.items()}
+        metrics["eval/seconds"] = time.perf_counter() - started
+        metrics = {name.replace("eval/", f"{prefix}/", 1): value for name, value in metrics.items()}
+        self.run.log({"eval_step": eval_step, **metrics})
         return metrics
 
-    def samples_path(self, eval_step: int) -> Path:
+    def samples_path(self, eval_step: int, prefix: str = "eval") -> Path:
         """Return the file with the examples of an evaluation."""
-        return self.run.path / "samples" / f"step_{eval_step:06d}.jsonl"
+        return self.run.path / "samples" / f"{prefix}_{eval_step:06d}.jsonl"
 
 
 # The same questions are sampled with the same seeds at every evaluation of every run, so that curves differ by
@@ -578,6 +596,24 @@ def check_prompt_lengths(examples: Sequence[Example], prompt_ids: Sequence[list[
             f"longest with {lengths[longest]} at {examples[longest].source}; raise max_context_tokens to at least "
             f"{lengths[longest] + config.sampling_max_tokens}, or shorten the prompts"
         )
+
+
+def peak_memory_gib(device: str) -> float:
+    """Return the peak memory so far, in GiB: of the GPU on CUDA, else of this process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20
+
+
+def print_evaluation(metrics: dict[str, float | None], step: int) -> None:
+    """Print one line for an evaluation, above the progress bar."""
+    tqdm.write(
+        f"step {step}: validation answer reward {metrics['eval/answer_reward']:.3f}, format reward "
+        f"{metrics['eval/format_reward']:.3f}, response length {metrics['eval/response_length']:.0f} tokens, "
+        f"truncated {metrics['eval/truncated_fraction']:.2f}",
+        file=sys.stdout,
+    )
 
 
 def metrics_table(rows: Iterable[tuple[str, float | int | None]]) -> str:
@@ -615,10 +651,6 @@ def main(arguments: list[str]) -> None:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _prefixed(metrics: dict[str, float]) -> dict[str, float]:
-    return {f"eval/{name.replace('/', '_')}": value for name, value in metrics.items()}
 
 
 def _is_installed(distribution: str) -> bool:

@@ -27,8 +27,8 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    preset: Literal["auto", "laptop", "one-gpu", "two-gpu"] = Field(
-        "auto", description="block of the YAML file to apply; auto chooses by the CUDA devices present"
+    preset: str = Field(
+        "auto", description="block of the YAML file to apply; auto: laptop, one-gpu or two-gpu by the CUDA devices"
     )
     run_name: str = Field("", description="folder of the run under runs_dir; empty: script and time")
     runs_dir: str = Field("runs", description="folder that holds all runs")
@@ -116,7 +116,36 @@ class RunConfig(BaseModel):
         return self.policy_device == self.evaluator_device != "cpu"
 
 
-class SFTConfig(RunConfig):
+class TrainConfig(RunConfig):
+    """What both kinds of training share: batch, optimizer, evaluation interval."""
+
+    train_batch_size: int = Field(32, ge=1, description="rows (examples or responses) per optimizer step")
+    gradient_accumulation_steps: int = Field(8, ge=1, description="microbatches per optimizer step")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    eval_interval: int = Field(
+        50, ge=1, description="steps between evaluations (also before the first and after the last)"
+    )
+
+    @model_validator(mode="after")
+    def _check_train_fields(self) -> Self:
+        _require_multiple(
+            "train_batch_size",
+            self.train_batch_size,
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+        )
+        return self
+
+    @property
+    def microbatch_size(self) -> int:
+        """Rows per forward and backward pass."""
+        return self.train_batch_size // self.gradient_accumulation_steps
+
+
+class SFTConfig(TrainConfig):
     """Supervised fine-tuning (SFT_train.py)."""
 
     num_sft_examples: int | Literal["all"] = Field(
@@ -128,40 +157,84 @@ class SFTConfig(RunConfig):
     )
     num_epochs: float = Field(1.0, gt=0, description="passes over the training examples, if max_steps is 0")
     max_steps: int = Field(0, ge=0, description="optimizer steps; 0: as many as num_epochs asks for")
-    train_batch_size: int = Field(32, ge=1, description="examples per optimizer step")
-    gradient_accumulation_steps: int = Field(8, ge=1, description="microbatches per optimizer step")
     normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
-
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="constant, or linear warm-up then cosine to a tenth"
     )
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps spent warming up (cosine)")
-    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
-
-    eval_interval: int = Field(
-        50, ge=1, description="optimizer steps between evaluations (also before the first and after the last)"
-    )
 
     @model_validator(mode="after")
     def _check_sft_fields(self) -> Self:
         if isinstance(self.num_sft_examples, int) and self.num_sft_examples < 1:
             raise ValueError(f"num_sft_examples = {self.num_sft_examples}: must be at least 1, or all")
-        if self.train_batch_size % self.gradient_accumulation_steps:
-            below = self.train_batch_size // self.gradient_accumulation_steps * self.gradient_accumulation_steps
-            near = [size for size in (below, below + self.gradient_accumulation_steps) if size > 0]
+        return self
+
+
+class GRPOConfig(TrainConfig):
+    """Reinforcement learning with verified rewards (GRPO_train.py)."""
+
+    warm_start: str = Field(
+        "", description="preset of config.yaml whose SFT run gives the first policy (run first if absent); empty: none"
+    )
+    n_grpo_steps: int = Field(200, ge=1, description="rollout batches")
+    rollout_batch_size: int = Field(256, ge=1, description="responses sampled per step")
+    group_size: int = Field(8, ge=1, description="responses sampled per question")
+    epochs_per_rollout_batch: int = Field(1, ge=1, description="passes over each rollout batch")
+    train_batch_size: int = Field(256, ge=1, description="responses per optimizer step")
+    gradient_accumulation_steps: int = Field(128, ge=1, description="microbatches per optimizer step")
+
+    loss_type: Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"] = Field(
+        "reinforce_with_baseline", description="policy-gradient loss (GRPO_helper.py)"
+    )
+    use_std_normalization: bool = Field(True, description="divide advantages by the std of their group")
+    advantage_eps: float = Field(1e-6, gt=0, description="added to that std")
+    cliprange: float = Field(0.2, gt=0, lt=1, description="clip range of the importance ratio (grpo_clip)")
+    length_normalization: Literal["masked_mean", "masked_normalize", "token_mean"] = Field(
+        "masked_mean",
+        description="per response; by sampling_max_tokens (Dr. GRPO); over all tokens of the optimizer step (DAPO)",
+    )
+    mask_truncated_responses: bool = Field(False, description="leave responses cut at the length limit out of the loss")
+    num_logged_groups: int = Field(2, ge=0, description="groups of rollouts written to samples/ per step")
+
+    @model_validator(mode="after")
+    def _check_grpo_fields(self) -> Self:
+        _require_multiple("rollout_batch_size", self.rollout_batch_size, "group_size", self.group_size)
+        _require_multiple("rollout_batch_size", self.rollout_batch_size, "train_batch_size", self.train_batch_size)
+        if self.train_batch_size < self.group_size:
             raise ValueError(
-                f"train_batch_size = {self.train_batch_size} is not a multiple of gradient_accumulation_steps = "
-                f"{self.gradient_accumulation_steps}: train_batch_size = {' or '.join(map(str, near))} is"
+                f"train_batch_size = {self.train_batch_size} is smaller than group_size = {self.group_size}: "
+                f"use train_batch_size = {self.group_size} or more"
             )
+        if self.group_size == 1 and self.loss_type != "no_baseline":
+            raise ValueError(
+                f"group_size = 1 has no group mean to subtract: use group_size >= 2, or loss_type = no_baseline "
+                f"instead of {self.loss_type}"
+            )
+        if self.is_off_policy and self.loss_type in ("no_baseline", "reinforce_with_baseline"):
+            print(
+                f"warning: several optimizer steps per rollout batch with loss_type = {self.loss_type}, which ignores "
+                "that the policy has moved; grpo_clip corrects for it"
+            )
+        if not self.is_off_policy and self.loss_type == "grpo_clip":
+            print("warning: cliprange has no effect with one optimizer step per rollout batch: the ratio is always 1")
         return self
 
     @property
-    def microbatch_size(self) -> int:
-        """Examples per forward and backward pass."""
-        return self.train_batch_size // self.gradient_accumulation_steps
+    def num_questions_per_step(self) -> int:
+        """Questions per rollout batch."""
+        return self.rollout_batch_size // self.group_size
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Whether the policy moves while a rollout batch is trained on."""
+        return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
+
+
+def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        below = value // divisor * divisor
+        near = " or ".join(f"{name} = {size}" for size in (below, below + divisor) if size > 0)
+        raise ValueError(f"{name} = {value} is not a multiple of {divisor_name} = {divisor}: {near} is")
 
 
 ConfigType = TypeVar("ConfigType", bound=RunConfig)

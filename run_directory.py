@@ -105,13 +105,10 @@ def start_wandb(config: RunConfig, path: Path) -> Any:
     )
     run.define_metric("train_step")
     run.define_metric("eval_step")
-    for prefix, axis in {
-        "train": "train_step",
-        "time": "train_step",
-        "memory": "train_step",
-        "eval": "eval_step",
-    }.items():
-        run.define_metric(f"{prefix}/*", step_metric=axis)
+    for prefix in ("train", "rollout", "time", "memory"):
+        run.define_metric(f"{prefix}/*", step_metric="train_step")
+    for prefix in ("eval", "eval_all"):
+        run.define_metric(f"{prefix}/*", step_metric="eval_step")
     return run
 
 

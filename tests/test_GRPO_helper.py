@@ -12,8 +12,10 @@ from GRPO_helper import (
     compute_policy_gradient_loss,
     grpo_microbatch_train_step,
     masked_mean,
+    normalize_lengths,
 )
 
+LENGTH_NORMALIZATIONS = ["masked_mean", "masked_normalize", "token_mean"]
 LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
 
 
@@ -179,24 +181,48 @@ def test_metadata_counts_response_tokens_only():
     _, metadata = grpo_microbatch_train_step(
         log_probs, mask, 1, "grpo_clip", advantages=torch.ones(1, 1), old_log_probs=torch.zeros(1, 3), cliprange=0.2
     )
-    assert metadata["clip_fraction_high"].item() == 0.5
-    assert metadata["clip_fraction_low"].item() == 0.0
+    assert metadata["num_tokens"].item() == 2
+    assert metadata["num_clipped_high"].item() == 1
+    assert metadata["num_clipped_low"].item() == 0
     assert metadata["ratio_max"].item() == pytest.approx(1.5)
-    assert metadata["ratio_mean"].item() == pytest.approx(1.0)
+    assert metadata["ratio_sum"].item() == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("length_normalization", LENGTH_NORMALIZATIONS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_accumulated_gradient_equals_that_of_the_whole_batch(loss_type):
+def test_accumulated_gradient_equals_that_of_the_whole_batch(loss_type, length_normalization):
+    """For 1, 2, 4, 8 microbatches, rows in any order, and microbatches of unequal size."""
+    whole = random_batch(rows=8)
+    constant = {"masked_mean": None, "masked_normalize": 6.0, "token_mean": float(whole["response_mask"].sum())}
+    divisions = [list(torch.arange(8).chunk(number)) for number in (1, 2, 4, 8)]
+    divisions += [[torch.tensor([5, 2]), torch.tensor([7, 0, 1, 6, 3]), torch.tensor([4])]]
     gradients = []
-    for num_microbatches in (1, 2, 4, 8):
-        batch = random_batch(rows=8)
-        batch["policy_log_probs"].requires_grad_()
-        for rows in torch.arange(8).chunk(num_microbatches):
+    for division in divisions:
+        log_probs = whole["policy_log_probs"].clone().requires_grad_()
+        batch = whole | {"policy_log_probs": log_probs}
+        for rows in division:
             part = {name: value[rows] if torch.is_tensor(value) else value for name, value in batch.items()}
-            grpo_microbatch_train_step(**part, gradient_accumulation_steps=num_microbatches, loss_type=loss_type)
-        gradients.append(batch["policy_log_probs"].grad)
+            grpo_microbatch_train_step(
+                **part,
+                gradient_accumulation_steps=len(division),
+                loss_type=loss_type,
+                length_normalization=length_normalization,
+                normalize_constant=constant[length_normalization],
+                num_step_rows=8,
+            )
+        gradients.append(log_probs.grad)
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], atol=1e-12, rtol=0)
+
+
+def test_length_normalizations_by_hand():
+    losses = torch.tensor([[1.0, 2.0, 9.0], [4.0, 9.0, 9.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert normalize_lengths(losses, mask, "masked_mean", 2).item() == pytest.approx((1.5 + 4.0) / 2)
+    assert normalize_lengths(losses, mask, "masked_normalize", 2, 10.0).item() == pytest.approx((3.0 + 4.0) / 20)
+    assert normalize_lengths(losses, mask, "token_mean", 2, 3.0).item() == pytest.approx(7.0 / 3)
+    with pytest.raises(ValueError, match="token_mean needs normalize_constant"):
+        normalize_lengths(losses, mask, "token_mean", 2)
 
 
 def test_naive_loss_by_hand_and_inputs_unchanged():

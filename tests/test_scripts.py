@@ -73,7 +73,7 @@ def test_sft_run_leaves_everything_in_its_folder(sft_run):
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "training_loss.png", "validation_reward.png"):
         assert (path / name).stat().st_size > 0
     assert sorted(file.name for file in (path / "samples").iterdir()) == [
-        f"step_{step:06d}.jsonl" for step in (0, 2, 3)
+        f"eval_{step:06d}.jsonl" for step in (0, 2, 3)
     ]
     saved = SFTConfig.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
     assert (saved.learning_rate, saved.run_name) == (1e-3, "tiny")
@@ -107,7 +107,7 @@ def test_final_folder_loads_and_gives_the_evaluated_score_again(sft_run, tmp_pat
     assert re.search(r"answer_reward +\d", result.stdout)
     first, again = (
         path.read_text()
-        for path in (sft_run[0] / "samples/step_000003.jsonl", tmp_path / "again/samples/step_000000.jsonl")
+        for path in (sft_run[0] / "samples/eval_000003.jsonl", tmp_path / "again/samples/eval_000000.jsonl")
     )
     responses = [[json.loads(line)["response"] for line in text.splitlines()] for text in (first, again)]
     assert responses[0] == responses[1]

@@ -1,0 +1,542 @@
+"""Reinforcement learning with verified rewards (GRPO): `uv run python GRPO_train.py [key=value ...]` (--help).
+
+Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
+
+    sync the weights into vLLM; sample group_size responses to each question; grade them; normalize the rewards
+    within groups; (off-policy only) score old log-probs once; optimizer steps over batches of the rollouts; log
+
+Logged per rollout batch (axis `train_step`, counted in rollout batches):
+    rollout/reward, format_reward, answer_reward    means over all responses
+    rollout/reward_std_within_groups                mean over groups of the sample std of their rewards
+    rollout/all_right_fraction, all_wrong_fraction  groups in which every answer is right, or none
+    rollout/zero_advantage_fraction                 responses with advantage exactly zero: they teach nothing
+    rollout/response_length[_correct|_incorrect|_max], truncated_fraction
+    rollout/log_prob_gap_mean, _max, _multiplicative
+                                                    engine against policy, over the tokens of the first optimizer step
+    train/loss, grad_norm (before clipping), learning_rate, num_optimizer_steps     means over the optimizer steps
+    train/token_entropy                             mean over the response tokens trained on, nats
+    train/num_trained_rows                          rows that passed through the policy, over all optimizer steps
+    train/ratio_mean, ratio_max, clip_fraction_low, clip_fraction_high  over the same tokens, for losses with a ratio
+    time/sync, rollout, grade, old_log_probs, train, step (seconds), tokens_per_second (sampled, of the rollout)
+    memory/peak_gib
+Logged per evaluation: see policy_evaluation.summarize_examples; `eval_all/`: the whole validation set, at the end.
+Differences from the paper: no KL term (as in the assignment); responses of advantage zero are skipped in forward and
+backward, with all divisors unchanged, so that the gradient is the same.
+"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from GRPO_helper import compute_group_normalized_rewards, grpo_microbatch_train_step
+from math_data import Example, epoch_order, load_examples, load_validation_examples
+from math_reward import REWARD_FUNCTIONS
+from policy_evaluation import (
+    Evaluator,
+    Response,
+    autocast,
+    check_devices,
+    check_prompt_lengths,
+    derive_seed,
+    load_policy,
+    peak_memory_gib,
+    print_evaluation,
+    sample_responses,
+    sampling_params,
+    score_responses,
+    sleep_vllm_instance,
+)
+from run_config import GRPOConfig, UserError, load_config, run_main
+from run_directory import RunDirectory, plot_metrics
+from SFT_helper import (
+    encode_prompt,
+    get_masked_response_log_probs,
+    join_prompt_and_response_ids,
+    masked_normalize,
+    pad_token_id,
+)
+
+
+@dataclass
+class Rollout:
+    """One sampled response with what the update needs of it."""
+
+    example: Example
+    response: Response
+    rewards: dict[str, float]
+    advantage: float
+    old_log_probs: Tensor | None = None  # (number of response tokens,), of the policy that sampled
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the response was cut at the length limit."""
+        return self.response.finish_reason == "length"
+
+
+def main(arguments: list[str]) -> None:
+    """Configuration, warm start, data, policy, evaluator, loop, results."""
+    config = load_config(GRPOConfig, Path(__file__).with_name("grpo_train.yaml"), arguments)
+    check_devices(config)
+    config = apply_warm_start(config)
+    questions = load_questions(config)
+    validation_examples = load_validation_examples(config)
+    policy, tokenizer = load_policy(config)
+    prompt_ids = [encode_prompt(question.prompt, tokenizer) for question in questions]
+    check_prompt_lengths(questions, prompt_ids, config)
+    with RunDirectory.create(config, "grpo") as run:
+        print(f"run folder: {run.path}")
+        evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
+        train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
+        whole_set = load_validation_examples(config.model_copy(update={"num_eval_examples": "all"}))
+        evaluator.evaluate(policy, config.n_grpo_steps, examples=whole_set, prefix="eval_all")
+        run.save_policy(policy, tokenizer)
+        report(run, config)
+
+
+def train(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Example],
+    prompt_ids: Sequence[list[int]],
+    evaluator: Evaluator,
+    run: RunDirectory,
+    config: GRPOConfig,
+) -> None:
+    """Run all GRPO steps, evaluating before the first, every `eval_interval` steps and after the last."""
+    optimizer = torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    padding_id = pad_token_id(tokenizer)
+    order = epoch_order(len(questions), config.n_grpo_steps * config.num_questions_per_step, config.seed)
+    evaluation = evaluator.evaluate(policy, eval_step=0)
+    print_evaluation(evaluation, step=0)
+    progress = tqdm(range(1, config.n_grpo_steps + 1), desc="GRPO", unit="step")
+    with interrupt_between_phases() as stop_if_interrupted:
+        for step in progress:
+            seconds: dict[str, float] = {}
+            with timed(seconds, "time/sync"):
+                sync_metrics = evaluator.sync(policy)
+
+            first = (step - 1) * config.num_questions_per_step
+            chosen = order[first : first + config.num_questions_per_step]
+            with timed(seconds, "time/rollout"):
+                responses = sample_groups(evaluator, prompt_ids, chosen, step, config)
+            if config.shares_gpu:
+                sleep_vllm_instance(evaluator.llm)
+
+            with timed(seconds, "time/grade"):
+                rollouts = grade_groups([questions[index] for index in chosen], responses, config)
+            with timed(seconds, "time/old_log_probs"):
+                if config.is_off_policy:
+                    score_old_log_probs(policy, rollouts, padding_id, config)
+            stop_if_interrupted(policy, tokenizer, run)
+
+            with timed(seconds, "time/train"):
+                train_metrics = update_policy(policy, optimizer, rollouts, padding_id, step, config)
+            num_tokens = sum(len(rollout.response.token_ids) for rollout in rollouts)
+            metrics = {
+                "train_step": step,
+                **summarize_rollouts(rollouts, config),
+                **train_metrics,
+                **{f"rollout/{name.replace('/', '_')}": value for name, value in sync_metrics.items()},
+                **seconds,
+                "time/step": sum(seconds.values()),
+                "time/tokens_per_second": num_tokens / seconds["time/rollout"],
+                "memory/peak_gib": peak_memory_gib(config.policy_device),
+            }
+            run.log(metrics)
+            write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
+            for advice in diagnose(metrics, config):
+                tqdm.write(f"step {step}: {advice}", file=sys.stdout)
+            stop_if_interrupted(policy, tokenizer, run)
+            if step % config.eval_interval == 0 or step == config.n_grpo_steps:
+                evaluation = evaluator.evaluate(policy, eval_step=step)
+                print_evaluation(evaluation, step)
+                stop_if_interrupted(policy, tokenizer, run)
+            progress.set_postfix(
+                reward=f"{metrics['rollout/reward']:.3f}", accuracy=f"{evaluation['eval/answer_reward']:.3f}"
+            )
+
+
+def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
+    """Return the configuration with the warm start's final folder as the model; run SFT_train.py if it is absent."""
+    if not config.warm_start:
+        return config
+    final = Path(config.runs_dir) / config.warm_start / "final"
+    if (final / "config.json").is_file():
+        print(f"warm start: {final}")
+    else:
+        print(f"warm start: {final} is not there yet; running SFT_train.py preset={config.warm_start} first")
+        script = Path(__file__).with_name("SFT_train.py")
+        result = subprocess.run(
+            [
+                sys.executable,
+                str(script),
+                f"preset={config.warm_start}",
+                f"run_name={config.warm_start}",
+                f"runs_dir={config.runs_dir}",
+            ]
+        )
+        if result.returncode != 0:
+            raise UserError(
+                f"warm_start = {config.warm_start}: SFT_train.py ended with status {result.returncode}; see above "
+                f"(remove {final.parent} before trying again if it was left unfinished)"
+            )
+    return config.model_copy(update={"model": str(final)})
+
+
+def load_questions(config: GRPOConfig) -> list[Example]:
+    """Return the training questions.
+
+    Raises:
+        UserError: a question has no answer to grade against, or there are fewer questions than a step needs.
+    """
+    questions = load_examples(config.train_data, config, split="train")
+    without_truth = [question.source for question in questions if question.ground_truth is None]
+    if without_truth:
+        raise UserError(
+            f"train_data = {config.train_data}: {len(without_truth)} of {len(questions)} questions have no answer, the "
+            f"first at {without_truth[0]}; use data with answers"
+        )
+    if len(questions) < config.num_questions_per_step:
+        raise UserError(
+            f"train_data = {config.train_data} has {len(questions)} questions, but a step takes rollout_batch_size / "
+            f"group_size = {config.rollout_batch_size} / {config.group_size} = {config.num_questions_per_step}; "
+            f"use rollout_batch_size = {len(questions) * config.group_size} or less"
+        )
+    return questions
+
+
+def sample_groups(
+    evaluator: Evaluator, prompt_ids: Sequence[list[int]], chosen: Sequence[int], step: int, config: GRPOConfig
+) -> list[Response]:
+    """Sample `group_size` responses to each chosen question, those of a group next to each other."""
+    requests = [(index, sample) for index in chosen for sample in range(config.group_size)]
+    return sample_responses(
+        evaluator.llm,
+        [prompt_ids[index] for index, _ in requests],
+        sampling_params(config),
+        [derive_seed(config.seed, "rollout", step, index, sample) for index, sample in requests],
+    )
+
+
+def grade_groups(questions: Sequence[Example], responses: Sequence[Response], config: GRPOConfig) -> list[Rollout]:
+    """Grade the responses and normalize their rewards within groups."""
+    repeated = [question for question in questions for _ in range(config.group_size)]
+    truths = [question.ground_truth or "" for question in repeated]
+    graded = [
+        REWARD_FUNCTIONS[config.reward](response.text, truth) for response, truth in zip(responses, truths, strict=True)
+    ]
+    remaining = iter(graded)
+    advantages, _, _ = compute_group_normalized_rewards(
+        lambda response, truth: next(remaining),
+        [response.text for response in responses],
+        truths,
+        config.group_size,
+        config.advantage_eps,
+        config.use_std_normalization and config.group_size > 1,
+    )
+    return [
+        Rollout(example, response, rewards, advantage)
+        for example, response, rewards, advantage in zip(repeated, responses, graded, advantages.tolist(), strict=True)
+    ]
+
+
+def score_old_log_probs(
+    policy: PreTrainedModel, rollouts: Sequence[Rollout], padding_id: int, config: GRPOConfig
+) -> None:
+    """Score every rollout once with the policy that sampled it, before the policy moves."""
+    responses = [rollout.response for rollout in rollouts]
+    with autocast(config):
+        scores = score_responses(policy, responses, padding_id, config.scoring_batch_size)
+    for rollout, score in zip(rollouts, scores, strict=True):
+        rollout.old_log_probs = score["log_probs"]
+
+
+def update_policy(
+    policy: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Sequence[Rollout],
+    padding_id: int,
+    step: int,
+    config: GRPOConfig,
+) -> dict[str, float | None]:
+    """Take all optimizer steps on a rollout batch; return their metrics.
+
+    Raises:
+        UserError: loss or gradient is no number; the policy is left as it was before that optimizer step.
+    """
+    totals: dict[str, list[float]] = {}
+    for epoch in range(config.epochs_per_rollout_batch):
+        order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
+        for start in range(0, len(rollouts), config.train_batch_size):
+            batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
+            is_first = epoch == 0 and start == 0
+            metrics = accumulate_gradients(policy, batch, padding_id, config, measure_gap=is_first)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
+                raise UserError(
+                    f"step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; lower learning_rate, or set "
+                    "loss_type=grpo_clip if the importance ratio exploded"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            for name, value in (metrics | {"grad_norm": grad_norm}).items():
+                totals.setdefault(name, []).append(value)
+    num_tokens = sum(totals["num_tokens"])
+
+    def per_token(name: str) -> float | None:
+        return sum(totals[name]) / num_tokens if name in totals and num_tokens else None
+
+    num_steps = len(totals["loss"])
+    gap_tokens = sum(totals.get("gap_tokens", []))
+    gap_mean = sum(totals["gap_sum"]) / gap_tokens if gap_tokens else None
+    return {
+        "train/loss": sum(totals["loss"]) / num_steps,
+        "train/grad_norm": sum(totals["grad_norm"]) / num_steps,
+        "train/learning_rate": config.learning_rate,
+        "train/num_optimizer_steps": num_steps,
+        "train/num_trained_rows": sum(totals["num_trained_rows"]),
+        "train/token_entropy": per_token("entropy_sum"),
+        "train/ratio_mean": per_token("ratio_sum"),
+        "train/ratio_max": max(totals["ratio_max"]) if "ratio_max" in totals else None,
+        "train/clip_fraction_low": per_token("num_clipped_low"),
+        "train/clip_fraction_high": per_token("num_clipped_high"),
+        "rollout/log_prob_gap_mean": gap_mean,
+        "rollout/log_prob_gap_multiplicative": None if gap_mean is None else math.exp(gap_mean),
+        "rollout/log_prob_gap_max": max(totals["gap_max"]) if "gap_max" in totals else None,
+    }
+
+
+def accumulate_gradients(
+    policy: PreTrainedModel, batch: Sequence[Rollout], padding_id: int, config: GRPOConfig, measure_gap: bool = False
+) -> dict[str, float]:
+    """Add the gradient of one optimizer step to the parameters, microbatch by microbatch; return its sums.
+
+    Rows without anything to learn from are skipped: an advantage (for no_baseline: a reward) of exactly zero, or,
+    with `mask_truncated_responses`, a response that was cut. The divisors count the whole batch all the same.
+    """
+    kept = [rollout for rollout in batch if not (config.mask_truncated_responses and rollout.is_truncated)]
+    num_step_tokens = sum(len(rollout.response.token_ids) for rollout in kept)
+    normalize_constant = {
+        "masked_mean": None,
+        "masked_normalize": float(config.sampling_max_tokens),
+        "token_mean": float(num_step_tokens),
+    }[config.length_normalization]
+    rows = [rollout for rollout in kept if loss_weight(rollout, config) != 0]
+    rows.sort(key=lambda rollout: len(rollout.response.prompt_ids) + len(rollout.response.token_ids))
+    if not rows:  # the gradient is zero, not absent: the optimizer's momentum moves on all the same
+        for parameter in policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    sums: dict[str, float] = {"loss": 0.0, "num_tokens": 0.0, "num_trained_rows": float(len(rows))}
+    for start in range(0, len(rows), config.microbatch_size):
+        part = rows[start : start + config.microbatch_size]
+        tensors = join_prompt_and_response_ids(
+            [rollout.response.prompt_ids for rollout in part],
+            [rollout.response.token_ids for rollout in part],
+            padding_id,
+        )
+        tensors = {name: tensor.to(policy.device) for name, tensor in tensors.items()}
+        mask = tensors["response_mask"]
+        with autocast(config):
+            scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
+        log_probs = scores["log_probs"]
+        weights = torch.tensor([[loss_weight(rollout, config)] for rollout in part], device=policy.device)
+        loss, metadata = grpo_microbatch_train_step(
+            log_probs,
+            mask,
+            config.gradient_accumulation_steps,
+            config.loss_type,
+            raw_rewards=weights,
+            advantages=weights,
+            old_log_probs=old_log_probs_of(part, log_probs, mask),
+            cliprange=config.cliprange,
+            length_normalization=config.length_normalization,
+            normalize_constant=normalize_constant,
+            num_step_rows=len(batch),
+        )
+        microbatch = {"loss": loss, "entropy_sum": masked_normalize(scores["token_entropy"], mask, 1.0), **metadata}
+        if measure_gap:
+            engine = torch.tensor([value for rollout in part for value in rollout.response.log_probs])
+            gap = (engine - log_probs.detach()[mask].cpu()).abs()
+            microbatch |= {"gap_sum": gap.sum(), "gap_max": gap.max(), "gap_tokens": gap.numel()}
+        for name, value in microbatch.items():
+            number = float(value)
+            sums[name] = max(sums.get(name, number), number) if name.endswith("_max") else sums.get(name, 0.0) + number
+    return sums
+
+
+def loss_weight(rollout: Rollout, config: GRPOConfig) -> float:
+    """Return what multiplies a response's log-probs in the loss: its reward for no_baseline, else its advantage."""
+    return rollout.rewards["reward"] if config.loss_type == "no_baseline" else rollout.advantage
+
+
+def old_log_probs_of(part: Sequence[Rollout], log_probs: Tensor, mask: Tensor) -> Tensor:
+    """Return the old log-probs in the shape of the new ones; on-policy they are the new ones, held fixed."""
+    if part[0].old_log_probs is None:
+        return log_probs.detach()
+    values = torch.cat([rollout.old_log_probs for rollout in part if rollout.old_log_probs is not None])
+    return torch.zeros_like(log_probs).masked_scatter(mask, values.to(log_probs))
+
+
+def summarize_rollouts(rollouts: Sequence[Rollout], config: GRPOConfig) -> dict[str, float | None]:
+    """Return the metrics of a rollout batch, over all its responses."""
+    groups = torch.tensor([rollout.rewards["reward"] for rollout in rollouts]).view(-1, config.group_size)
+    lengths = [len(rollout.response.token_ids) for rollout in rollouts]
+    right = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] == 1]
+    wrong = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] != 1]
+    return {
+        "rollout/reward": groups.mean().item(),
+        "rollout/format_reward": _mean([rollout.rewards["format_reward"] for rollout in rollouts]),
+        "rollout/answer_reward": _mean([rollout.rewards["answer_reward"] for rollout in rollouts]),
+        "rollout/reward_std_within_groups": groups.std(dim=1).mean().item() if config.group_size > 1 else None,
+        "rollout/all_right_fraction": (groups == 1).all(dim=1).float().mean().item(),
+        "rollout/all_wrong_fraction": (groups == 0).all(dim=1).float().mean().item(),
+        "rollout/zero_advantage_fraction": _mean([float(rollout.advantage == 0) for rollout in rollouts]),
+        "rollout/response_length": _mean(lengths),
+        "rollout/response_length_correct": _mean(right),
+        "rollout/response_length_incorrect": _mean(wrong),
+        "rollout/response_length_max": max(lengths),
+        "rollout/truncated_fraction": _mean([float(rollout.is_truncated) for rollout in rollouts]),
+    }
+
+
+def diagnose(metrics: Mapping[str, float | int | None], config: GRPOConfig) -> list[str]:
+    """Return a sentence for each thing in a step's metrics that deserves a look."""
+
+    def value(name: str) -> float:
+        number = metrics.get(name)
+        return 0.0 if number is None else float(number)
+
+    advice = []
+    if value("rollout/reward") == 0:
+        if value("rollout/truncated_fraction") == 1:
+            advice.append("every reward is zero and every response was cut: raise sampling_max_tokens")
+        elif value("rollout/format_reward") == 0:
+            advice.append("every reward is zero and no response keeps the format: start from a policy that knows it")
+        else:
+            advice.append("every reward is zero although the format is kept: the questions are too hard, or misgraded")
+    elif value("rollout/zero_advantage_fraction") == 1:
+        advice.append("every advantage is zero: within each group all are right or all are wrong, nothing is learnt")
+    if value("train/clip_fraction_low") + value("train/clip_fraction_high") > 0.3:
+        advice.append("over 30 % of the tokens are clipped: lower learning_rate or epochs_per_rollout_batch")
+    if value("rollout/log_prob_gap_multiplicative") > config.max_sync_error:
+        advice.append("engine and policy drift apart beyond max_sync_error: look at engine_dtype and the weight sync")
+    if value("train/grad_norm") > 100 * config.max_grad_norm:
+        advice.append("the gradient norm is over 100 times its clip: lower learning_rate, look at the ratio")
+    return advice
+
+
+def write_rollouts(path: Path, rollouts: Sequence[Rollout], config: GRPOConfig) -> None:
+    """Write the first groups of a rollout batch as JSON lines."""
+    with path.open("w") as file:
+        for rollout in rollouts[: config.num_logged_groups * config.group_size]:
+            row = {
+                "prompt": rollout.example.prompt,
+                "response": rollout.response.text,
+                "ground_truth": rollout.example.ground_truth,
+                **rollout.rewards,
+                "advantage": rollout.advantage,
+                "response_length": len(rollout.response.token_ids),
+                "finish_reason": rollout.response.finish_reason,
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def report(run: RunDirectory, config: GRPOConfig) -> None:
+    """Draw the run's figures and print its last lines, the last score before the best."""
+    rows = run.read_metrics()
+    plot_metrics(
+        rows,
+        {"validation reward": [("eval/answer_reward", "answer"), ("eval/format_reward", "format")]},
+        axis="eval_step",
+        path=run.path / "validation_reward.png",
+    )
+    plot_metrics(
+        rows,
+        {
+            "response length (tokens)": [("rollout/response_length", "all")],
+            "token entropy (nats)": [("train/token_entropy", "trained tokens")],
+            "gradient norm": [("train/grad_norm", "before clipping")],
+        },
+        axis="train_step",
+        path=run.path / "training.png",
+    )
+    evaluations = [row for row in rows if "eval/answer_reward" in row]
+    first, last = evaluations[0], evaluations[-1]
+    best = max(evaluations, key=lambda row: row["eval/answer_reward"])
+    whole = next(row for row in rows if "eval_all/answer_reward" in row)
+    print(
+        f"validation answer reward: last {last['eval/answer_reward']:.3f} (step {last['eval_step']}), best "
+        f"{best['eval/answer_reward']:.3f} (step {best['eval_step']}), before training "
+        f"{first['eval/answer_reward']:.3f}, on {last['eval/num_examples']} held-out questions; after the last step on "
+        f"all {whole['eval_all/num_examples']}: {whole['eval_all/answer_reward']:.3f} "
+        f"(temperature {config.sampling_temperature:g})"
+    )
+    print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time that a block took to `seconds[name]`."""
+    started = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@contextmanager
+def interrupt_between_phases() -> Iterator["StopIfInterrupted"]:
+    """Hold back Ctrl-C until the current phase is over; a second one stops at once."""
+    stop = StopIfInterrupted()
+    previous = signal.signal(signal.SIGINT, stop.remember)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class StopIfInterrupted:
+    """Call it between phases: after a Ctrl-C it saves the policy, says where, and raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.is_requested = False
+
+    def remember(self, signal_number: int, frame: FrameType | None) -> None:
+        """Note the first Ctrl-C; raise KeyboardInterrupt at the second."""
+        if self.is_requested:
+            raise KeyboardInterrupt
+        self.is_requested = True
+        print("\nstopping after this phase; Ctrl-C again stops at once", file=sys.stderr)
+
+    def __call__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
+        """Save and raise KeyboardInterrupt if Ctrl-C was pressed."""
+        if self.is_requested:
+            print(f"saved the policy in {run.save_policy(policy, tokenizer, 'interrupted')}", file=sys.stderr)
+            raise KeyboardInterrupt
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+if __name__ == "__main__":
+    run_main(main)

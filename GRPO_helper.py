@@ -14,17 +14,16 @@ Stanford CS336 (Spring 2025), Assignment 5, section 7.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from SFT_helper import masked_normalize
 
-LengthNormalization = Literal["masked_mean", "masked_normalize", "token_mean"]
-LossType = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
-REQUIRED_ARGUMENTS: dict[str, tuple[str, ...]] = {
+LENGTH_NORMALIZATIONS = ("masked_mean", "masked_normalize", "token_mean")
+REQUIRED_ARGUMENTS: dict[str, tuple[str, ...]] = {  # of each loss type
     "no_baseline": ("raw_rewards",),
     "reinforce_with_baseline": ("advantages",),
     "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
@@ -98,11 +97,15 @@ def compute_naive_policy_gradient_loss(
         raw_rewards_or_advantages: (B, 1), one number per response.
         policy_log_probs: (B, T), with gradient.
 
+    Raises:
+        ValueError: the first is not (B, 1); as (B,) it would be spread over the tokens, not over the rows.
+
     Source: Williams 1992; CS336 Assignment 5, problem compute_naive_policy_gradient_loss.
 
     >>> compute_naive_policy_gradient_loss(torch.tensor([[2.0]]), torch.tensor([[-1.0, -0.5]]))
     tensor([[2., 1.]])
     """
+    _check_one_per_row("raw_rewards_or_advantages", raw_rewards_or_advantages, policy_log_probs)
     return -raw_rewards_or_advantages * policy_log_probs
 
 
@@ -124,8 +127,12 @@ def compute_grpo_clip_loss(
         The loss; and per token (B, T), without gradient: `ratio`, `is_clipped_low` (rho < 1 - eps with A < 0)
         and `is_clipped_high` (rho > 1 + eps with A > 0), the tokens whose gradient the clip removes.
 
+    Raises:
+        ValueError: advantages are not (B, 1).
+
     Source: Schulman et al. 2017, equation 7; CS336 Assignment 5, problem compute_grpo_clip_loss.
     """
+    _check_one_per_row("advantages", advantages, policy_log_probs)
     ratio = torch.exp(policy_log_probs - old_log_probs)
     clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
     per_token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
@@ -139,7 +146,7 @@ def compute_grpo_clip_loss(
 
 def compute_policy_gradient_loss(
     policy_log_probs: Float[Tensor, "batch sequence"],
-    loss_type: LossType,
+    loss_type: str,
     raw_rewards: Float[Tensor, "batch 1"] | None = None,
     advantages: Float[Tensor, "batch 1"] | None = None,
     old_log_probs: Float[Tensor, "batch sequence"] | None = None,
@@ -152,8 +159,8 @@ def compute_policy_gradient_loss(
 
     Source: CS336 Assignment 5, problem compute_policy_gradient_loss; grpo_no_clip: its clip ablation.
     """
-    if loss_type not in get_args(LossType):
-        raise ValueError(f"loss_type = {loss_type!r}: use one of {', '.join(get_args(LossType))}")
+    if loss_type not in REQUIRED_ARGUMENTS:
+        raise ValueError(f"loss_type = {loss_type!r}: use one of {', '.join(REQUIRED_ARGUMENTS)}")
     given = {
         "raw_rewards": raw_rewards,
         "advantages": advantages,
@@ -173,6 +180,7 @@ def compute_policy_gradient_loss(
         return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
     assert old_log_probs is not None
     if loss_type == "grpo_no_clip":
+        _check_one_per_row("advantages", advantages, policy_log_probs)
         ratio = torch.exp(policy_log_probs - old_log_probs)
         return -ratio * advantages, {"ratio": ratio.detach()}
     assert cliprange is not None
@@ -180,7 +188,7 @@ def compute_policy_gradient_loss(
 
 
 def masked_mean(
-    tensor: Float[Tensor, "..."], mask: Bool[Tensor, "..."], dim: int | None = None
+    tensor: Float[Tensor, "..."], mask: Bool[Tensor, "..."] | Int[Tensor, "..."], dim: int | None = None
 ) -> Float[Tensor, "..."]:
     """Return the mean over the masked elements; NaN (0/0) where a slice has none.
 
@@ -198,16 +206,16 @@ def masked_mean(
     """
     if tensor.shape != mask.shape:
         raise ValueError(f"tensor is {tuple(tensor.shape)} and mask {tuple(mask.shape)}: give both the same shape")
-    kept = torch.where(mask.bool(), tensor, torch.zeros_like(tensor))
-    counts = mask.bool()
-    return kept.sum() / counts.sum() if dim is None else kept.sum(dim=dim) / counts.sum(dim=dim)
+    is_kept = mask.bool()
+    kept = torch.where(is_kept, tensor, torch.zeros_like(tensor))
+    return kept.sum() / is_kept.sum() if dim is None else kept.sum(dim=dim) / is_kept.sum(dim=dim)
 
 
 def normalize_lengths(
     per_token_loss: Float[Tensor, "batch sequence"],
     response_mask: Bool[Tensor, "batch sequence"],
-    length_normalization: LengthNormalization,
-    num_step_rows: float,
+    length_normalization: str,
+    num_step_rows: int,
     normalize_constant: float | None = None,
 ) -> Float[Tensor, ""]:
     """Reduce the token losses of a microbatch to its share of the optimizer step's loss.
@@ -226,8 +234,15 @@ def normalize_lengths(
         num_step_rows: N, rows of the whole optimizer step.
         normalize_constant: C; not for masked_mean.
 
+    Raises:
+        ValueError: the normalization is unknown, or lacks its constant.
+
     Sources: CS336 Assignment 5 (masked_mean); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025, equation 8 (DAPO).
     """
+    if length_normalization not in LENGTH_NORMALIZATIONS:
+        raise ValueError(
+            f"length_normalization = {length_normalization!r}: use one of {', '.join(LENGTH_NORMALIZATIONS)}"
+        )
     if length_normalization == "masked_mean":
         return masked_mean(per_token_loss, response_mask, dim=-1).sum() / num_step_rows
     if normalize_constant is None:
@@ -240,13 +255,13 @@ def grpo_microbatch_train_step(
     policy_log_probs: Float[Tensor, "batch sequence"],
     response_mask: Bool[Tensor, "batch sequence"],
     gradient_accumulation_steps: int,
-    loss_type: LossType,
+    loss_type: str,
     raw_rewards: Float[Tensor, "batch 1"] | None = None,
     advantages: Float[Tensor, "batch 1"] | None = None,
     old_log_probs: Float[Tensor, "batch sequence"] | None = None,
     cliprange: float | None = None,
     *,
-    length_normalization: LengthNormalization = "masked_mean",
+    length_normalization: str = "masked_mean",
     normalize_constant: float | None = None,
     num_step_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
@@ -267,16 +282,18 @@ def grpo_microbatch_train_step(
     """
     if gradient_accumulation_steps < 1:
         raise ValueError(f"gradient_accumulation_steps = {gradient_accumulation_steps}: must be at least 1")
+    mask = response_mask.bool()
+    # Outside the mask a ratio could be infinite, and 0 * inf in its backward pass NaN: nothing there may count.
+    policy_log_probs = torch.where(mask, policy_log_probs, 0.0)
+    if old_log_probs is not None:
+        old_log_probs = torch.where(mask, old_log_probs, 0.0)
     per_token_loss, per_token_metadata = compute_policy_gradient_loss(
         policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
     )
     if num_step_rows is None:
         num_step_rows = len(policy_log_probs) * gradient_accumulation_steps
-    step_loss = normalize_lengths(
-        per_token_loss, response_mask, length_normalization, num_step_rows, normalize_constant
-    )
+    step_loss = normalize_lengths(per_token_loss, mask, length_normalization, num_step_rows, normalize_constant)
     step_loss.backward()
-    mask = response_mask.bool()
     metadata: dict[str, Any] = {"num_tokens": mask.sum()}
     if "ratio" in per_token_metadata:
         ratio = per_token_metadata["ratio"][mask]
@@ -285,3 +302,11 @@ def grpo_microbatch_train_step(
         if f"is_clipped_{side}" in per_token_metadata:
             metadata[f"num_clipped_{side}"] = (per_token_metadata[f"is_clipped_{side}"] & mask).sum()
     return step_loss.detach(), metadata
+
+
+def _check_one_per_row(name: str, values: Tensor, policy_log_probs: Tensor) -> None:
+    if values.shape != (len(policy_log_probs), 1):
+        raise ValueError(
+            f"{name} is {tuple(values.shape)}: give one number per row, as ({len(policy_log_probs)}, 1) for log-probs "
+            f"of {tuple(policy_log_probs.shape)}"
+        )

@@ -5,28 +5,35 @@ Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
     sync the weights into vLLM; sample group_size responses to each question; grade them; normalize the rewards
     within groups; (off-policy only) score old log-probs once; optimizer steps over batches of the rollouts; log
 
-Logged per rollout batch (axis `train_step`, counted in rollout batches):
-    rollout/reward, format_reward, answer_reward    means over all responses
-    rollout/reward_std_within_groups                mean over groups of the sample std of their rewards
-    rollout/all_right_fraction, all_wrong_fraction  groups in which every answer is right, or none
-    rollout/zero_advantage_fraction                 responses with advantage exactly zero: they teach nothing
-    rollout/response_length[_correct|_incorrect|_max], truncated_fraction
-    rollout/log_prob_gap_mean, _max, _multiplicative
-                                                    engine against policy, over the tokens of the first optimizer step
-    train/loss, grad_norm (before clipping), learning_rate, num_optimizer_steps     means over the optimizer steps
-    train/token_entropy                             mean over the response tokens trained on, nats
-    train/num_trained_rows                          rows that passed through the policy, over all optimizer steps
-    train/ratio_mean, ratio_max, clip_fraction_low, clip_fraction_high  over the same tokens, for losses with a ratio
-    time/sync, rollout, grade, old_log_probs, train, step (seconds), tokens_per_second (sampled, of the rollout)
+Logged per optimizer step (axis `train_step`, counted in optimizer steps):
+    train/loss                 as differentiated, summed over the microbatches
+    train/grad_norm            before clipping
+    train/token_entropy        mean over the response tokens trained on, nats
+    train/num_trained_rows     rows that passed through the policy: those with something to learn from
+    train/ratio_mean, train/ratio_max, train/clip_fraction_low, train/clip_fraction_high
+                               over the same tokens, for losses with a ratio or a clip
+    train/learning_rate
+Measured in the first optimizer step of a rollout batch, before the policy moves (null in later ones):
+    rollout/log_prob_gap_mean, rollout/log_prob_gap_max, rollout/log_prob_gap_multiplicative
+                               |engine - policy|, over the tokens trained on; multiplicative: exp(mean)
+Logged with the last optimizer step of a rollout batch:
+    rollout/reward, rollout/format_reward, rollout/answer_reward   means over all responses
+    rollout/reward_std_within_groups                               mean over groups of their sample std
+    rollout/all_right_fraction, rollout/all_wrong_fraction         groups in which every answer is right, or none
+    rollout/zero_advantage_fraction    responses with advantage exactly zero: they teach nothing
+    rollout/response_length[_correct|_incorrect|_max], rollout/truncated_fraction
+    rollout/sync_multiplicative_error, rollout/sync_max_log_prob_difference    see policy_evaluation.check_policy_sync
+    time/sync, time/rollout, time/grade, time/old_log_probs, time/train, time/step (their sum): seconds
+    time/tokens_per_second             sampled, of the rollout phase
     memory/peak_gib
-Logged per evaluation: see policy_evaluation.summarize_examples; `eval_all/`: the whole validation set, at the end.
+Logged per evaluation (axis `eval_step`, counted in rollout batches, as n_grpo_steps is): eval/*, see
+policy_evaluation.summarize_examples; eval_all/*: the same on the whole validation set, at the end.
 Differences from the paper: no KL term (as in the assignment); responses of advantage zero are skipped in forward and
 backward, with all divisors unchanged, so that the gradient is the same.
 """
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -34,7 +41,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -42,7 +48,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from GRPO_helper import compute_group_normalized_rewards, grpo_microbatch_train_step
-from math_data import Example, epoch_order, load_examples, load_validation_examples
+from math_data import (
+    Example,
+    epoch_order,
+    hold_out,
+    load_examples,
+    load_validation_set,
+    require_ground_truths,
+    validation_subset,
+)
 from math_reward import REWARD_FUNCTIONS
 from policy_evaluation import (
     Evaluator,
@@ -59,8 +73,8 @@ from policy_evaluation import (
     score_responses,
     sleep_vllm_instance,
 )
-from run_config import GRPOConfig, UserError, load_config, run_main
-from run_directory import RunDirectory, plot_metrics
+from run_config import GRPOConfig, UserError, load_config, read_yaml, run_main
+from run_directory import InterruptGuard, RunDirectory, plot_metrics
 from SFT_helper import (
     encode_prompt,
     get_masked_response_log_probs,
@@ -90,19 +104,18 @@ def main(arguments: list[str]) -> None:
     """Configuration, warm start, data, policy, evaluator, loop, results."""
     config = load_config(GRPOConfig, Path(__file__).with_name("grpo_train.yaml"), arguments)
     check_devices(config)
+    validation_set = load_validation_set(config)
+    validation_examples = validation_subset(validation_set, config)
+    questions = load_questions(validation_set, config)
     config = apply_warm_start(config)
-    questions = load_questions(config)
-    validation_examples = load_validation_examples(config)
     policy, tokenizer = load_policy(config)
-    prompt_ids = [encode_prompt(question.prompt, tokenizer) for question in questions]
-    check_prompt_lengths(questions, prompt_ids, config)
+    check_prompt_lengths([*questions, *validation_set], tokenizer, config)
     with RunDirectory.create(config, "grpo") as run:
         print(f"run folder: {run.path}")
         evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
-        train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
-        whole_set = load_validation_examples(config.model_copy(update={"num_eval_examples": "all"}))
-        evaluator.evaluate(policy, config.n_grpo_steps, examples=whole_set, prefix="eval_all")
-        run.save_policy(policy, tokenizer)
+        train(policy, tokenizer, questions, evaluator, run, config)
+        run.finish()
+        evaluator.evaluate(policy, config.n_grpo_steps, examples=validation_set, prefix="eval_all")
         report(run, config)
 
 
@@ -110,7 +123,6 @@ def train(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Example],
-    prompt_ids: Sequence[list[int]],
     evaluator: Evaluator,
     run: RunDirectory,
     config: GRPOConfig,
@@ -125,12 +137,14 @@ def train(
     )
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
+    policy.train()
     padding_id = pad_token_id(tokenizer)
+    prompt_ids = [encode_prompt(question.prompt, tokenizer) for question in questions]
     order = epoch_order(len(questions), config.n_grpo_steps * config.num_questions_per_step, config.seed)
     evaluation = evaluator.evaluate(policy, eval_step=0)
     print_evaluation(evaluation, step=0)
     progress = tqdm(range(1, config.n_grpo_steps + 1), desc="GRPO", unit="step")
-    with interrupt_between_phases() as stop_if_interrupted:
+    with InterruptGuard(run, policy, tokenizer) as guard:
         for step in progress:
             seconds: dict[str, float] = {}
             with timed(seconds, "time/sync"):
@@ -148,75 +162,90 @@ def train(
             with timed(seconds, "time/old_log_probs"):
                 if config.is_off_policy:
                     score_old_log_probs(policy, rollouts, padding_id, config)
-            stop_if_interrupted(policy, tokenizer, run)
+            guard.stop_if_requested(step - 1)
 
-            with timed(seconds, "time/train"):
-                train_metrics = update_policy(policy, optimizer, rollouts, padding_id, step, config)
+            try:
+                with timed(seconds, "time/train"):
+                    rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
+            except FloatingPointError as error:
+                if not config.is_off_policy:  # the weights are those that this step's sync has proved
+                    run.save_checkpoint(policy, tokenizer, step - 1)
+                raise UserError(f"step {step}: {error}; {run.describe_last_good()}") from None
+
             num_tokens = sum(len(rollout.response.token_ids) for rollout in rollouts)
-            metrics = {
-                "train_step": step,
-                **summarize_rollouts(rollouts, config),
-                **train_metrics,
-                **{f"rollout/{name.replace('/', '_')}": value for name, value in sync_metrics.items()},
-                **seconds,
+            rows[-1] |= summarize_rollouts(rollouts, config)
+            rows[-1] |= {f"rollout/{name}": value for name, value in sync_metrics.items()}
+            rows[-1] |= seconds | {
                 "time/step": sum(seconds.values()),
                 "time/tokens_per_second": num_tokens / seconds["time/rollout"],
                 "memory/peak_gib": peak_memory_gib(config.policy_device),
             }
-            run.log(metrics)
+            for index, row in enumerate(rows, start=1):
+                run.log({"train_step": (step - 1) * len(rows) + index, **row})
+                for advice in diagnose(row, config):
+                    tqdm.write(f"step {step}: {advice}", file=sys.stdout)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
-            for advice in diagnose(metrics, config):
-                tqdm.write(f"step {step}: {advice}", file=sys.stdout)
-            stop_if_interrupted(policy, tokenizer, run)
+            guard.stop_if_requested(step)
             if step % config.eval_interval == 0 or step == config.n_grpo_steps:
+                run.save_checkpoint(policy, tokenizer, step)  # first: nothing is lost if the evaluation fails
                 evaluation = evaluator.evaluate(policy, eval_step=step)
+                run.keep_last_checkpoint()
                 print_evaluation(evaluation, step)
-                stop_if_interrupted(policy, tokenizer, run)
+                guard.stop_if_requested(step)
             progress.set_postfix(
-                reward=f"{metrics['rollout/reward']:.3f}", accuracy=f"{evaluation['eval/answer_reward']:.3f}"
+                reward=f"{rows[-1]['rollout/reward']:.3f}", accuracy=f"{evaluation['answer_reward']:.3f}"
             )
 
 
 def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
-    """Return the configuration with the warm start's final folder as the model; run SFT_train.py if it is absent."""
+    """Return the configuration with the warm start's final folder as the model; run SFT_train.py if it is absent.
+
+    Raises:
+        UserError: the SFT run failed, or the one that is there started from another model, prompt or reward.
+    """
     if not config.warm_start:
         return config
-    final = Path(config.runs_dir) / config.warm_start / "final"
-    if (final / "config.json").is_file():
-        print(f"warm start: {final}")
+    folder = Path(config.runs_dir) / config.warm_start
+    shared = {"model": config.model, "prompt": config.prompt, "reward": config.reward}
+    if (folder / "final").is_dir():
+        used = read_yaml(folder / "config.yaml")
+        different = [
+            f"{name} = {used.get(name)}, not {value}" for name, value in shared.items() if used.get(name) != value
+        ]
+        if different:
+            raise UserError(
+                f"warm_start = {config.warm_start}: {folder} was trained with {'; '.join(different)}; remove it to "
+                "train it again, or name another warm start"
+            )
+        print(f"warm start: {folder / 'final'}")
     else:
-        print(f"warm start: {final} is not there yet; running SFT_train.py preset={config.warm_start} first")
+        print(f"warm start: {folder / 'final'} is not there yet; running SFT_train.py preset={config.warm_start} first")
         script = Path(__file__).with_name("SFT_train.py")
-        result = subprocess.run(
-            [
-                sys.executable,
-                str(script),
-                f"preset={config.warm_start}",
-                f"run_name={config.warm_start}",
-                f"runs_dir={config.runs_dir}",
-            ]
-        )
+        settings = shared | {
+            "preset": config.warm_start,
+            "run_name": config.warm_start,
+            "runs_dir": config.runs_dir,
+            "wandb_mode": config.wandb_mode,
+        }
+        arguments = [f"{name}={value}" for name, value in settings.items()]
+        result = subprocess.run([sys.executable, str(script), *arguments])
         if result.returncode != 0:
             raise UserError(
                 f"warm_start = {config.warm_start}: SFT_train.py ended with status {result.returncode}; see above "
-                f"(remove {final.parent} before trying again if it was left unfinished)"
+                f"(remove {folder} before trying again if it was left unfinished)"
             )
-    return config.model_copy(update={"model": str(final)})
+    return config.model_copy(update={"model": str(folder / "final")})
 
 
-def load_questions(config: GRPOConfig) -> list[Example]:
-    """Return the training questions.
+def load_questions(validation_set: Sequence[Example], config: GRPOConfig) -> list[Example]:
+    """Return the training questions, those of the validation set left out.
 
     Raises:
         UserError: a question has no answer to grade against, or there are fewer questions than a step needs.
     """
     questions = load_examples(config.train_data, config, split="train")
-    without_truth = [question.source for question in questions if question.ground_truth is None]
-    if without_truth:
-        raise UserError(
-            f"train_data = {config.train_data}: {len(without_truth)} of {len(questions)} questions have no answer, the "
-            f"first at {without_truth[0]}; use data with answers"
-        )
+    require_ground_truths(questions, "train_data", config.train_data)
+    questions = hold_out(questions, validation_set, config)
     if len(questions) < config.num_questions_per_step:
         raise UserError(
             f"train_data = {config.train_data} has {len(questions)} questions, but a step takes rollout_batch_size / "
@@ -266,8 +295,7 @@ def score_old_log_probs(
 ) -> None:
     """Score every rollout once with the policy that sampled it, before the policy moves."""
     responses = [rollout.response for rollout in rollouts]
-    with autocast(config):
-        scores = score_responses(policy, responses, padding_id, config.scoring_batch_size)
+    scores = score_responses(policy, responses, padding_id, config.scoring_batch_size, config.compute_dtype)
     for rollout, score in zip(rollouts, scores, strict=True):
         rollout.old_log_probs = score["log_probs"]
 
@@ -279,51 +307,50 @@ def update_policy(
     padding_id: int,
     step: int,
     config: GRPOConfig,
-) -> dict[str, float | None]:
-    """Take all optimizer steps on a rollout batch; return their metrics.
+) -> list[dict[str, float | None]]:
+    """Take all optimizer steps on a rollout batch; return the metrics of each.
 
     Raises:
-        UserError: loss or gradient is no number; the policy is left as it was before that optimizer step.
+        FloatingPointError: loss or gradient is no number; the policy is left as it was before that optimizer step.
     """
-    totals: dict[str, list[float]] = {}
+    rows = []
     for epoch in range(config.epochs_per_rollout_batch):
         order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(rollouts), config.train_batch_size):
             batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
-            is_first = epoch == 0 and start == 0
-            metrics = accumulate_gradients(policy, batch, padding_id, config, measure_gap=is_first)
+            sums = accumulate_gradients(policy, batch, padding_id, config, measure_gap=not rows)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(grad_norm):
-                raise UserError(
-                    f"step {step}: loss {metrics['loss']}, gradient norm {grad_norm}; lower learning_rate, or set "
+            if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
+                raise FloatingPointError(
+                    f"loss {sums['loss']}, gradient norm {grad_norm}; lower learning_rate, or set "
                     "loss_type=grpo_clip if the importance ratio exploded"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            for name, value in (metrics | {"grad_norm": grad_norm}).items():
-                totals.setdefault(name, []).append(value)
-    num_tokens = sum(totals["num_tokens"])
+            rows.append(
+                summarize_update(sums) | {"train/grad_norm": grad_norm, "train/learning_rate": config.learning_rate}
+            )
+    return rows
+
+
+def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the metrics of an optimizer step from its sums over response tokens; a mean over no token is None."""
 
     def per_token(name: str) -> float | None:
-        return sum(totals[name]) / num_tokens if name in totals and num_tokens else None
+        return sums[name] / sums["num_tokens"] if name in sums else None
 
-    num_steps = len(totals["loss"])
-    gap_tokens = sum(totals.get("gap_tokens", []))
-    gap_mean = sum(totals["gap_sum"]) / gap_tokens if gap_tokens else None
+    gap_mean = per_token("gap_sum")
     return {
-        "train/loss": sum(totals["loss"]) / num_steps,
-        "train/grad_norm": sum(totals["grad_norm"]) / num_steps,
-        "train/learning_rate": config.learning_rate,
-        "train/num_optimizer_steps": num_steps,
-        "train/num_trained_rows": sum(totals["num_trained_rows"]),
+        "train/loss": sums["loss"],
+        "train/num_trained_rows": sums["num_trained_rows"],
         "train/token_entropy": per_token("entropy_sum"),
         "train/ratio_mean": per_token("ratio_sum"),
-        "train/ratio_max": max(totals["ratio_max"]) if "ratio_max" in totals else None,
+        "train/ratio_max": sums.get("ratio_max"),
         "train/clip_fraction_low": per_token("num_clipped_low"),
         "train/clip_fraction_high": per_token("num_clipped_high"),
         "rollout/log_prob_gap_mean": gap_mean,
         "rollout/log_prob_gap_multiplicative": None if gap_mean is None else math.exp(gap_mean),
-        "rollout/log_prob_gap_max": max(totals["gap_max"]) if "gap_max" in totals else None,
+        "rollout/log_prob_gap_max": sums.get("gap_max"),
     }
 
 
@@ -357,7 +384,7 @@ def accumulate_gradients(
         )
         tensors = {name: tensor.to(policy.device) for name, tensor in tensors.items()}
         mask = tensors["response_mask"]
-        with autocast(config):
+        with autocast(policy, config.compute_dtype):
             scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
         log_probs = scores["log_probs"]
         weights = torch.tensor([[loss_weight(rollout, config)] for rollout in part], device=policy.device)
@@ -378,7 +405,7 @@ def accumulate_gradients(
         if measure_gap:
             engine = torch.tensor([value for rollout in part for value in rollout.response.log_probs])
             gap = (engine - log_probs.detach()[mask].cpu()).abs()
-            microbatch |= {"gap_sum": gap.sum(), "gap_max": gap.max(), "gap_tokens": gap.numel()}
+            microbatch |= {"gap_sum": gap.sum(), "gap_max": gap.max()}
         for name, value in microbatch.items():
             number = float(value)
             sums[name] = max(sums.get(name, number), number) if name.endswith("_max") else sums.get(name, 0.0) + number
@@ -428,7 +455,7 @@ def diagnose(metrics: Mapping[str, float | int | None], config: GRPOConfig) -> l
         return 0.0 if number is None else float(number)
 
     advice = []
-    if value("rollout/reward") == 0:
+    if metrics.get("rollout/reward") == 0:
         if value("rollout/truncated_fraction") == 1:
             advice.append("every reward is zero and every response was cut: raise sampling_max_tokens")
         elif value("rollout/format_reward") == 0:
@@ -501,37 +528,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-@contextmanager
-def interrupt_between_phases() -> Iterator["StopIfInterrupted"]:
-    """Hold back Ctrl-C until the current phase is over; a second one stops at once."""
-    stop = StopIfInterrupted()
-    previous = signal.signal(signal.SIGINT, stop.remember)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-class StopIfInterrupted:
-    """Call it between phases: after a Ctrl-C it saves the policy, says where, and raises KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self.is_requested = False
-
-    def remember(self, signal_number: int, frame: FrameType | None) -> None:
-        """Note the first Ctrl-C; raise KeyboardInterrupt at the second."""
-        if self.is_requested:
-            raise KeyboardInterrupt
-        self.is_requested = True
-        print("\nstopping after this phase; Ctrl-C again stops at once", file=sys.stderr)
-
-    def __call__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunDirectory) -> None:
-        """Save and raise KeyboardInterrupt if Ctrl-C was pressed."""
-        if self.is_requested:
-            print(f"saved the policy in {run.save_policy(policy, tokenizer, 'interrupted')}", file=sys.stderr)
-            raise KeyboardInterrupt
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -7,7 +7,7 @@ mask, 1 exactly where the label is a response token.
 
 Source: Stanford CS336 (Spring 2025), Assignment 5, sections 4.2 and 4.3.
 Differences: log-softmax and entropy are computed in at least float32 whatever the dtype of the logits;
-`get_masked_response_log_probs` is added, which computes logits for response positions only.
+`get_masked_response_log_probs` is added, which computes logits for response positions only, in chunks.
 
 Rows are padded on the right and the attention is causal, so that no real position ever sees padding:
 no attention mask is needed.
@@ -19,7 +19,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+LOGIT_CHUNK_TOKENS = 1024  # 0.6 GB of float32 logits at a vocabulary of 151,936
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -126,7 +129,7 @@ def compute_entropy(logits: Float[Tensor, "... vocabulary"]) -> Float[Tensor, ".
 
 
 def get_response_log_probs(
-    model: PreTrainedModel,
+    model: torch.nn.Module,
     input_ids: Int[Tensor, "batch sequence"],
     labels: Int[Tensor, "batch sequence"],
     return_token_entropy: bool = False,
@@ -161,9 +164,10 @@ def get_masked_response_log_probs(
     """Score the labels under the mask alone: equal to `get_response_log_probs` there, zero elsewhere.
 
     Two things make it cheaper than scoring everything, without changing a value. The hidden states of the
-    masked positions are gathered before the output layer, so that the logits take N x V numbers, N the
-    number of response tokens, instead of B x T x V. And a prefix that all rows share (the prompt template)
-    is run once instead of B times: see `compute_hidden_states`.
+    masked positions are gathered before the output layer, and logits are computed for `LOGIT_CHUNK_TOKENS`
+    of them at a time (again in the backward pass, if there are several chunks), so that the logits take
+    chunk x V numbers instead of B x T x V. And a prefix that all rows share (the prompt template) is run
+    once instead of B times: see `compute_hidden_states`.
 
     Args:
         response_mask: (B, T), true where a score is wanted; the others are as above.
@@ -178,10 +182,8 @@ def get_masked_response_log_probs(
     num_shared = shared_prefix_length(input_ids, response_mask)
     if not _prefix_pays(model, input_ids, num_shared):
         num_shared = 0
-    hidden_states = compute_hidden_states(model, input_ids, num_shared)
-    output_layer = cast(torch.nn.Module, model.get_output_embeddings())
-    response_logits = output_layer(hidden_states[response_mask[:, num_shared:]])
-    scores = _score_labels(response_logits, labels[response_mask], return_token_entropy)
+    hidden_states = compute_hidden_states(model, input_ids, num_shared)[response_mask[:, num_shared:]]
+    scores = _score_in_chunks(model, hidden_states, labels[response_mask], return_token_entropy)
     return {
         name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
         for name, values in scores.items()
@@ -229,7 +231,7 @@ def compute_hidden_states(
 
 def masked_normalize(
     tensor: Float[Tensor, "..."],
-    mask: Bool[Tensor, "..."],
+    mask: Bool[Tensor, "..."] | Int[Tensor, "..."],
     normalize_constant: float,
     dim: int | None = None,
 ) -> Float[Tensor, "..."]:
@@ -300,6 +302,29 @@ def _prefix_pays(model: PreTrainedModel, input_ids: Int[Tensor, "batch sequence"
         return False
     num_saved = num_shared * (input_ids.shape[0] - 1)
     return num_saved >= input_ids.numel() / 4
+
+
+def _score_in_chunks(
+    model: PreTrainedModel,
+    hidden_states: Float[Tensor, "tokens width"],
+    labels: Int[Tensor, " tokens"],
+    return_token_entropy: bool,
+) -> dict[str, Tensor]:
+    """Score hidden states chunk by chunk; of several chunks none keeps its logits for the backward pass."""
+    output_layer = cast(torch.nn.Module, model.get_output_embeddings())
+
+    def score(hidden_chunk: Tensor, label_chunk: Tensor) -> dict[str, Tensor]:
+        return _score_labels(output_layer(hidden_chunk), label_chunk, return_token_entropy)
+
+    if len(labels) <= LOGIT_CHUNK_TOKENS:
+        return score(hidden_states, labels)
+    chunks = [
+        cast(dict[str, Tensor], checkpoint(score, hidden_chunk, label_chunk, use_reentrant=False))
+        for hidden_chunk, label_chunk in zip(
+            hidden_states.split(LOGIT_CHUNK_TOKENS), labels.split(LOGIT_CHUNK_TOKENS), strict=True
+        )
+    ]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def _score_labels(

@@ -12,24 +12,43 @@ Logged per optimizer step, over the response tokens of all its microbatches:
     train/learning_rate, train/num_response_tokens, train/epoch
     time/step_seconds, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
 Logged per evaluation: see policy_evaluation.summarize_examples and check_policy_sync.
-Differences from the paper: epochs follow each other without a gap, so that no example is left out of a batch.
+Differences from the paper: epochs follow each other without a gap, so that no example is left out of a batch; a
+response that does not end in `stop_string` is taught to end in EOS.
 """
 
 import math
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from math_data import Example, describe_sources, epoch_order, load_sft_examples, load_validation_examples
+from math_data import (
+    Example,
+    describe_sources,
+    epoch_order,
+    hold_out,
+    load_sft_examples,
+    load_validation_set,
+    require_ground_truths,
+    validation_subset,
+)
 from math_reward import REWARD_FUNCTIONS
-from policy_evaluation import Evaluator, autocast, check_devices, load_policy, peak_memory_gib, print_evaluation
+from policy_evaluation import (
+    Evaluator,
+    autocast,
+    check_devices,
+    check_prompt_lengths,
+    load_policy,
+    peak_memory_gib,
+    print_evaluation,
+)
 from run_config import SFTConfig, UserError, load_config, run_main
-from run_directory import RunDirectory, plot_metrics
+from run_directory import InterruptGuard, RunDirectory, plot_metrics
 from SFT_helper import (
     encode_prompt,
     encode_response,
@@ -53,15 +72,17 @@ def main(arguments: list[str]) -> None:
     """Configuration, data, policy, evaluator, loop, results."""
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
-    examples = select_examples(config)
-    validation_examples = load_validation_examples(config)
+    validation_set = load_validation_set(config)
+    validation_examples = validation_subset(validation_set, config)
+    examples = select_examples(hold_out(load_sft_examples(config), validation_set, config), config)
     policy, tokenizer = load_policy(config)
     train_set = tokenize_examples(examples, tokenizer, config)
+    check_prompt_lengths(validation_examples, tokenizer, config)
     with RunDirectory.create(config, "sft") as run:
         print(f"run folder: {run.path}")
         evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
         train(policy, tokenizer, train_set, evaluator, run, config)
-        run.save_policy(policy, tokenizer)
+        run.finish()
         report(run, config)
 
 
@@ -88,48 +109,56 @@ def train(
     policy.train()
     evaluation = evaluator.evaluate(policy, eval_step=0)
     print_evaluation(evaluation, step=0)
+    padding_id = pad_token_id(tokenizer)
+    previous_batch: list[TokenizedExample] = []
     progress = tqdm(range(1, num_steps + 1), desc="SFT", unit="step")
-    for step in progress:
-        started = time.perf_counter()
-        batch = [
-            train_set[index] for index in order[(step - 1) * config.train_batch_size : step * config.train_batch_size]
-        ]
-        learning_rate = learning_rate_at(step, num_steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+    with InterruptGuard(run, policy, tokenizer) as guard:
+        for step in progress:
+            started = time.perf_counter()
+            chosen = order[(step - 1) * config.train_batch_size : step * config.train_batch_size]
+            batch = [train_set[index] for index in chosen]
+            learning_rate = learning_rate_at(step, num_steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
-        metrics = accumulate_gradients(policy, batch, pad_token_id(tokenizer), config)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
-            path = run.save_policy(policy, tokenizer, "last_good")
-            raise UserError(
-                f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; the weights before this step "
-                f"are in {path}; lower learning_rate, or look at the batch: "
-                f"{describe_sources([row.example for row in batch])}"
+            metrics = accumulate_gradients(policy, batch, padding_id, config)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+            if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
+                if is_good(policy, previous_batch, padding_id, config):
+                    run.save_checkpoint(policy, tokenizer, step - 1)
+                raise UserError(
+                    f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; "
+                    f"{run.describe_last_good()}; lower learning_rate, or look at the batch: "
+                    f"{describe_sources([row.example for row in batch])}"
+                )
+            previous_batch = batch
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - started
+            num_tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in batch)
+            run.log(
+                {
+                    "train_step": step,
+                    **metrics,
+                    "train/grad_norm": grad_norm,
+                    "train/learning_rate": learning_rate,
+                    "train/epoch": step * config.train_batch_size / len(train_set),
+                    "time/step_seconds": seconds,
+                    "time/tokens_per_second": num_tokens / seconds,
+                    "memory/peak_gib": peak_memory_gib(config.policy_device),
+                }
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        seconds = time.perf_counter() - started
-        num_tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in batch)
-        run.log(
-            {
-                "train_step": step,
-                **metrics,
-                "train/grad_norm": grad_norm,
-                "train/learning_rate": learning_rate,
-                "train/epoch": step * config.train_batch_size / len(train_set),
-                "time/step_seconds": seconds,
-                "time/tokens_per_second": num_tokens / seconds,
-                "memory/peak_gib": peak_memory_gib(config.policy_device),
-            }
-        )
-        if step % config.eval_interval == 0 or step == num_steps:
-            evaluation = evaluator.evaluate(policy, eval_step=step)
-            print_evaluation(evaluation, step)
-        progress.set_postfix(
-            loss=f"{metrics['train/loss_per_token']:.3f}", accuracy=f"{evaluation['eval/answer_reward']:.3f}"
-        )
+            guard.stop_if_requested(step)
+            if step % config.eval_interval == 0 or step == num_steps:
+                run.save_checkpoint(policy, tokenizer, step)  # first: nothing is lost if the evaluation fails
+                evaluation = evaluator.evaluate(policy, eval_step=step)
+                run.keep_last_checkpoint()
+                print_evaluation(evaluation, step)
+                guard.stop_if_requested(step)
+            progress.set_postfix(
+                loss=f"{metrics['train/loss_per_token']:.3f}", accuracy=f"{evaluation['answer_reward']:.3f}"
+            )
 
 
 def accumulate_gradients(
@@ -147,7 +176,7 @@ def accumulate_gradients(
             [row.prompt_ids for row in rows], [row.response_ids for row in rows], padding_id
         )
         tensors = {name: tensor.to(policy.device, non_blocking=True) for name, tensor in tensors.items()}
-        with autocast(config):
+        with autocast(policy, config.compute_dtype):
             scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
         microbatch_loss, metadata = sft_microbatch_train_step(
             scores["log_probs"],
@@ -167,6 +196,15 @@ def accumulate_gradients(
     }
 
 
+def is_good(
+    policy: PreTrainedModel, previous_batch: Sequence[TokenizedExample], padding_id: int, config: SFTConfig
+) -> bool:
+    """Whether a loss that is no number comes from the batch and not from the weights: the batch before tells."""
+    if not previous_batch:
+        return False
+    return math.isfinite(accumulate_gradients(policy, previous_batch, padding_id, config)["train/loss"])
+
+
 def learning_rate_at(step: int, num_steps: int, config: SFTConfig) -> float:
     """Return the learning rate of a step, 1 <= step <= num_steps.
 
@@ -184,33 +222,33 @@ def learning_rate_at(step: int, num_steps: int, config: SFTConfig) -> float:
     return lowest + (config.learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def select_examples(config: SFTConfig) -> list[Example]:
-    """Return the training examples, with `filter_correct` applied, and print what was kept.
+def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]:
+    """Return the training examples of a run: those that `filter_correct` keeps, then `num_sft_examples` drawn of them.
 
     Raises:
-        UserError: no example is left.
+        UserError: no example is left, or fewer than asked for.
     """
-    examples, counts = load_sft_examples(config)
-    print(
-        f"training data: {config.train_data}, {counts['num_records']} records, {counts['num_unique']} unique, "
-        f"{len(examples)} taken"
-    )
-    if not config.filter_correct:
-        return examples
-    reward_fn = REWARD_FUNCTIONS[config.reward]
-    kept = [
-        example
-        for example in examples
-        if example.ground_truth is not None
-        and reward_fn(example.response or "", example.ground_truth)["answer_reward"] == 1
-    ]
-    print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
+    kept = examples
+    if config.filter_correct:
+        require_ground_truths(examples, "train_data", config.train_data)
+        reward_fn = REWARD_FUNCTIONS[config.reward]
+        kept = [e for e in examples if reward_fn(e.response or "", e.ground_truth or "")["answer_reward"] == 1]
+        print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:
         raise UserError(
             f"filter_correct: the reward function {config.reward} accepts none of the {len(examples)} traces of "
             f"{config.train_data}; check reward and data, or set filter_correct=false"
         )
-    return kept
+    chosen = random.Random(config.seed).sample(kept, len(kept))
+    if config.num_sft_examples != "all":
+        if config.num_sft_examples > len(kept):
+            raise UserError(
+                f"num_sft_examples = {config.num_sft_examples}: {config.train_data} has {len(kept)} unique examples"
+                f"{' left after filter_correct' * config.filter_correct}; ask for at most that, or all"
+            )
+        chosen = chosen[: config.num_sft_examples]
+    print(f"training data: {config.train_data}, {len(examples)} unique examples, {len(chosen)} taken")
+    return chosen
 
 
 def tokenize_examples(
@@ -221,14 +259,13 @@ def tokenize_examples(
     Raises:
         UserError: examples exceed `max_context_tokens` and `drop_long_examples` is off, or none is left.
     """
-    tokenized = [
-        TokenizedExample(
-            example,
-            encode_prompt(example.prompt, tokenizer),
-            encode_response(example.response or "", tokenizer),
-        )
-        for example in examples
-    ]
+    tokenized = []
+    for example in examples:
+        response = example.response or ""
+        response_ids = encode_response(response, tokenizer)
+        if not (config.stop_string and response.endswith(config.stop_string)):
+            response_ids.append(cast(int, tokenizer.eos_token_id))
+        tokenized.append(TokenizedExample(example, encode_prompt(example.prompt, tokenizer), response_ids))
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in tokenized]
     fitting = [row for row, length in zip(tokenized, lengths, strict=True) if length <= config.max_context_tokens]
     num_too_long = len(tokenized) - len(fitting)
@@ -241,6 +278,12 @@ def tokenize_examples(
         if not config.drop_long_examples or not fitting:
             raise UserError(f"{message}; raise max_context_tokens, or leave them out with drop_long_examples=true")
         print(f"left out: {message}")
+    num_over_limit = sum(len(row.response_ids) > config.sampling_max_tokens for row in fitting)
+    if num_over_limit:
+        print(
+            f"{num_over_limit} of {len(fitting)} training responses are longer than sampling_max_tokens = "
+            f"{config.sampling_max_tokens}: a policy that writes as long will be cut, and counted as truncated"
+        )
     return fitting
 
 

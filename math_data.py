@@ -59,14 +59,11 @@ class Record:
     response: str | None = None
 
 
-def load_sft_examples(config: SFTConfig) -> tuple[list[Example], dict[str, int]]:
-    """Return the training examples of a run, in a fixed shuffled order, and how many each step left.
-
-    Exact repetitions are merged; `num_sft_examples` unique examples are drawn with the run's seed.
-    (`filter_correct` and lengths are applied by the script, which knows reward and tokenizer.)
+def load_sft_examples(config: SFTConfig) -> list[Example]:
+    """Return the training examples with a response each, exact repetitions merged.
 
     Raises:
-        UserError: the data cannot be read, has no responses, or has fewer unique examples than asked for.
+        UserError: the data cannot be read, or a record has no response.
     """
     examples = load_examples(config.train_data, config, split="train")
     without_response = [example.source for example in examples if not example.response]
@@ -75,41 +72,61 @@ def load_sft_examples(config: SFTConfig) -> tuple[list[Example], dict[str, int]]
             f"train_data = {config.train_data}: {len(without_response)} of {len(examples)} records have no "
             f"response to imitate, the first at {without_response[0]}; use data with traces"
         )
-    unique = list({(example.prompt, example.response): example for example in examples}.values())
-    counts = {"num_records": len(examples), "num_unique": len(unique)}
-    random.Random(config.seed).shuffle(unique)
-    if config.num_sft_examples != "all":
-        if config.num_sft_examples > len(unique):
-            raise UserError(
-                f"num_sft_examples = {config.num_sft_examples}: {config.train_data} has {len(unique)} unique "
-                f"examples; ask for at most that, or all"
-            )
-        unique = unique[: config.num_sft_examples]
-    return unique, counts
+    return list({(example.prompt, example.response): example for example in examples}.values())
 
 
-def load_validation_examples(config: RunConfig) -> list[Example]:
-    """Return the fixed validation subset: the same questions whatever the run's seed.
+def load_validation_set(config: RunConfig) -> list[Example]:
+    """Return all validation questions.
 
     Raises:
-        UserError: the data cannot be read, lacks ground truths, or has fewer questions than asked for.
+        UserError: the data cannot be read, or lacks ground truths.
     """
     examples = load_examples(config.validation_data, config, split="validation")
+    require_ground_truths(examples, "validation_data", config.validation_data)
+    return examples
+
+
+def validation_subset(validation_set: list[Example], config: RunConfig) -> list[Example]:
+    """Return the fixed subset for evaluations during training: the same questions whatever the run's seed.
+
+    Raises:
+        UserError: there are fewer questions than asked for.
+    """
+    if config.num_eval_examples == "all":
+        return validation_set
+    if config.num_eval_examples > len(validation_set):
+        raise UserError(
+            f"num_eval_examples = {config.num_eval_examples}: {config.validation_data} has {len(validation_set)} "
+            f"questions; ask for at most that, or all"
+        )
+    chosen = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(validation_set)), config.num_eval_examples)
+    return [validation_set[index] for index in sorted(chosen)]
+
+
+def hold_out(examples: list[Example], validation_set: Sequence[Example], config: RunConfig) -> list[Example]:
+    """Return the training examples whose question is not in the validation set, and print how many were left out.
+
+    Raises:
+        UserError: none is left.
+    """
+    held_out = {example.question for example in validation_set}
+    kept = [example for example in examples if example.question not in held_out]
+    if len(kept) < len(examples):
+        left_out = f"{len(examples) - len(kept)} of {len(examples)} training examples whose questions are in"
+        if not kept:
+            raise UserError(f"{config.train_data} has nothing but {left_out} {config.validation_data}; use other data")
+        print(f"left out: {left_out} {config.validation_data}")
+    return kept
+
+
+def require_ground_truths(examples: Sequence[Example], key: str, source: str) -> None:
+    """Raise a UserError if an example has no answer to grade against."""
     without_truth = [example.source for example in examples if example.ground_truth is None]
     if without_truth:
         raise UserError(
-            f"validation_data = {config.validation_data}: {len(without_truth)} of {len(examples)} records have no "
-            f"ground truth, the first at {without_truth[0]}; use data with answers"
+            f"{key} = {source}: {len(without_truth)} of {len(examples)} questions have no answer, the first at "
+            f"{without_truth[0]}; use data with answers"
         )
-    if config.num_eval_examples == "all":
-        return examples
-    if config.num_eval_examples > len(examples):
-        raise UserError(
-            f"num_eval_examples = {config.num_eval_examples}: {config.validation_data} has {len(examples)} questions; "
-            f"ask for at most that, or all"
-        )
-    chosen = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(examples)), config.num_eval_examples)
-    return [examples[index] for index in sorted(chosen)]
 
 
 def load_examples(source: str, config: RunConfig, split: Literal["train", "validation"]) -> list[Example]:
@@ -185,12 +202,12 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
     """
     path = Path(source)
     if not path.exists():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+:[\w.-]+", source):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?:[\w.-]+", source):
             yield from _read_hub(source)
             return
         raise UserError(
             f"data file {source} does not exist; name a JSON, JSON lines or Parquet file, a hub data set as "
-            f"owner/name:split, or {EMBEDDED_DATA}"
+            f"owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
         )
     if path.is_dir():
         raise UserError(f"data file {source} is a folder; name one file in it")
@@ -199,7 +216,10 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
     if is_parquet:
         import datasets
 
-        rows = datasets.Dataset.from_parquet(str(path))
+        try:
+            rows = datasets.Dataset.from_parquet(str(path))
+        except Exception as error:  # the library raises many kinds for a damaged file
+            raise UserError(f"data file {source} starts like Parquet but cannot be read ({error}); mend it") from error
         yield from ((dict(row), f"{source}, row {index}") for index, row in enumerate(rows, start=1))
         return
     yield from _read_json(path)
@@ -297,8 +317,9 @@ def epoch_order(num_examples: int, num_draws: int, seed: int) -> list[int]:
 
 
 def describe_sources(examples: Sequence[Example]) -> str:
-    """Return where some examples come from, in one line, for messages."""
-    return ", ".join(example.source for example in examples)
+    """Return where the first few examples come from, in one line, for messages."""
+    named = ", ".join(example.source for example in examples[:8])
+    return named if len(examples) <= 8 else f"{named} and {len(examples) - 8} more"
 
 
 def _work_out(terms: list[int], signs: list[str]) -> tuple[str, str, int]:
@@ -340,15 +361,16 @@ def _read_json(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
 def _read_hub(source: str) -> Iterable[tuple[dict[str, Any], str]]:
     import datasets
 
-    name, split = source.split(":")
+    address, split = source.split(":")
+    owner, name, *configuration = address.split("/")
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(f"{owner}/{name}", *configuration, split=split)
     except Exception as error:  # the library raises many kinds: unknown name, unknown split, no network
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"data set {source} could not be loaded ({reason}); download it with "
-            f"`hf download {name} --repo-type=dataset` or name a local file"
-        ) from None
+            f"`uv run hf download {owner}/{name} --repo-type=dataset` or name a local file"
+        ) from error
     yield from ((dict(row), f"{source}, row {index}") for index, row in enumerate(rows, start=1))
 
 

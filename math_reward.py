@@ -93,19 +93,23 @@ def _rewards(has_format: bool, is_correct: bool) -> dict[str, float]:
 
 
 def _tidy(text: str) -> str:
+    """Remove what carries no meaning: dollar signs, spacing commands, spaces that do not part two words or numbers."""
     text = text.strip().strip("$").strip()
-    text = text.replace("\\left", "").replace("\\right", "").replace("\\!", "").replace("\\%", "%").replace("\\$", "")
-    text = text.replace("dfrac", "frac").replace("tfrac", "frac").removesuffix(".")
-    return re.sub(r"\s+", "", text)
+    text = re.sub(r"\\(left|right)(?![A-Za-z])|\\!", "", text).replace("\\%", "%").replace("\\$", "")
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).removesuffix(".")
+    return re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", re.sub(r"\s+", " ", text)).strip()
 
 
 def _as_number(text: str) -> Fraction | None:
-    """Return the exact value of an integer, decimal, fraction or percentage; None for anything else."""
+    """Return the exact value of an integer, decimal, fraction, mixed number or percentage; None for anything else."""
     text = text.removeprefix("$").replace("{,}", ",")
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?%?", text):
         text = text.replace(",", "")
     if match := re.fullmatch(r"([+-]?)\\frac\{([+-]?\d{1,50})\}\{(\d{1,50})\}", text):
         text = f"{match[1]}{match[2]}/{match[3]}" if not (match[1] and match[2][0] in "+-") else text
+    if match := re.fullmatch(r"([+-]?)(\d{1,50}) (\d{1,50}/0*[1-9]\d{0,49})", text):
+        value = int(match[2]) + Fraction(match[3])
+        return -value if match[1] == "-" else value
     if re.fullmatch(r"[+-]?\d{1,50}/0*[1-9]\d{0,49}", text):
         return Fraction(text)
     if re.fullmatch(r"[+-]?(\d{1,50}\.?\d{0,50}|\.\d{1,50})%?", text):
@@ -116,6 +120,9 @@ def _as_number(text: str) -> Fraction | None:
 
 def _symbolically_equal(answer: str, ground_truth: str) -> bool:
     if max(len(answer), len(ground_truth)) > MAX_SYMBOLIC_CHARS:
+        return False
+    # A parser would read two numbers with a space between them as one, or as a product.
+    if any(re.search(r"(?<!frac )(?<!\d)\d+ \d", text) for text in (answer, ground_truth)):
         return False
     import math_verify
 

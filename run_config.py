@@ -9,13 +9,14 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DATA = "arithmetic"
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class UserError(ValueError):
@@ -32,7 +33,9 @@ class RunConfig(BaseModel):
     )
     run_name: str = Field("", description="folder of the run under runs_dir; empty: script and time")
     runs_dir: str = Field("runs", description="folder that holds all runs")
-    seed: int = Field(0, ge=0, description="seed of data order and sampling")
+    seed: int = Field(
+        0, ge=0, description="seed of data order and of training samples; validation samples have one of their own"
+    )
 
     model: str = Field(EMBEDDED_MODEL, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub name")
     policy_device: str = Field(
@@ -57,7 +60,8 @@ class RunConfig(BaseModel):
     prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
     reward: Literal["r1_zero", "question_only"] = Field("r1_zero", description="reward function")
     train_data: str = Field(
-        EMBEDDED_DATA, description=f"{EMBEDDED_DATA} (embedded), a JSON/JSONL/Parquet file, or hub owner/name:split"
+        EMBEDDED_DATA,
+        description=f"{EMBEDDED_DATA} (embedded), a JSON/JSONL/Parquet file, or hub owner/name[/configuration]:split",
     )
     validation_data: str = Field(EMBEDDED_DATA, description="held-out data, named like train_data")
     arithmetic_terms: tuple[int, int] = Field(
@@ -81,7 +85,7 @@ class RunConfig(BaseModel):
     max_sync_error: float = Field(
         1.1,
         gt=1,
-        description="limit on exp(mean |engine - policy log-prob|) after a weight sync (fp32: 1.001, bf16: 1.1)",
+        description="limit on exp(mean |engine - policy log-prob|) after a weight sync; 1.001 suits float32",
     )
     num_sync_tokens: int = Field(16, ge=1, description="sampled tokens per probe prompt for that check")
     scoring_batch_size: int = Field(16, ge=1, description="responses per forward pass when scoring without gradients")
@@ -110,6 +114,12 @@ class RunConfig(BaseModel):
             raise ValueError(f"num_eval_examples = {self.num_eval_examples}: must be at least 1, or all")
         return self
 
+    def warnings(self) -> list[str]:
+        """Return a sentence for each combination of settings that is allowed but seldom meant."""
+        if self.prompt in ("r1_zero", "question_only") and self.prompt != self.reward:
+            return [f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants"]
+        return []
+
     @property
     def shares_gpu(self) -> bool:
         """Whether policy and vLLM live on the same GPU, so that the engine must sleep while training."""
@@ -122,7 +132,7 @@ class TrainConfig(RunConfig):
     train_batch_size: int = Field(32, ge=1, description="rows (examples or responses) per optimizer step")
     gradient_accumulation_steps: int = Field(8, ge=1, description="microbatches per optimizer step")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
-    adam_betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
     eval_interval: int = Field(
@@ -210,14 +220,19 @@ class GRPOConfig(TrainConfig):
                 f"group_size = 1 has no group mean to subtract: use group_size >= 2, or loss_type = no_baseline "
                 f"instead of {self.loss_type}"
             )
+        return self
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and one where loss and number of optimizer steps do not go together."""
+        found = super().warnings()
         if self.is_off_policy and self.loss_type in ("no_baseline", "reinforce_with_baseline"):
-            print(
-                f"warning: several optimizer steps per rollout batch with loss_type = {self.loss_type}, which ignores "
-                "that the policy has moved; grpo_clip corrects for it"
+            found.append(
+                f"several optimizer steps per rollout batch with loss_type = {self.loss_type}, which ignores that the "
+                "policy has moved; grpo_clip corrects for it"
             )
         if not self.is_off_policy and self.loss_type == "grpo_clip":
-            print("warning: cliprange has no effect with one optimizer step per rollout batch: the ratio is always 1")
-        return self
+            found.append("cliprange has no effect with one optimizer step per rollout batch: the ratio is always 1")
+        return found
 
     @property
     def num_questions_per_step(self) -> int:
@@ -258,13 +273,17 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
     yaml_path = Path(overrides.pop("config", yaml_path))
     yaml_values = read_yaml(yaml_path)
     presets = yaml_values.pop("presets", None) or {}
+    if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
+        raise UserError(f"{yaml_path}: presets must hold one block of `key: value` lines per name")
     preset = overrides.get("preset", yaml_values.get("preset", "auto"))
     if preset == "auto":
         preset, reason = choose_preset()
         print(f"preset: {preset} ({reason})")
+    elif not presets:
+        raise UserError(f"preset = {preset}: {yaml_path} has no presets; leave preset out, or add the block")
     if presets and preset not in presets:
-        raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(presets)}")
-    preset_values = presets.get(preset) or {}
+        raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(map(str, presets))}")
+    preset_values = presets.get(preset, {})
 
     merged = yaml_values | preset_values | overrides | {"preset": preset}
     sources = (
@@ -273,9 +292,12 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         | dict.fromkeys(overrides, "command line")
     )
     try:
-        return schema.model_validate(merged)
+        config = schema.model_validate(merged)
     except ValidationError as error:
         raise UserError(_describe(error, schema, sources)) from None
+    for warning in config.warnings():
+        print(f"warning: {warning}")
+    return config
 
 
 def choose_preset() -> tuple[str, str]:
@@ -294,9 +316,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is not YAML (names the line) or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"config = {path}: {error.strerror or error}; name a YAML file that exists") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -4,7 +4,8 @@
                   environment.json  versions, git commit and diff, hardware, command line
                   metrics.jsonl     one object per logged step, as it happened
                   samples/          graded responses of each evaluation, JSON lines
-                  final/            model and tokenizer, Transformers format
+                  checkpoints/      step_*/: the policy at the last evaluation, or where the run stopped
+                  final/            the trained policy: model and tokenizer, Transformers format
                   *.png             figures, drawn from metrics.jsonl
 
 wandb, where it is on, receives the dictionaries of metrics.jsonl unchanged.
@@ -16,10 +17,13 @@ import json
 import math
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
 import yaml
@@ -56,7 +60,11 @@ class RunDirectory:
         resolved = config.model_copy(update={"run_name": name})
         (path / "config.yaml").write_text(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False))
         (path / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
-        return cls(path, resolved, start_wandb(resolved, path))
+        try:
+            return cls(path, resolved, start_wandb(resolved, path))
+        except UserError:
+            shutil.rmtree(path)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -64,6 +72,8 @@ class RunDirectory:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if self._wandb_run is not None:
             self._wandb_run.finish(exit_code=0 if error_type is None else 1)
+        if error_type is not None and not (self.path / "metrics.jsonl").exists():
+            shutil.rmtree(self.path)  # nothing was run: the name is free for the next try
 
     def log(self, metrics: Metrics) -> None:
         """Append one line of metrics; it is on disk when this returns. None and NaN are written as null."""
@@ -78,31 +88,91 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def save_policy(self, policy: Any, tokenizer: Any, folder: str = "final") -> Path:
-        """Write model and tokenizer in Transformers format to a folder of the run; return its path."""
-        path = self.path / folder
+    def save_checkpoint(self, policy: Any, tokenizer: Any, step: int) -> Path:
+        """Write the policy as it is after a step to checkpoints/, in Transformers format; return its path."""
+        path = self.path / "checkpoints" / f"step_{step:06d}"
         policy.save_pretrained(path)
         tokenizer.save_pretrained(path)
         return path
 
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints on disk, the oldest first."""
+        return sorted((self.path / "checkpoints").glob("step_*"))
+
+    def keep_last_checkpoint(self) -> None:
+        """Remove all checkpoints but the last."""
+        for path in self.checkpoints()[:-1]:
+            shutil.rmtree(path)
+
+    def finish(self) -> Path:
+        """Make the last checkpoint the run's final policy; return its path."""
+        return self.checkpoints()[-1].rename(self.path / "final")
+
+    def describe_last_good(self) -> str:
+        """Say where the last good weights are, for messages."""
+        saved = self.checkpoints()
+        return f"the last good weights are in {saved[-1] if saved else self.config.model}"
+
+
+class InterruptGuard:
+    """Holds Ctrl-C back until the phase in progress is over; a second one stops at once. Use in a `with` statement.
+
+    Call `stop_if_requested` between phases: after a Ctrl-C it saves the policy, says where, raises KeyboardInterrupt.
+    """
+
+    def __init__(self, run: RunDirectory, policy: Any, tokenizer: Any) -> None:
+        self._run, self._policy, self._tokenizer = run, policy, tokenizer
+        self._is_requested = False
+
+    def __enter__(self) -> Self:
+        self._previous_handler = signal.signal(signal.SIGINT, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous_handler)
+
+    def stop_if_requested(self, last_step: int) -> None:
+        """Save the policy of `last_step` and raise KeyboardInterrupt, if Ctrl-C was pressed."""
+        if self._is_requested:
+            path = self._run.save_checkpoint(self._policy, self._tokenizer, last_step)
+            print(f"stopped after step {last_step}; the policy is in {path}", file=sys.stderr)
+            raise KeyboardInterrupt
+
+    def _remember(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._is_requested:
+            raise KeyboardInterrupt
+        self._is_requested = True
+        print("\nstopping after this phase; Ctrl-C again stops at once", file=sys.stderr)
+
 
 def start_wandb(config: RunConfig, path: Path) -> Any:
-    """Return a wandb run with axes `train_step` and `eval_step`, or None where wandb is off."""
+    """Return a wandb run with axes `train_step` and `eval_step`, or None where wandb is off.
+
+    Raises:
+        UserError: wandb does not start, for instance online without a key.
+    """
     mode = config.wandb_mode
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "disabled"
     if mode == "disabled":
         return None
     import wandb
+    from wandb.errors import Error as WandbError
 
-    run = wandb.init(
-        project=config.wandb_project,
-        name=config.run_name,
-        dir=str(path),
-        mode=mode,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.run_name,
+            dir=str(path),
+            mode=mode,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except WandbError as error:
+        raise UserError(
+            f"wandb_mode = {config.wandb_mode}: wandb did not start ({error}); set WANDB_API_KEY, or use "
+            "wandb_mode=offline or disabled"
+        ) from error
     run.define_metric("train_step")
     run.define_metric("eval_step")
     for prefix in ("train", "rollout", "time", "memory"):

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from math_data import PROMPTS_FOLDER, arithmetic_records, format_response
+
+# Whoever imports the helpers from here on gets them with their annotated shapes and dtypes checked.
+install_import_hook(["SFT_helper", "GRPO_helper"], "beartype.beartype")
 
 REPOSITORY = Path(__file__).parent.parent
 

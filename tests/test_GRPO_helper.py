@@ -1,10 +1,13 @@
 """The GRPO mathematics against constants worked by hand and losses written as loops in float64."""
 
 import math
+import re
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
+import GRPO_helper
 from GRPO_helper import (
     compute_group_normalized_rewards,
     compute_grpo_clip_loss,
@@ -167,8 +170,7 @@ def test_what_stands_outside_the_mask_changes_nothing(loss_type):
             batch[name] = torch.where(batch["response_mask"], batch[name], torch.full_like(batch[name], poison))
         batch["policy_log_probs"].requires_grad_()
         loss, metadata = grpo_microbatch_train_step(**batch, gradient_accumulation_steps=1, loss_type=loss_type)
-        gradient = torch.where(batch["response_mask"], batch["policy_log_probs"].grad, torch.zeros(()).double())
-        results.append((loss, gradient, metadata))
+        results.append((loss, batch["policy_log_probs"].grad, metadata))
     for loss, gradient, metadata in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
@@ -223,10 +225,40 @@ def test_length_normalizations_by_hand():
     assert normalize_lengths(losses, mask, "token_mean", 2, 3.0).item() == pytest.approx(7.0 / 3)
     with pytest.raises(ValueError, match="token_mean needs normalize_constant"):
         normalize_lengths(losses, mask, "token_mean", 2)
+    with pytest.raises(ValueError, match="length_normalization = 'mean': use one of masked_mean, "):
+        normalize_lengths(losses, mask, "mean", 2)
 
 
-def test_naive_loss_by_hand_and_inputs_unchanged():
+def test_naive_loss_by_hand():
     advantages, log_probs = torch.tensor([[2.0], [-1.0]]), torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
-    copies = advantages.clone(), log_probs.clone()
     assert compute_naive_policy_gradient_loss(advantages, log_probs).tolist() == [[2.0, 4.0], [-3.0, -4.0]]
-    assert torch.equal(advantages, copies[0]) and torch.equal(log_probs, copies[1])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_helpers_leave_their_inputs_alone(loss_type):
+    """Every helper, called on the tensors themselves: none is written to."""
+    batch = random_batch()
+    batch["policy_log_probs"].requires_grad_()
+    saved = {name: value.detach().clone() for name, value in batch.items() if torch.is_tensor(value)}
+    inputs = {name: value for name, value in batch.items() if name != "response_mask"}
+    per_token_loss, _ = compute_policy_gradient_loss(loss_type=loss_type, **inputs)
+    masked_mean(per_token_loss, batch["response_mask"], dim=-1)
+    for length_normalization in LENGTH_NORMALIZATIONS:
+        normalize_lengths(per_token_loss, batch["response_mask"], length_normalization, 2, 3.0)
+    grpo_microbatch_train_step(**batch, gradient_accumulation_steps=2, loss_type=loss_type)
+    for name, value in saved.items():
+        assert torch.equal(batch[name], value), name
+    responses, truths = ["a", "b"], ["c", "d"]
+    compute_group_normalized_rewards(lambda a, b: {"reward": 1.0}, responses, truths, 2, 1e-6, True)
+    assert (responses, truths) == (["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_advantages_of_another_shape_are_refused(loss_type):
+    """As (B,) they would be spread over the tokens of a square batch without a complaint."""
+    square = torch.zeros(3, 3)
+    values = {"advantages": torch.ones(3), "raw_rewards": torch.ones(3), "old_log_probs": square, "cliprange": 0.2}
+    with pytest.raises(TypeCheckError):  # raised by the annotations, which the tests check (see conftest.py)
+        compute_policy_gradient_loss(square, loss_type, **values)
+    with pytest.raises(ValueError, match=re.escape("advantages is (3,): give one number per row, as (3, 1)")):
+        GRPO_helper._check_one_per_row("advantages", values["advantages"], square)  # and without that check

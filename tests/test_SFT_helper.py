@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import SFT_helper
 from SFT_helper import (
@@ -22,6 +23,8 @@ from SFT_helper import (
 
 class FakeTokenizer:
     """Characters as tokens, with a configurable BOS, EOS and PAD, as tokenizers of several families behave."""
+
+    __class__ = PreTrainedTokenizerBase  # what isinstance asks for
 
     def __init__(self, bos_token_id=None, eos_token_id=2, pad_token_id=None, adds_bos=False, adds_eos=False):
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
@@ -157,6 +160,26 @@ def test_masked_scores_have_the_same_gradient(tiny_model):
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 7])
+def test_scores_and_gradients_do_not_depend_on_the_chunks(tiny_model, monkeypatch, chunk_tokens):
+    """Several chunks recompute their logits in the backward pass; no chunk holds more than its share."""
+    batch = ragged_batch()
+    results, seen = [], []
+    tiny_model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    for size in (1024, chunk_tokens):
+        monkeypatch.setattr(SFT_helper, "LOGIT_CHUNK_TOKENS", size)
+        tiny_model.zero_grad()
+        seen.clear()
+        scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+        sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
+        gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+        results.append((scores["log_probs"].detach(), scores["token_entropy"], gradient))
+    assert max(seen) <= chunk_tokens
+    assert sum(seen) == 2 * 8  # forward, and again in backward
+    torch.testing.assert_close(results[0][:2], results[1][:2], atol=1e-6, rtol=1e-6)
+    assert (results[0][2] - results[1][2]).norm() < 2e-6 * results[0][2].norm()
+
+
 def test_only_response_positions_reach_the_output_layer(tiny_model):
     """A prompt of 400 tokens with a response of 10 computes 10 rows of logits, not 409."""
     batch = join_prompt_and_response_ids([list(range(1, 401))], [list(range(1, 11))], padding_id=0)
@@ -289,13 +312,23 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch():
         torch.testing.assert_close(gradient, gradients[0], atol=1e-12, rtol=0)
 
 
-def test_helpers_leave_their_inputs_alone():
-    logits, tensor = torch.randn(2, 3, 4), torch.randn(2, 3)
+def test_helpers_leave_their_inputs_alone(tiny_model, tokenizer):
+    """Every helper, called on the tensors themselves: none is written to."""
+    logits, tensor = torch.randn(2, 3, 4), torch.randn(2, 3, requires_grad=True)
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    copies = logits.clone(), tensor.clone(), mask.clone()
+    batch = ragged_batch()
+    inputs = {"logits": logits, "tensor": tensor, "mask": mask, **batch}
+    copies = {name: value.detach().clone() for name, value in inputs.items()}
+    weights = [parameter.detach().clone() for parameter in tiny_model.parameters()]
     compute_entropy(logits)
     masked_normalize(tensor, mask, 2.0, dim=1)
-    sft_microbatch_train_step(tensor.clone().requires_grad_(), mask, 1)
+    sft_microbatch_train_step(tensor, mask, 1)
     get_response_log_probs(ConstantLogits(logits), torch.zeros(2, 3).long(), torch.ones(2, 3).long(), True)
-    for value, copy in zip((logits, tensor, mask), copies, strict=True):
-        assert torch.equal(value, copy)
+    get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+    shared_prefix_length(batch["input_ids"], batch["response_mask"])
+    for name, value in inputs.items():
+        assert torch.equal(value, copies[name]), name
+    assert all(torch.equal(a, b) for a, b in zip(weights, tiny_model.parameters(), strict=True))
+    prompts, outputs = ["a", "b"], ["c", "d"]
+    tokenize_prompt_and_output(prompts, outputs, tokenizer)
+    assert (prompts, outputs) == (["a", "b"], ["c", "d"])

@@ -70,13 +70,14 @@ def test_order_of_precedence(tmp_path):
         (["config=none.yaml"], "config = none.yaml: No such file"),
         (
             ["train_batch_size=31"],
-            "31 is not a multiple of gradient_accumulation_steps = 2: train_batch_size = 30 or 32 is",
+            "= 31 is not a multiple of gradient_accumulation_steps = 2: train_batch_size = 30 or train_batch_size = 32",
         ),
         (["num_sft_examples=many"], "num_sft_examples = 'many'"),
         (["num_sft_examples=0"], "num_sft_examples = 0: must be at least 1, or all"),
         (["sampling_max_tokens=1024"], "sampling_max_tokens = 1024 leaves no room for a prompt"),
         (["sampling_min_tokens=65"], "sampling_min_tokens = 65 exceeds sampling_max_tokens = 64"),
         (["arithmetic_terms=[3,2]"], "arithmetic_terms = [3, 2]"),
+        (["adam_betas=[0.9,1.0]"], "adam_betas = 1.0 (command line): input should be less than 1"),
         (["evaluator_device=cuda:1"], "evaluator_device = 'cuda:1'"),
         (["policy_device=gpu"], "policy_device = 'gpu'"),
     ],
@@ -102,10 +103,14 @@ def test_mistakes_in_the_file_name_the_file(tmp_path):
         ("presets:\n  laptop:\n    sed: 1\n", f"unknown key sed ({path}, preset laptop): did you mean seed?"),
         ("- a\n", "expected `key: value` lines"),
         ("a: [1\n", "is not YAML"),
+        ("presets: 5\n", "presets must hold one block"),
+        ("presets:\n  laptop: [seed]\n", "presets must hold one block"),
+        ("seed: 1\n", "preset = laptop: "),
+        ("seed: \xe9\n", "is not UTF-8 text (byte 6)"),
     ]:
-        path.write_text(text)
+        path.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=re.escape(message)):
-            load_config(SFTConfig, path, ["preset=laptop"])
+            load_config(SFTConfig, path, ["preset=laptop"] if "presets" in text or "preset = " in message else [])
 
 
 def test_validation_does_not_change_values():

@@ -9,15 +9,18 @@ from math_data import (
     arithmetic_records,
     epoch_order,
     fill_prompt,
+    hold_out,
     load_examples,
     load_prompt_template,
     load_sft_examples,
-    load_validation_examples,
+    load_validation_set,
     parse_record,
     read_records,
+    validation_subset,
 )
 from math_reward import r1_zero_reward_fn
 from run_config import SFTConfig, UserError
+from SFT_train import select_examples
 
 SFT_TRACE = {
     "problem": "p",
@@ -142,24 +145,54 @@ def test_every_embedded_trace_is_accepted_by_its_reward_function():
 
 
 def test_validation_subset_ignores_the_run_seed():
-    subsets = [load_validation_examples(SFTConfig(seed=seed, num_eval_examples=64)) for seed in (0, 1)]
+    whole = load_validation_set(SFTConfig())
+    subsets = [validation_subset(whole, SFTConfig(seed=seed, num_eval_examples=64)) for seed in (0, 1)]
     assert subsets[0] == subsets[1]
     assert len({example.prompt for example in subsets[0]}) == 64
-    assert len(load_validation_examples(SFTConfig(num_eval_examples="all"))) == 1024
+    assert len(validation_subset(whole, SFTConfig(num_eval_examples="all"))) == len(whole) == 1024
 
 
 def test_sft_examples_are_unique_and_follow_the_seed(tmp_path):
     source = write_lines(tmp_path / "sft.jsonl", [SFT_TRACE | {"problem": f"p{i % 6}"} for i in range(12)])
-    examples, counts = load_sft_examples(SFTConfig(train_data=source))
-    assert counts == {"num_records": 12, "num_unique": 6}
-    assert len({example.prompt for example in examples}) == 6
-    taken, _ = load_sft_examples(SFTConfig(train_data=source, num_sft_examples=4))
-    assert taken == examples[:4]
-    other, _ = load_sft_examples(SFTConfig(train_data=source, seed=1))
-    assert other != examples
-    assert sorted(other) == sorted(examples)
+    unique = load_sft_examples(SFTConfig(train_data=source))
+    assert [example.question for example in unique] == [f"p{i}" for i in range(6)]
+    drawn = select_examples(unique, SFTConfig(train_data=source))
+    assert sorted(drawn) == sorted(unique)
+    assert select_examples(unique, SFTConfig(train_data=source, num_sft_examples=4)) == drawn[:4]
+    assert select_examples(unique, SFTConfig(train_data=source, seed=1)) != drawn
     with pytest.raises(UserError, match="num_sft_examples = 7: .* has 6 unique"):
-        load_sft_examples(SFTConfig(train_data=source, num_sft_examples=7))
+        select_examples(unique, SFTConfig(train_data=source, num_sft_examples=7))
+
+
+def test_questions_of_the_validation_set_are_never_trained_on(tmp_path, capsys):
+    source = write_lines(tmp_path / "sft.jsonl", [SFT_TRACE | {"problem": f"p{i}"} for i in range(4)])
+    config = SFTConfig(train_data=source)
+    examples = load_sft_examples(config)
+    assert hold_out(examples, examples[1:3], config) == [examples[0], examples[3]]
+    assert "left out: 2 of 4 training examples" in capsys.readouterr().out
+    assert hold_out(examples, [], config) == examples
+    with pytest.raises(UserError, match="nothing but 4 of 4 training examples"):
+        hold_out(examples, examples, config)
+
+
+def test_hub_names_may_carry_a_configuration(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return [{"question": "q", "answer": "#### 1"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for source in ("openai/gsm8k/main:train", "owner/name:test"):
+        assert len(list(read_records(source))) == 1
+    assert asked == [("openai/gsm8k", "main", "train"), ("owner/name", "test")]
+
+
+def test_a_damaged_parquet_file_is_a_user_error(tmp_path):
+    path = tmp_path / "data.parquet"
+    path.write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(UserError, match="starts like Parquet but cannot be read"):
+        list(read_records(str(path)))
 
 
 def test_data_without_traces_or_answers_is_refused(tmp_path):
@@ -167,10 +200,10 @@ def test_data_without_traces_or_answers_is_refused(tmp_path):
     with pytest.raises(UserError, match="1 of 1 records have no response"):
         load_sft_examples(SFTConfig(train_data=questions))
     traces = write_lines(tmp_path / "traces.jsonl", [{"prompt": "p", "response": "r"}])
-    with pytest.raises(UserError, match="no ground truth, the first at .*traces.jsonl, line 1"):
-        load_validation_examples(SFTConfig(validation_data=traces))
-    with pytest.raises(UserError, match="num_eval_examples = 9: .* has 1 questions"):
-        load_validation_examples(SFTConfig(validation_data=questions, num_eval_examples=9))
+    with pytest.raises(UserError, match="questions have no answer, the first at .*traces.jsonl, line 1"):
+        load_validation_set(SFTConfig(validation_data=traces))
+    with pytest.raises(UserError, match="num_eval_examples = 9: .* has 0 questions"):
+        validation_subset([], SFTConfig(validation_data=questions, num_eval_examples=9))
 
 
 def test_epochs_cover_every_example_before_repeating():

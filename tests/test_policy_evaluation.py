@@ -2,13 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import policy_evaluation
-from math_reward import r1_zero_reward_fn
 from policy_evaluation import (
     Response,
     SyncError,
@@ -145,6 +145,7 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
     path = tmp_path / "samples.jsonl"
 
     def reward_fn(response, truth):
+        assert "Think step by step" not in response  # the response alone is graded, not the prompt
         has_format = float(len(response) % 2)
         return {
             "format_reward": has_format,
@@ -167,18 +168,19 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
         "response_length",
         "finish_reason",
     }
-    assert metrics["eval/num_examples"] == 6
-    assert (
-        metrics["eval/num_format_1_answer_1"] + metrics["eval/num_format_1_answer_0"] + metrics["eval/num_format_0"]
-        == 6
-    )
-    assert metrics["eval/truncated_fraction"] == sum(e["finish_reason"] == "length" for e in examples) / 6
+    assert metrics["num_examples"] == 6
+    right = sum(example["answer_reward"] for example in examples)
+    formatted = sum(example["format_reward"] for example in examples)
+    assert metrics["num_format_1_answer_1"] == right
+    assert metrics["num_format_1_answer_0"] == formatted - right
+    assert metrics["num_format_0"] == 6 - formatted
+    assert metrics["truncated_fraction"] == sum(e["finish_reason"] == "length" for e in examples) / 6
     prompt_ids = [encode_prompt(question, tokenizer) for question in QUESTIONS]
     seeds = [policy_evaluation.derive_seed(0, "evaluation", index) for index in range(6)]
     responses = sample_responses(engine, prompt_ids, sampling(min_tokens=4), seeds)
     assert [response.text for response in responses] == [example["response"] for example in examples]
     all_entropies = torch.cat([score["token_entropy"] for score in score_responses(policy, responses, 0, 6)])
-    assert metrics["eval/token_entropy"] == pytest.approx(all_entropies.mean().item(), rel=1e-5)
+    assert metrics["token_entropy"] == pytest.approx(all_entropies.mean().item(), rel=1e-5)
     with pytest.raises(ValueError, match="6 prompts and 1 ground truths"):
         evaluate_vllm(engine, reward_fn, QUESTIONS, sampling(), ["1"])
 
@@ -197,28 +199,39 @@ def test_summary_by_hand():
         example(0, 0, 30, 0.0, "length"),
     ]
     metrics = summarize_examples(examples)
-    assert metrics["eval/reward"] == metrics["eval/answer_reward"] == 0.5
-    assert metrics["eval/format_reward"] == 0.75
+    assert metrics["reward"] == metrics["answer_reward"] == 0.5
+    assert metrics["format_reward"] == 0.75
     assert (
-        metrics["eval/num_format_1_answer_1"],
-        metrics["eval/num_format_1_answer_0"],
-        metrics["eval/num_format_0"],
+        metrics["num_format_1_answer_1"],
+        metrics["num_format_1_answer_0"],
+        metrics["num_format_0"],
     ) == (2, 1, 1)
-    assert metrics["eval/response_length"] == 25
-    assert metrics["eval/response_length_correct"] == 15
-    assert metrics["eval/response_length_incorrect"] == 35
-    assert metrics["eval/truncated_fraction"] == 0.25
-    assert metrics["eval/token_entropy"] == pytest.approx((10 * 0.5 + 20 * 1.0 + 40 * 2.0) / 100)
+    assert metrics["response_length"] == 25
+    assert metrics["response_length_correct"] == 15
+    assert metrics["response_length_incorrect"] == 35
+    assert metrics["truncated_fraction"] == 0.25
+    assert metrics["token_entropy"] == pytest.approx((10 * 0.5 + 20 * 1.0 + 40 * 2.0) / 100)
 
 
 def test_a_mean_over_nothing_is_none_not_zero():
     metrics = summarize_examples([example(0, 0, 5, None)])
-    assert metrics["eval/response_length_correct"] is None
-    assert metrics["eval/token_entropy"] is None
+    assert metrics["response_length_correct"] is None
+    assert metrics["token_entropy"] is None
 
 
-def test_reward_functions_grade_the_response_not_the_prompt():
-    assert r1_zero_reward_fn(" 1 + 1 = 2. </think> <answer> 2 </answer>", "2")["reward"] == 1
+def test_empty_responses_have_no_entropy_and_do_not_spoil_the_mean(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    empty, other = Response([1], "", [], [], "stop"), Response([1], "a", [7, 8], [0.0, 0.0], "stop")
+    rewards = [{"format_reward": 0.0, "answer_reward": 0.0, "reward": 0.0}] * 2
+    examples = log_generations(["p", "p"], [empty, other], ["t", "t"], rewards, [None, 0.5], path)
+    assert summarize_examples(examples)["token_entropy"] == 0.5
+    assert json.loads(path.read_text().splitlines()[0])["token_entropy"] is None
+
+
+def test_scoring_leaves_the_policy_in_its_mode(tiny_model):
+    tiny_model.train()
+    score_responses(tiny_model, [Response([5], "", [6, 7], [], "stop")], padding_id=0, batch_size=1)
+    assert tiny_model.training
 
 
 def test_unknown_model_says_how_to_download(tmp_path):
@@ -228,6 +241,20 @@ def test_unknown_model_says_how_to_download(tmp_path):
         resolve_model(str(tmp_path))
     with pytest.raises(UserError, match="neither a folder nor a downloaded hub model"):
         resolve_model("no such folder/at/all")
+
+
+def test_incomplete_model_folders_are_refused(tiny_model_folder, tmp_path):
+    for missing in ("model.safetensors", "tokenizer.json"):
+        folder = tmp_path / missing
+        shutil.copytree(tiny_model_folder, folder)
+        (folder / missing).unlink()
+        with pytest.raises(UserError, match="it needs config, weights and tokenizer"):
+            policy_evaluation.load_policy(RunConfig(model=str(folder), max_context_tokens=256, sampling_max_tokens=8))
+
+
+def test_settings_that_vllm_refuses_end_in_one_line(tiny_model_folder):
+    with pytest.raises(UserError, match=r"vLLM did not start on cpu .*look at gpu_memory_utilization"):
+        init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=100_000)
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
@@ -254,9 +281,14 @@ def test_attention_choice(monkeypatch):
     on_gpu = RunConfig(policy_device="cuda:0")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert policy_evaluation.choose_attention(on_gpu) == "sdpa"
+    with pytest.raises(UserError, match="flash_attention_2 needs the package flash-attn"):
+        policy_evaluation.choose_attention(on_gpu.model_copy(update={"attn_implementation": "flash_attention_2"}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert policy_evaluation.choose_attention(on_gpu) == "flash_attention_2"
+    assert policy_evaluation.choose_attention(RunConfig(policy_device="cuda:0", compute_dtype="float32")) == "sdpa"
     assert policy_evaluation.choose_attention(RunConfig()) == "sdpa"
+    with pytest.raises(UserError, match="needs a CUDA policy_device and compute_dtype = bfloat16; or use auto"):
+        policy_evaluation.choose_attention(RunConfig(attn_implementation="flash_attention_2", compute_dtype="float32"))
     assert policy_evaluation.choose_attention(RunConfig(attn_implementation="eager")) == "eager"
 
 

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import SFT_train
-from run_config import SFTConfig, UserError, load_config, run_main
+from math_data import load_sft_examples
+from run_config import GRPOConfig, SFTConfig, UserError, load_config, run_main
 
 REPOSITORY = Path(__file__).parent.parent
 MODULES = [
@@ -21,6 +25,7 @@ MODULES = [
     "GRPO_helper",
     "policy_evaluation",
     "SFT_train",
+    "GRPO_train",
     "run_config",
     "run_directory",
     "math_data",
@@ -113,6 +118,33 @@ def test_final_folder_loads_and_gives_the_evaluated_score_again(sft_run, tmp_pat
     assert responses[0] == responses[1]
 
 
+def test_final_folder_loads_in_a_fresh_engine_without_a_sync(sft_run):
+    """What stands in the folder is the trained policy: no weights are copied here, and the tokens are the same."""
+    code = """
+import sys
+from transformers import AutoTokenizer
+from math_data import load_validation_set, validation_subset
+from policy_evaluation import VALIDATION_SAMPLING_SEED, derive_seed, init_vllm, sample_responses, sampling_params
+from run_config import SFTConfig, read_yaml
+from SFT_helper import encode_prompt
+folder = sys.argv[1]
+config = SFTConfig.model_validate(read_yaml(folder + "/config.yaml"))
+examples = validation_subset(load_validation_set(config), config)
+tokenizer = AutoTokenizer.from_pretrained(folder + "/final")
+llm = init_vllm(folder + "/final", "cpu", 0, dtype="float32", max_model_len=384)
+ids = [encode_prompt(example.prompt, tokenizer) for example in examples]
+seeds = [derive_seed(VALIDATION_SAMPLING_SEED, "evaluation", index) for index in range(len(ids))]
+for response in sample_responses(llm, ids, sampling_params(config), seeds):
+    print(repr(response.text))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(sft_run[0])], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    evaluated = (sft_run[0] / "samples/eval_000003.jsonl").read_text().splitlines()
+    assert result.stdout.splitlines()[-len(evaluated) :] == [repr(json.loads(row)["response"]) for row in evaluated]
+
+
 class FakeEvaluator:
     """An evaluator without an engine, for tests of the training loop alone."""
 
@@ -120,19 +152,19 @@ class FakeEvaluator:
         self.run = run
 
     def evaluate(self, policy, eval_step):
-        metrics = {
-            "eval/answer_reward": 0.0,
-            "eval/format_reward": 0.0,
-            "eval/response_length": 1.0,
-            "eval/truncated_fraction": 0.0,
-        }
-        self.run.log({"eval_step": eval_step, "eval/num_examples": 8, **metrics})
+        metrics = {"answer_reward": 0.0, "format_reward": 0.0, "response_length": 1.0, "truncated_fraction": 0.0}
+        metrics["num_examples"] = 8
+        self.run.log({"eval_step": eval_step} | {f"eval/{name}": value for name, value in metrics.items()})
         return metrics
 
 
 @pytest.fixture
 def without_engine(monkeypatch):
     monkeypatch.setattr(SFT_train, "Evaluator", FakeEvaluator)
+
+
+def select(config):
+    return SFT_train.select_examples(load_sft_examples(config), config)
 
 
 def metrics_of(path):
@@ -152,7 +184,7 @@ def test_gradient_accumulation_does_not_change_the_step(tiny_model, tiny_model_f
     config = load_config(
         SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, "", gradient_accumulation_steps=steps)
     )
-    train_set = SFT_train.tokenize_examples(SFT_train.select_examples(config), tokenizer, config)[:8]
+    train_set = SFT_train.tokenize_examples(select(config), tokenizer, config)[:8]
     metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, config)
     gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
     tiny_model.zero_grad()
@@ -167,7 +199,7 @@ def test_per_token_metrics_cover_every_microbatch(tiny_model, tiny_model_folder,
     from SFT_helper import compute_entropy
 
     config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, ""))
-    train_set = SFT_train.tokenize_examples(SFT_train.select_examples(config), tokenizer, config)[:8]
+    train_set = SFT_train.tokenize_examples(select(config), tokenizer, config)[:8]
     metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, config)
     log_probs, entropies, per_row = [], [], []
     for row in train_set:
@@ -190,11 +222,81 @@ def test_gradient_checkpointing_does_not_change_the_weights(without_engine, tiny
         torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-5, rtol=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_weights(without_engine, tiny_model_folder, tmp_path):
-    with pytest.raises(UserError, match=r"step 2: loss nan.*last_good.*arithmetic train, question \d+"):
+def gives_a_finite_loss(folder, tiny_model_folder, tokenizer):
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, ""))
+    batch = SFT_train.tokenize_examples(select(config), tokenizer, config)[:8]
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    return SFT_train.is_good(policy, batch, 0, config)
+
+
+def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_folder, tokenizer, tmp_path):
+    """The first update ruins the weights: the last good ones are those of the start, or of the last evaluation."""
+    with pytest.raises(
+        UserError, match=rf"step 2: loss nan.* in {tiny_model_folder}; .*arithmetic train, question \d+"
+    ):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="bad", learning_rate="1e38"))
     assert [row["train_step"] for row in metrics_of(tmp_path / "bad")] == [1]
-    assert (tmp_path / "bad/last_good/model.safetensors").exists()
+    assert not (tmp_path / "bad/checkpoints").exists()
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
+    without_engine, tiny_model_folder, tokenizer, tmp_path, monkeypatch
+):
+    """A batch of step 3 has no finite loss, the weights are fine: those after step 2 are kept."""
+    original, calls = SFT_train.accumulate_gradients, []
+
+    def third_batch_is_bad(*arguments):
+        calls.append(None)
+        metrics = original(*arguments)
+        return metrics | {"train/loss": float("inf")} if len(calls) == 3 else metrics
+
+    monkeypatch.setattr(SFT_train, "accumulate_gradients", third_batch_is_bad)
+    with pytest.raises(UserError, match=r"step 3: loss inf.*step_000002; .*arithmetic train, question \d+ and|, "):
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="bad", eval_interval=50))
+    monkeypatch.undo()
+    assert gives_a_finite_loss(tmp_path / "bad/checkpoints/step_000002", tiny_model_folder, tokenizer)
+
+
+def test_an_evaluation_that_fails_loses_nothing(without_engine, tiny_model_folder, tmp_path, monkeypatch):
+    def evaluate(self, policy, eval_step):
+        if eval_step == 2:
+            raise UserError("the engine is not the policy")
+        return evaluate_fake(self, policy, eval_step)
+
+    evaluate_fake = FakeEvaluator.evaluate
+    monkeypatch.setattr(FakeEvaluator, "evaluate", evaluate)
+    with pytest.raises(UserError, match="the engine is not the policy"):
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="stopped"))
+    assert (tmp_path / "stopped/checkpoints/step_000002/model.safetensors").exists()
+
+
+def test_a_start_that_fails_leaves_the_name_free(tiny_model_folder, tmp_path, monkeypatch):
+    class NoEngine:
+        def __init__(self, *_):
+            raise UserError("no engine")
+
+    monkeypatch.setattr(SFT_train, "Evaluator", NoEngine)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no engine"):
+            SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="again"))
+
+
+def test_ctrl_c_finishes_the_step_and_saves(without_engine, tiny_model_folder, tmp_path, monkeypatch, capsys):
+    original = SFT_train.accumulate_gradients
+
+    def with_ctrl_c(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(SFT_train, "accumulate_gradients", with_ctrl_c)
+    monkeypatch.setattr(sys, "argv", ["SFT_train.py", *tiny_arguments(tiny_model_folder, tmp_path, run_name="stopped")])
+    with pytest.raises(SystemExit) as caught:
+        run_main(SFT_train.main)
+    assert caught.value.code == 130
+    assert "the policy is in" in capsys.readouterr().err
+    assert len(metrics_of(tmp_path / "stopped")) == 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "stopped/checkpoints/step_000001")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_steps_override_epochs_and_epochs_may_be_fractions(without_engine, tiny_model_folder, tmp_path):
@@ -231,8 +333,35 @@ TRACE = {"problem": "1 + 1?", "reasoning_trace": " 2 </think> <answer> 2 </answe
 def test_filter_correct_keeps_what_the_reward_function_accepts(tmp_path, capsys):
     data = write_lines(tmp_path / "sft.jsonl", [TRACE, TRACE | {"expected_answer": "3", "problem": "1 + 2?"}])
     config = SFTConfig(train_data=str(data), filter_correct=True)
-    assert [example.ground_truth for example in SFT_train.select_examples(config)] == ["2"]
+    assert [example.ground_truth for example in select(config)] == ["2"]
     assert "kept 1 of 2 traces" in capsys.readouterr().out
+
+
+def test_examples_are_drawn_from_the_filtered_ones(tmp_path):
+    """Half of the traces are wrong: asking for as many as are right gives exactly those."""
+    records = [TRACE | {"problem": f"1 + {i}?", "expected_answer": str(2 + i % 2)} for i in range(20)]
+    data = write_lines(tmp_path / "sft.jsonl", records)
+    config = SFTConfig(train_data=str(data), filter_correct=True, num_sft_examples=10)
+    assert len(select(config)) == 10
+    with pytest.raises(UserError, match="has 10 unique examples left after filter_correct; ask for at most that"):
+        select(config.model_copy(update={"num_sft_examples": 11}))
+
+
+def test_a_response_is_taught_to_end(tokenizer, tmp_path):
+    """With the stop string at its end, or else with EOS."""
+    records = [TRACE, {"prompt": "1 + 1?", "response": "It is \\boxed{2}."}]
+    config = SFTConfig(train_data=str(write_lines(tmp_path / "sft.jsonl", records)))
+    rows = SFT_train.tokenize_examples(load_sft_examples(config), tokenizer, config)
+    assert [row.response_ids[-1] == tokenizer.eos_token_id for row in rows] == [False, True]
+    assert [row.response_ids.count(tokenizer.eos_token_id) for row in rows] == [0, 1]
+
+
+def test_responses_over_the_sampling_limit_are_counted(tokenizer, tmp_path, capsys):
+    config = SFTConfig(
+        train_data=str(write_lines(tmp_path / "sft.jsonl", [TRACE])), sampling_max_tokens=4, sampling_min_tokens=1
+    )
+    SFT_train.tokenize_examples(load_sft_examples(config), tokenizer, config)
+    assert "1 of 1 training responses are longer than sampling_max_tokens = 4" in capsys.readouterr().out
 
 
 def test_long_examples_are_never_cut(tokenizer, tmp_path, capsys):
@@ -240,7 +369,7 @@ def test_long_examples_are_never_cut(tokenizer, tmp_path, capsys):
     config = SFTConfig(
         train_data=str(write_lines(tmp_path / "sft.jsonl", records)), max_context_tokens=160, sampling_max_tokens=16
     )
-    examples = SFT_train.select_examples(config)
+    examples = select(config)
     with pytest.raises(
         UserError, match=r"1 of 2 training examples exceed max_context_tokens = 160, .*sft.jsonl, line 2"
     ):
@@ -290,10 +419,17 @@ def test_bad_input_is_one_line_and_status_2(case, tiny_model_folder, tmp_path, m
     assert error.startswith("error: ") and message in error
 
 
-def test_gsm8k_layout_trains_by_changing_data_keys_only(without_engine, tiny_model_folder, tmp_path):
-    data = write_lines(tmp_path / "gsm8k.jsonl", [GSM8K | {"question": f"{i} cats?"} for i in range(24)])
-    SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="gsm8k", train_data=data, validation_data=data))
+def test_gsm8k_layout_trains_by_changing_data_keys_only(without_engine, tiny_model_folder, tmp_path, capsys):
+    train, validation = (
+        write_lines(tmp_path / name, [GSM8K | {"question": f"{i} cats?"} for i in numbers])
+        for name, numbers in (("train.jsonl", range(26)), ("test.jsonl", range(24, 40)))
+    )
+    data = {"train_data": train, "validation_data": validation}
+    SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="gsm8k", **data))
     assert len(metrics_of(tmp_path / "gsm8k")) == 3
+    assert "left out: 2 of 26 training examples whose questions are in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has nothing but 16 of 16 training examples whose questions are in"):
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, **data | {"train_data": validation}))
 
 
 def test_mistakes_end_in_one_line_without_a_traceback():
@@ -333,7 +469,20 @@ def test_readme_commands_exist():
         assert (REPOSITORY / script).is_file(), command
         for argument in arguments:
             key = argument.partition("=")[0]
-            assert key in {*SFTConfig.model_fields, "data", "config", "--help"}, command
+            assert key in {*SFTConfig.model_fields, *GRPOConfig.model_fields, "data", "config", "--help"}, command
+
+
+def test_readme_sets_up_what_the_project_and_its_presets_name():
+    """`uv sync` groups exist; `hf download` brings the model, and the folder of data, that the GPU presets name."""
+    text = (REPOSITORY / "README.md").read_text()
+    groups = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["dependency-groups"]
+    assert set(re.findall(r"--(?:no-)?group (\w+)", text)) == {"cpu", "gpu", "flash"} <= set(groups)
+    for file in ("config.yaml", "grpo_train.yaml"):
+        for preset in ("one-gpu", "two-gpu"):
+            values = yaml.safe_load((REPOSITORY / file).read_text())["presets"][preset]
+            assert f"hf download {values['model']}\n" in text
+            assert values["train_data"].startswith("data/sft-reason/")
+    assert "hf download garg-aayush/sft-cs336-assign5-datasets --repo-type=dataset --local-dir data\n" in text
 
 
 def test_readme_names_files_that_exist():

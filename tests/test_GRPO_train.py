@@ -1,0 +1,457 @@
+"""The GRPO loop: equal gradients however computed, a reward that rises, real rollouts, mistakes in one line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_scripts import REPOSITORY, FakeEvaluator, run_script, tiny_arguments
+
+import GRPO_train
+from GRPO_train import Rollout, accumulate_gradients, diagnose, grade_groups, update_policy
+from math_data import Example
+from policy_evaluation import Response, check_policy_sync, load_policy_into_vllm_instance, score_responses
+from run_config import GRPOConfig, UserError, load_config, run_main
+
+LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
+LENGTH_NORMALIZATIONS = ["masked_mean", "masked_normalize", "token_mean"]
+
+
+def grpo_arguments(model, runs_dir, **overrides):
+    values = {
+        "warm_start": "",
+        "n_grpo_steps": 2,
+        "rollout_batch_size": 8,
+        "group_size": 4,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "eval_interval": 1,
+        "num_logged_groups": 1,
+    }
+    arguments = tiny_arguments(model, runs_dir, **(values | overrides))
+    return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
+
+
+def tiny_config(**overrides):
+    values = {
+        "compute_dtype": "float32",
+        "rollout_batch_size": 8,
+        "train_batch_size": 8,
+        "group_size": 4,
+        "gradient_accumulation_steps": 1,
+        "sampling_max_tokens": 16,
+    }
+    return GRPOConfig(**(values | overrides))
+
+
+def ragged_rollouts(model, with_old_log_probs=True):
+    """Eight rollouts of lengths 2 to 9, two with advantage zero, one truncated, old log-probs a little off."""
+    generator = torch.Generator().manual_seed(0)
+    advantages = [0.5, -1.0, 0.0, 1.5, -0.5, 0.0, 0.8, -1.2]
+    rollouts = []
+    for index, advantage in enumerate(advantages):
+        ids = torch.randint(10, 500, (20 + index % 3,), generator=generator).tolist()
+        prompt, tokens = ids[: 11 + index % 3], ids[11 + index % 3 :][: 2 + index]
+        response = Response(prompt, "", tokens, [-6.0] * len(tokens), "length" if index == 3 else "stop")
+        reward = float(advantage > 0)
+        rewards = {"reward": reward, "format_reward": 1.0, "answer_reward": reward}
+        rollouts.append(Rollout(Example("q", "p", "1", None, "s"), response, rewards, advantage))
+    if with_old_log_probs:
+        scores = score_responses(model, [rollout.response for rollout in rollouts], 0, 8)
+        for rollout, score in zip(rollouts, scores, strict=True):
+            noise = 0.3 * torch.randn(len(score["log_probs"]), generator=generator)
+            rollout.old_log_probs = score["log_probs"] + noise
+    return rollouts
+
+
+def gradient_of(model, rollouts, config):
+    model.zero_grad()
+    sums = accumulate_gradients(model, rollouts, 0, config)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), sums
+
+
+def naive_gradient(model, rollouts, config):
+    """The step's loss written from its equation, every row in one plain forward pass of its own, nothing skipped."""
+    model.zero_grad()
+    total = torch.zeros(())
+    kept = [r for r in rollouts if not (config.mask_truncated_responses and r.is_truncated)]
+    num_tokens = sum(len(r.response.token_ids) for r in kept)
+    for r in kept:
+        ids = torch.tensor([r.response.prompt_ids + r.response.token_ids])
+        log_probs = model(ids).logits.log_softmax(-1)[0, len(r.response.prompt_ids) - 1 : -1]
+        log_probs = log_probs.gather(-1, torch.tensor(r.response.token_ids)[:, None])[:, 0]
+        ratio = (log_probs - r.old_log_probs).exp()
+        losses = {
+            "no_baseline": -r.rewards["reward"] * log_probs,
+            "reinforce_with_baseline": -r.advantage * log_probs,
+            "grpo_clip": -torch.minimum(ratio * r.advantage, ratio.clamp(0.8, 1.2) * r.advantage),
+            "grpo_no_clip": -ratio * r.advantage,
+        }[config.loss_type]
+        total = (
+            total
+            + {
+                "masked_mean": losses.mean() / len(rollouts),
+                "masked_normalize": losses.sum() / config.sampling_max_tokens / len(rollouts),
+                "token_mean": losses.sum() / num_tokens,
+            }[config.length_normalization]
+        )
+    total.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), total.item()
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+@pytest.mark.parametrize("length_normalization", LENGTH_NORMALIZATIONS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_gradient_of_a_step_is_the_same_however_it_is_computed(
+    tiny_model, loss_type, length_normalization, mask_truncated
+):
+    """Skipped zero-advantage rows, 1 to 8 microbatches, any order of rows: always that of the naive loop."""
+    rollouts = ragged_rollouts(tiny_model)
+    options = {
+        "loss_type": loss_type,
+        "length_normalization": length_normalization,
+        "mask_truncated_responses": mask_truncated,
+    }
+    expected, expected_loss = naive_gradient(tiny_model, rollouts, tiny_config(**options))
+    for steps in (1, 2, 4, 8):
+        config = tiny_config(gradient_accumulation_steps=steps, **options)
+        for batch in (rollouts, rollouts[::-1]):
+            gradient, sums = gradient_of(tiny_model, batch, config)
+            assert (gradient - expected).norm() < 2e-6 * expected.norm()
+            assert sums["loss"] == pytest.approx(expected_loss, abs=1e-5)
+    zero = "reward" if loss_type == "no_baseline" else "advantage"
+    num_zero = sum((r.rewards["reward"] if zero == "reward" else r.advantage) == 0 for r in rollouts)
+    assert sums["num_trained_rows"] == 8 - num_zero - mask_truncated
+
+
+def test_on_policy_the_ratio_is_exactly_one(tiny_model):
+    rollouts = ragged_rollouts(tiny_model, with_old_log_probs=False)
+    gradient, sums = gradient_of(tiny_model, rollouts, tiny_config(loss_type="grpo_clip"))
+    assert sums["ratio_max"] == 1.0
+    assert sums["ratio_sum"] == sums["num_tokens"]
+    assert sums["num_clipped_low"] == sums["num_clipped_high"] == 0
+    reinforce, _ = gradient_of(tiny_model, rollouts, tiny_config(loss_type="reinforce_with_baseline"))
+    torch.testing.assert_close(gradient, reinforce, atol=1e-6, rtol=1e-5)
+
+
+def test_a_step_with_nothing_to_learn_has_gradient_zero(tiny_model):
+    rollouts = ragged_rollouts(tiny_model)
+    for rollout in rollouts:
+        rollout.advantage = 0.0
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3, weight_decay=0.0)
+    before = [parameter.detach().clone() for parameter in tiny_model.parameters()]
+    [metrics] = update_policy(tiny_model, optimizer, rollouts, 0, 1, tiny_config())
+    assert metrics["train/grad_norm"] == 0
+    assert metrics["train/token_entropy"] is None
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("epochs", "batch", "num_steps"), [(1, 8, 1), (2, 8, 2), (1, 4, 2), (2, 4, 4)])
+def test_epochs_and_batches(tiny_model, epochs, batch, num_steps):
+    config = tiny_config(epochs_per_rollout_batch=epochs, train_batch_size=batch, loss_type="grpo_clip")
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-4)
+    rows = update_policy(tiny_model, optimizer, ragged_rollouts(tiny_model), 0, 1, config)
+    assert len(rows) == num_steps
+    assert sum(row["train/num_trained_rows"] for row in rows) == 6 * epochs
+    assert all(0 <= row["train/clip_fraction_low"] <= 1 for row in rows)
+    assert [row["rollout/log_prob_gap_mean"] is not None for row in rows] == [True] + [False] * (num_steps - 1)
+
+
+def test_a_loss_that_is_no_number_leaves_the_policy_alone(tiny_model):
+    rollouts = ragged_rollouts(tiny_model)
+    rollouts[0].advantage = float("nan")
+    before = [parameter.detach().clone() for parameter in tiny_model.parameters()]
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
+    with pytest.raises(FloatingPointError, match="loss nan"):
+        update_policy(tiny_model, optimizer, rollouts, 0, 7, tiny_config())
+    assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
+
+
+def learn_to_say_a_token(model, sign):
+    """30 GRPO steps with a sampler of its own: the reward is the share of token 17 among 4 sampled tokens."""
+    config = tiny_config(rollout_batch_size=32, train_batch_size=32, group_size=8, learning_rate=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    prompt, rewards = [5, 6, 7], []
+    # a policy of few tokens: with 512 equally likely ones the rewarded token would hardly ever be tried
+    allowed = torch.full((512,), -torch.inf)
+    allowed[10:20] = 0.0
+    for step in range(30):
+        ids = torch.tensor([prompt] * 32)
+        for _ in range(4):
+            with torch.inference_mode():
+                logits = model(ids).logits[:, -1] + allowed
+            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+        tokens = ids[:, 3:].tolist()
+        responses = [Response(prompt, json.dumps(t), t, [0.0] * 4, "stop") for t in tokens]
+        GRPO_train.REWARD_FUNCTIONS["r1_zero"] = lambda text, truth: dict.fromkeys(
+            ("reward", "format_reward", "answer_reward"), json.loads(text).count(17) / 4
+        )
+        rollouts = grade_groups([Example("q", "p", "17", None, "s")] * 4, responses, config)
+        for rollout in rollouts:
+            rollout.advantage *= sign
+        rewards.append(sum(r.rewards["reward"] for r in rollouts) / 32)
+        update_policy(model, optimizer, rollouts, 0, step, config)
+    return rewards
+
+
+@pytest.fixture
+def restored_reward_functions():
+    saved = dict(GRPO_train.REWARD_FUNCTIONS)
+    yield
+    GRPO_train.REWARD_FUNCTIONS.update(saved)
+
+
+def test_the_reward_rises_and_falls_if_the_sign_is_flipped(tiny_model, restored_reward_functions):
+    """The last call is the mutation: the same loop with flipped advantages must not reach the level."""
+    state = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    rewards = learn_to_say_a_token(tiny_model, sign=1)
+    assert sum(rewards[:3]) / 3 < 0.4
+    assert sum(rewards[-3:]) / 3 > 0.8
+    tiny_model.load_state_dict(state)
+    flipped = learn_to_say_a_token(tiny_model, sign=-1)
+    assert sum(flipped[-3:]) / 3 < 0.2
+
+
+@pytest.fixture(scope="module")
+def grpo_runs(tiny_model_folder, tmp_path_factory):
+    """Two whole runs of GRPO_train.py with the same seed and a real engine, off-policy."""
+    runs_dir = tmp_path_factory.mktemp("grpo")
+    questions = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
+    validation_data = runs_dir / "validation.jsonl"
+    validation_data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    for name in ("a", "b"):
+        result = run_script(
+            "GRPO_train.py",
+            *grpo_arguments(
+                tiny_model_folder,
+                runs_dir,
+                run_name=name,
+                loss_type="grpo_clip",
+                train_batch_size=4,
+                validation_data=validation_data,
+            ),
+        )
+        assert result.returncode == 0, result.stderr
+    return runs_dir, result
+
+
+def metrics_of(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_grpo_run_leaves_everything_in_its_folder(grpo_runs):
+    runs_dir, result = grpo_runs
+    assert "validation answer reward: last" in result.stdout.splitlines()[-2]
+    files = {str(path.relative_to(runs_dir / "a")) for path in (runs_dir / "a").rglob("*") if path.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "training.png", "validation_reward.png", "final/config.json"} <= files
+    assert {f"samples/rollouts_{step:06d}.jsonl" for step in (1, 2)} <= files
+    assert {f"samples/eval_{step:06d}.jsonl" for step in (0, 1, 2)} | {"samples/eval_all_000002.jsonl"} <= files
+    rows = [json.loads(line) for line in (runs_dir / "a/samples/rollouts_000001.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and len({row["prompt"] for row in rows}) == 1
+
+
+def test_every_documented_metric_is_logged(grpo_runs):
+    """Two rollout batches of two optimizer steps each: train metrics with every step, the others once per batch."""
+    rows = [row for row in metrics_of(grpo_runs[0] / "a") if "train_step" in row]
+    assert [row["train_step"] for row in rows] == [1, 2, 3, 4]
+    documented = set(re.findall(r"\b(?:train|rollout|time|memory)/\w+", GRPO_train.__doc__))
+    documented |= {f"rollout/response_length_{which}" for which in ("correct", "incorrect", "max")}
+    for row in rows:
+        assert {name for name in documented if name.startswith("train/")} <= set(row)
+    for first, last in (rows[:2], rows[2:]):
+        assert set(first) | set(last) == documented | {"train_step"}
+        assert "rollout/reward" not in first
+        assert last["time/old_log_probs"] > 0
+        assert last["rollout/sync_multiplicative_error"] < 1.001
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(grpo_runs):
+    first, second = (metrics_of(grpo_runs[0] / name) for name in "ab")
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if not name.startswith(("time/", "memory/")) and not name.endswith(("seconds", "per_second")):
+                assert a[name] == b[name], name
+    weights = [(grpo_runs[0] / name / "final/model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_rollouts_are_trained_on_the_sampled_ids(engine, tiny_model, tokenizer):
+    """Token ids that no tokenizer would produce from the text go into the update as they were sampled."""
+    from vllm import SamplingParams
+
+    load_policy_into_vllm_instance(tiny_model, engine)
+    ids = tokenizer.encode("What is 1 + 2?")
+    responses = GRPO_train.sample_responses(engine, [ids] * 8, SamplingParams(max_tokens=16), range(8))
+    assert any(tokenizer.encode(response.text) != response.token_ids for response in responses)
+    rollouts = grade_groups([Example("q", "p", "3", None, "s")] * 2, responses, tiny_config())
+    assert [rollout.response.token_ids for rollout in rollouts] == [response.token_ids for response in responses]
+    for index, rollout in enumerate(rollouts):
+        rollout.advantage = (-1.0) ** index
+    sums = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(), measure_gap=True)
+    assert sums["num_tokens"] == sum(len(response.token_ids) for response in responses)
+    assert sums["gap_max"] < 1e-4  # another tokenization would be scored far from the engine's log-probs
+    check_policy_sync(tiny_model, engine, [ids], 0, num_tokens=4, max_error=1.0001)
+
+
+def test_grading_keeps_rewards_groups_and_order():
+    answers = ["1", "2", "1", "1", "4", "4", "4", "4"]
+    responses = [Response([1], f"</think> <answer> {answer} </answer>", [2], [0.0], "stop") for answer in answers]
+    questions = [Example("q1", "p1", "1", None, "s"), Example("q2", "p2", "4", None, "s")]
+    rollouts = grade_groups(questions, responses, tiny_config())
+    assert [rollout.rewards["reward"] for rollout in rollouts] == [1, 0, 1, 1, 1, 1, 1, 1]
+    assert [rollout.example.question for rollout in rollouts] == ["q1"] * 4 + ["q2"] * 4
+    assert rollouts[1].advantage == pytest.approx(-1.5, abs=1e-4)
+    assert [rollout.advantage for rollout in rollouts[4:]] == [0.0] * 4
+    metrics = GRPO_train.summarize_rollouts(rollouts, tiny_config())
+    assert metrics["rollout/reward"] == 7 / 8
+    assert (metrics["rollout/all_right_fraction"], metrics["rollout/all_wrong_fraction"]) == (0.5, 0.0)
+    assert metrics["rollout/zero_advantage_fraction"] == 0.5
+    assert metrics["rollout/reward_std_within_groups"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "advice"),
+    [
+        ({"rollout/reward": 0.0, "rollout/truncated_fraction": 1.0}, "every response was cut"),
+        ({"rollout/reward": 0.0, "rollout/format_reward": 0.0}, "no response keeps the format"),
+        ({"rollout/reward": 0.0, "rollout/format_reward": 1.0}, "too hard, or misgraded"),
+        ({"rollout/reward": 0.5, "rollout/zero_advantage_fraction": 1.0}, "every advantage is zero"),
+        ({"rollout/reward": 0.5, "train/clip_fraction_high": 0.4}, "30 % of the tokens are clipped"),
+        ({"rollout/reward": 0.5, "rollout/log_prob_gap_multiplicative": 1.5}, "drift apart"),
+        ({"rollout/reward": 0.5, "train/grad_norm": 1e4}, "gradient norm"),
+        ({"rollout/reward": 0.5, "train/grad_norm": 1.0, "train/clip_fraction_high": None}, None),
+    ],
+)
+def test_the_doctor_names_what_is_off(metrics, advice):
+    found = diagnose(metrics, tiny_config())
+    assert found == [] if advice is None else len(found) == 1 and advice in found[0]
+
+
+CONFIGURATION_MISTAKES = [
+    ({"rollout_batch_size": 10}, "rollout_batch_size = 10 is not a multiple of group_size = 4"),
+    ({"train_batch_size": 6}, "train_batch_size"),
+    ({"train_batch_size": 2, "gradient_accumulation_steps": 1}, "train_batch_size = 2 is smaller than group_size = 4"),
+    ({"gradient_accumulation_steps": 3}, "train_batch_size = 6 or train_batch_size = 9 is"),
+    ({"group_size": 1, "train_batch_size": 8}, "group_size = 1 has no group mean"),
+    ({"sampling_max_tokens": 380}, "prompts are longer than max_context_tokens - sampling_max_tokens"),
+    ({"rollout_batch_size": 40000, "train_batch_size": 40000, "gradient_accumulation_steps": 1}, "but a step takes"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), CONFIGURATION_MISTAKES)
+def test_bad_input_is_one_line_and_status_2(overrides, message, tiny_model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["GRPO_train.py", *grpo_arguments(tiny_model_folder, tmp_path, **overrides)])
+    with pytest.raises(SystemExit) as caught:
+        run_main(GRPO_train.main)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_questions_without_answers_are_refused(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    with pytest.raises(UserError, match="1 of 1 questions have no answer, the first at .*line 1"):
+        GRPO_train.load_questions([], tiny_config(train_data=str(path)))
+
+
+def test_settings_without_effect_are_announced(capsys):
+    load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=one-gpu", "loss_type=grpo_clip"])
+    assert "cliprange has no effect" in capsys.readouterr().out
+    load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=one-gpu", "epochs_per_rollout_batch=2"])
+    assert "grpo_clip corrects for it" in capsys.readouterr().out
+
+
+def test_interrupt_waits_for_the_phase_saves_and_says_where(
+    tiny_model_folder, tmp_path, monkeypatch, capsys, scripted_engine
+):
+    """Ctrl-C while the second rollout batch is graded: the policy of step 1 is saved."""
+    original, calls = GRPO_train.grade_groups, []
+
+    def with_ctrl_c(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments)
+
+    monkeypatch.setattr(GRPO_train, "grade_groups", with_ctrl_c)
+    monkeypatch.setattr(
+        sys, "argv", ["GRPO_train.py", *grpo_arguments(tiny_model_folder, tmp_path, run_name="x", n_grpo_steps=5)]
+    )
+    with pytest.raises(SystemExit) as caught:
+        run_main(GRPO_train.main)
+    assert caught.value.code == 130
+    assert re.search(r"stopped after step 1; the policy is in .*step_000001", capsys.readouterr().err)
+    assert (tmp_path / "x/checkpoints/step_000001/model.safetensors").exists()
+    assert [row["train_step"] for row in metrics_of(tmp_path / "x") if "train_step" in row] == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where_the_policy_is(
+    tiny_model_folder, tmp_path, monkeypatch, scripted_engine
+):
+    original = GRPO_train.grade_groups
+
+    def with_a_bad_advantage(*arguments):
+        rollouts = original(*arguments)
+        rollouts[0].advantage = float("inf")
+        return rollouts
+
+    monkeypatch.setattr(GRPO_train, "grade_groups", with_a_bad_advantage)
+    with pytest.raises(UserError, match=r"step 1: loss .*; the last good weights are in .*step_000000"):
+        GRPO_train.main(grpo_arguments(tiny_model_folder, tmp_path, run_name="x"))
+    assert (tmp_path / "x/checkpoints/step_000000/model.safetensors").exists()
+
+
+@pytest.fixture
+def scripted_engine(monkeypatch):
+    """GRPO_train without vLLM: every response is the same two tokens."""
+
+    class ScriptedEvaluator(FakeEvaluator):
+        llm = None
+
+        def sync(self, policy):
+            return {}
+
+        def evaluate(self, policy, eval_step, examples=None, prefix="eval"):
+            return super().evaluate(policy, eval_step)
+
+    def sample_groups(evaluator, prompt_ids, chosen, step, config):
+        return [
+            Response(prompt_ids[index], "", [17, 18], [-6.0, -6.0], "stop")
+            for index in chosen
+            for _ in range(config.group_size)
+        ]
+
+    monkeypatch.setattr(GRPO_train, "Evaluator", ScriptedEvaluator)
+    monkeypatch.setattr(GRPO_train, "sample_groups", sample_groups)
+
+
+def test_a_warm_start_is_found_by_its_path(tmp_path, capsys):
+    (tmp_path / "warm" / "final").mkdir(parents=True)
+    (tmp_path / "warm" / "config.yaml").write_text("model: smollm2-135m\nprompt: r1_zero\nreward: r1_zero\n")
+    config = GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path)))
+    assert config.model == str(tmp_path / "warm" / "final")
+    assert "warm start: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="was trained with model = smollm2-135m, not mine; remove it"):
+        GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path), model="mine"))
+
+
+def test_a_warm_start_that_is_not_there_is_run_first(tmp_path, monkeypatch):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, returncode=len(commands) - 1)
+
+    monkeypatch.setattr("subprocess.run", run)
+    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), model="mine")
+    assert GRPO_train.apply_warm_start(config).model == str(tmp_path / "warm-start" / "final")
+    assert {"preset=warm-start", "model=mine", "prompt=r1_zero", f"runs_dir={tmp_path}"} <= set(commands[0])
+    with pytest.raises(UserError, match="SFT_train.py ended with status 1"):
+        GRPO_train.apply_warm_start(config)

@@ -69,7 +69,7 @@ def test_sync_check_passes_after_each_of_several_syncs(engine, tiny_model_folder
     for seed in (2, 3):
         policy = changed_policy(tiny_model_folder, seed)
         load_policy_into_vllm_instance(policy, engine)
-        assert check(policy, engine, prompt_ids)["sync/multiplicative_error"] < 1.0001
+        assert check(policy, engine, prompt_ids)["sync_multiplicative_error"] < 1.0001
 
 
 def test_sync_check_fails_without_the_sync(engine, tiny_model_folder, prompt_ids):

@@ -23,6 +23,7 @@ Logged with the last optimizer step of a rollout batch:
     rollout/zero_advantage_fraction    responses with advantage exactly zero: they teach nothing
     rollout/response_length[_correct|_incorrect|_max], rollout/truncated_fraction
     rollout/sync_multiplicative_error, rollout/sync_max_log_prob_difference    see policy_evaluation.check_policy_sync
+    reward/timeouts, reward/out_of_memory, reward/errors    answers that could not be compared; they count as wrong
     time/sync, time/rollout, time/grade, time/old_log_probs, time/train, time/step (their sum): seconds
     time/tokens_per_second             sampled, of the rollout phase
     memory/peak_gib
@@ -57,7 +58,7 @@ from math_data import (
     require_ground_truths,
     validation_subset,
 )
-from math_reward import REWARD_FUNCTIONS
+from math_reward import count_failures, grade_responses
 from policy_evaluation import (
     Evaluator,
     Response,
@@ -92,6 +93,7 @@ class Rollout:
     response: Response
     rewards: dict[str, float]
     advantage: float
+    grading_failure: str | None = None
     old_log_probs: Tensor | None = None  # (number of response tokens,), of the policy that sampled
 
     @property
@@ -272,12 +274,10 @@ def grade_groups(questions: Sequence[Example], responses: Sequence[Response], co
     """Grade the responses and normalize their rewards within groups."""
     repeated = [question for question in questions for _ in range(config.group_size)]
     truths = [question.ground_truth or "" for question in repeated]
-    graded = [
-        REWARD_FUNCTIONS[config.reward](response.text, truth) for response, truth in zip(responses, truths, strict=True)
-    ]
-    remaining = iter(graded)
+    grades = grade_responses([response.text for response in responses], truths, config.reward)
+    remaining = iter(grades)
     advantages, _, _ = compute_group_normalized_rewards(
-        lambda response, truth: next(remaining),
+        lambda response, truth: next(remaining).rewards,
         [response.text for response in responses],
         truths,
         config.group_size,
@@ -285,8 +285,8 @@ def grade_groups(questions: Sequence[Example], responses: Sequence[Response], co
         config.use_std_normalization and config.group_size > 1,
     )
     return [
-        Rollout(example, response, rewards, advantage)
-        for example, response, rewards, advantage in zip(repeated, responses, graded, advantages.tolist(), strict=True)
+        Rollout(example, response, grade.rewards, advantage, grade.failure)
+        for example, response, grade, advantage in zip(repeated, responses, grades, advantages.tolist(), strict=True)
     ]
 
 
@@ -428,6 +428,7 @@ def old_log_probs_of(part: Sequence[Rollout], log_probs: Tensor, mask: Tensor) -
 def summarize_rollouts(rollouts: Sequence[Rollout], config: GRPOConfig) -> dict[str, float | None]:
     """Return the metrics of a rollout batch, over all its responses."""
     groups = torch.tensor([rollout.rewards["reward"] for rollout in rollouts]).view(-1, config.group_size)
+    failures = count_failures([rollout.grading_failure for rollout in rollouts])
     lengths = [len(rollout.response.token_ids) for rollout in rollouts]
     right = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] == 1]
     wrong = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] != 1]
@@ -444,6 +445,7 @@ def summarize_rollouts(rollouts: Sequence[Rollout], config: GRPOConfig) -> dict[
         "rollout/response_length_incorrect": _mean(wrong),
         "rollout/response_length_max": max(lengths),
         "rollout/truncated_fraction": _mean([float(rollout.is_truncated) for rollout in rollouts]),
+        **{f"reward/{name}": count for name, count in failures.items()},
     }
 
 

@@ -37,7 +37,7 @@ from math_data import (
     require_ground_truths,
     validation_subset,
 )
-from math_reward import REWARD_FUNCTIONS
+from math_reward import grade_responses
 from policy_evaluation import (
     Evaluator,
     autocast,
@@ -231,8 +231,9 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
     kept = examples
     if config.filter_correct:
         require_ground_truths(examples, "train_data", config.train_data)
-        reward_fn = REWARD_FUNCTIONS[config.reward]
-        kept = [e for e in examples if reward_fn(e.response or "", e.ground_truth or "")["answer_reward"] == 1]
+        responses, truths = [e.response or "" for e in examples], [e.ground_truth or "" for e in examples]
+        grades = grade_responses(responses, truths, config.reward)
+        kept = [e for e, grade in zip(examples, grades, strict=True) if grade.rewards["answer_reward"] == 1]
         print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:
         raise UserError(

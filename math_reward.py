@@ -4,20 +4,31 @@ r"""Reward functions: does a response keep the format, and does its answer equal
                    follows the last <answer>, a \boxed{} inside it unwrapped
     question_only  format 1 exactly if there is a \boxed{}; the answer is what the last one holds
 
-In both, answer_reward = reward = 1 where format is 1 and the answer equals the ground truth
-mathematically. Equality: the same text, else the same number, else math-verify's verdict.
+In both, answer_reward = reward = 1 where format is 1 and the answer equals the ground truth mathematically
+(math_equality.py). An answer that cannot be compared within its limits of time and memory is graded 0, with the reason.
+
+As a script: `uv run python math_reward.py --report [pairs.tsv]` grades a corpus of pairs and prints what it got wrong.
 """
 
 import re
-import threading
-from collections.abc import Callable
-from fractions import Fraction
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from math_equality import answers_match
+from math_worker import NUM_WORKERS, GradingError
 
 RewardFunction = Callable[[str, str], dict[str, float]]
 
-# Longer answers are compared as text only: no answer of MATH comes near, and parsing time grows with length.
-MAX_SYMBOLIC_CHARS = 1000
-SYMBOLIC_TIMEOUT_SECONDS = 5
+
+class Grade(NamedTuple):
+    """The rewards of a response, and why it could not be compared where that was so: timeout, memory or error."""
+
+    rewards: dict[str, float]
+    failure: str | None = None
 
 
 def r1_zero_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
@@ -28,13 +39,7 @@ def r1_zero_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
     >>> r1_zero_reward_fn("2", "2")
     {'format_reward': 0.0, 'answer_reward': 0.0, 'reward': 0.0}
     """
-    if "</think> <answer>" not in response or "</answer>" not in response:
-        return _rewards(has_format=False, is_correct=False)
-    answer = response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-    if "\\boxed" in answer:
-        boxed = last_boxed(answer)
-        answer = answer if boxed is None else boxed
-    return _rewards(has_format=True, is_correct=answers_match(answer, ground_truth))
+    return grade_answer(extract_r1_zero(response), ground_truth).rewards
 
 
 def question_only_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
@@ -43,16 +48,59 @@ def question_only_reward_fn(response: str, ground_truth: str) -> dict[str, float
     >>> question_only_reward_fn(r"So it is \boxed{\frac{1}{2}}.", "0.5")["reward"]
     1.0
     """
-    answer = last_boxed(response)
+    return grade_answer(last_boxed(response), ground_truth).rewards
+
+
+def grade_responses(
+    responses: Sequence[str], ground_truths: Sequence[str], reward_fn: str | RewardFunction
+) -> list[Grade]:
+    """Grade a batch, several at a time; never raises for what a response holds.
+
+    Args:
+        responses: N responses.
+        ground_truths: N answers.
+        reward_fn: `r1_zero`, `question_only`, or a function of your own (called one by one, its errors are its own).
+
+    Returns:
+        N grades, in the order given. Time is bounded by N x SECONDS_PER_ITEM / NUM_WORKERS, and a worker's start.
+    """
+    pairs = list(zip(responses, ground_truths, strict=True))
+    if reward_fn not in EXTRACTORS:
+        if isinstance(reward_fn, str):
+            raise ValueError(f"reward_fn = {reward_fn!r}: use {', '.join(REWARD_FUNCTIONS)}, or a function")
+        return [Grade(reward_fn(response, truth)) for response, truth in pairs]
+    extract = EXTRACTORS[reward_fn]
+    with ThreadPoolExecutor(NUM_WORKERS) as threads:
+        return list(threads.map(lambda pair: grade_answer(extract(pair[0]), pair[1]), pairs))
+
+
+def count_failures(failures: Sequence[str | None]) -> dict[str, int]:
+    """Return how many answers could not be compared, by reason."""
+    return {
+        "timeouts": failures.count("timeout"),
+        "out_of_memory": failures.count("memory"),
+        "errors": failures.count("error"),
+    }
+
+
+def grade_answer(answer: str | None, ground_truth: str) -> Grade:
+    """Grade an extracted answer; None means that the response does not keep the format."""
     if answer is None:
-        return _rewards(has_format=False, is_correct=False)
-    return _rewards(has_format=True, is_correct=answers_match(answer, ground_truth))
+        return Grade(dict.fromkeys(("format_reward", "answer_reward", "reward"), 0.0))
+    try:
+        correct, failure = float(answers_match(answer, ground_truth)), None
+    except GradingError as error:
+        correct, failure = 0.0, str(error)
+    return Grade({"format_reward": 1.0, "answer_reward": correct, "reward": correct}, failure)
 
 
-REWARD_FUNCTIONS: dict[str, RewardFunction] = {
-    "r1_zero": r1_zero_reward_fn,
-    "question_only": question_only_reward_fn,
-}
+def extract_r1_zero(response: str) -> str | None:
+    r"""Return what follows the last <answer>, a `\boxed{}` in it unwrapped; None if the format is not kept."""
+    if "</think> <answer>" not in response or "</answer>" not in response:
+        return None
+    answer = response.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    boxed = last_boxed(answer)
+    return answer if boxed is None else boxed
 
 
 def last_boxed(text: str) -> str | None:
@@ -61,73 +109,74 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1} then \boxed{\frac{2}{3}}")
     '\\frac{2}{3}'
     """
-    for start in reversed([match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for position in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[start:position].strip()
-    return None
+    openings: list[int | None] = []  # for each open brace where its box begins, None if it is another brace
+    last = None
+    for match in re.finditer(r"\\f?boxed\s{0,20}\{|\\[{}]|[{}]", text):
+        token = match[0]
+        if token[0] == "\\" and token[-1] == "{" and len(token) > 2:
+            openings.append(match.end())
+        elif token == "{":
+            openings.append(None)
+        elif token == "}" and openings:
+            start = openings.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = start, match.start()
+    return None if last is None else text[last[0] : last[1]].strip()
 
 
-def answers_match(answer: str, ground_truth: str) -> bool:
-    r"""Return whether an answer equals the ground truth mathematically.
-
-    >>> answers_match("1,234", "1234"), answers_match(r"\frac12", "0.5"), answers_match("2", "3")
-    (True, True, False)
-    """
-    answer, ground_truth = _tidy(answer), _tidy(ground_truth)
-    if not answer:
-        return False
-    if answer == ground_truth:
-        return True
-    value, true_value = _as_number(answer), _as_number(ground_truth)
-    if value is not None and true_value is not None:
-        return value == true_value
-    return _symbolically_equal(answer, ground_truth)
+REWARD_FUNCTIONS: dict[str, RewardFunction] = {
+    "r1_zero": r1_zero_reward_fn,
+    "question_only": question_only_reward_fn,
+}
+EXTRACTORS: dict[str | RewardFunction, Callable[[str], str | None]] = {
+    "r1_zero": extract_r1_zero,
+    r1_zero_reward_fn: extract_r1_zero,
+    "question_only": last_boxed,
+    question_only_reward_fn: last_boxed,
+}
 
 
-def _rewards(has_format: bool, is_correct: bool) -> dict[str, float]:
-    correct = float(has_format and is_correct)
-    return {"format_reward": float(has_format), "answer_reward": correct, "reward": correct}
+class Pair(NamedTuple):
+    """One line of a corpus."""
+
+    category: str
+    answer: str
+    ground_truth: str
+    equal: bool
+    reason: str
 
 
-def _tidy(text: str) -> str:
-    """Remove what carries no meaning: dollar signs, spacing commands, spaces that do not part two words or numbers."""
-    text = text.strip().strip("$").strip()
-    text = re.sub(r"\\(left|right)(?![A-Za-z])|\\!", "", text).replace("\\%", "%").replace("\\$", "")
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text).removesuffix(".")
-    return re.sub(r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", re.sub(r"\s+", " ", text)).strip()
+def read_corpus(path: Path) -> list[Pair]:
+    """Return the pairs of a corpus: tab-separated category, answer, ground truth, equal (0 or 1), reason."""
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
+    return [Pair(category, answer, truth, equal == "1", reason) for category, answer, truth, equal, reason in rows]
 
 
-def _as_number(text: str) -> Fraction | None:
-    """Return the exact value of an integer, decimal, fraction, mixed number or percentage; None for anything else."""
-    text = text.removeprefix("$").replace("{,}", ",")
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?%?", text):
-        text = text.replace(",", "")
-    if match := re.fullmatch(r"([+-]?)\\frac\{([+-]?\d{1,50})\}\{(\d{1,50})\}", text):
-        text = f"{match[1]}{match[2]}/{match[3]}" if not (match[1] and match[2][0] in "+-") else text
-    if match := re.fullmatch(r"([+-]?)(\d{1,50}) (\d{1,50}/0*[1-9]\d{0,49})", text):
-        value = int(match[2]) + Fraction(match[3])
-        return -value if match[1] == "-" else value
-    if re.fullmatch(r"[+-]?\d{1,50}/0*[1-9]\d{0,49}", text):
-        return Fraction(text)
-    if re.fullmatch(r"[+-]?(\d{1,50}\.?\d{0,50}|\.\d{1,50})%?", text):
-        value = Fraction(text.removesuffix("%"))
-        return value / 100 if text.endswith("%") else value
-    return None
+def report(path: Path) -> None:
+    """Print, for each category of a corpus, agreement, false accepts, false rejects and time per item."""
+    pairs = read_corpus(path)
+    wrong: list[tuple[str, Pair]] = []
+    print(f"{'category':<32} pairs  agree  false accepts  false rejects  failures  ms per item")
+    for category in dict.fromkeys(pair.category for pair in pairs):
+        members = [pair for pair in pairs if pair.category == category]
+        started = time.perf_counter()
+        grades = [grade_answer(pair.answer, pair.ground_truth) for pair in members]
+        milliseconds = 1000 * (time.perf_counter() - started) / len(members)
+        accepted = [bool(grade.rewards["answer_reward"]) for grade in grades]
+        false = [pair for pair, is_accepted in zip(members, accepted, strict=True) if is_accepted != pair.equal]
+        wrong += [("false reject" if pair.equal else "false accept", pair) for pair in false]
+        num_accepts = sum(not pair.equal for pair in false)
+        num_failures = sum(grade.failure is not None for grade in grades)
+        print(
+            f"{category:<32} {len(members):>5}  {1 - len(false) / len(members):>5.3f}  {num_accepts:>13}  "
+            f"{len(false) - num_accepts:>13}  {num_failures:>8}  {milliseconds:>11.1f}"
+        )
+    for kind, pair in wrong:
+        print(f"{kind}: {pair.answer!r} against {pair.ground_truth!r} ({pair.reason})")
 
 
-def _symbolically_equal(answer: str, ground_truth: str) -> bool:
-    if max(len(answer), len(ground_truth)) > MAX_SYMBOLIC_CHARS:
-        return False
-    # A parser would read two numbers with a space between them as one, or as a product.
-    if any(re.search(r"(?<!frac )(?<!\d)\d+ \d", text) for text in (answer, ground_truth)):
-        return False
-    import math_verify
-
-    # math-verify's time limit is a SIGALRM, which only the main thread may set.
-    limit = SYMBOLIC_TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else 0  # 0: none
-    truth = math_verify.parse(f"${ground_truth}$", parsing_timeout=limit)
-    given = math_verify.parse(f"${answer}$", parsing_timeout=limit)
-    return bool(math_verify.verify(truth, given, timeout_seconds=limit))
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--report"]:
+        print("usage: uv run python math_reward.py --report [pairs.tsv]", file=sys.stderr)
+        sys.exit(2)
+    report(Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "tests" / "grading_corpus.tsv")

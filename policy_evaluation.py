@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from math_data import Example, load_validation_set, validation_subset
-from math_reward import REWARD_FUNCTIONS, RewardFunction
+from math_reward import REWARD_FUNCTIONS, RewardFunction, count_failures, grade_responses
 from run_config import EMBEDDED_MODEL, RunConfig, SFTConfig, UserError, load_config, run_main
 from run_directory import RunDirectory
 from SFT_helper import encode_prompt, get_masked_response_log_probs, join_prompt_and_response_ids, pad_token_id
@@ -403,7 +403,8 @@ def evaluate_vllm(
         output_path: JSON-lines file for every example.
 
     Returns:
-        Metrics (see `summarize_examples`), and one dictionary per example (see `log_generations`).
+        Metrics (see `summarize_examples`; and reward_timeouts, reward_out_of_memory, reward_errors: answers that
+        could not be compared and count as wrong), and one dictionary per example (see `log_generations`).
     """
     if len(prompts) != len(ground_truths) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give as many, at least one")
@@ -414,13 +415,15 @@ def evaluate_vllm(
     started = time.perf_counter()
     responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds)
     sampling_seconds = time.perf_counter() - started
-    rewards = [reward_fn(response.text, truth) for response, truth in zip(responses, ground_truths, strict=True)]
+    grades = grade_responses([response.text for response in responses], ground_truths, reward_fn)
     entropies: Sequence[float | None] = [None] * len(responses)
     if policy is not None:
         scores = score_responses(policy, responses, pad_token_id(tokenizer), scoring_batch_size, compute_dtype)
         entropies = [_mean(score["token_entropy"].tolist()) for score in scores]
+    rewards = [grade.rewards for grade in grades]
     examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path)
-    metrics = summarize_examples(examples)
+    failures = count_failures([grade.failure for grade in grades])
+    metrics = summarize_examples(examples) | {f"reward_{name}": count for name, count in failures.items()}
     num_tokens = sum(example["response_length"] for example in examples)
     metrics["sampled_tokens_per_second"] = num_tokens / sampling_seconds
     return metrics, examples

@@ -175,7 +175,7 @@ def start_wandb(config: RunConfig, path: Path) -> Any:
         ) from error
     run.define_metric("train_step")
     run.define_metric("eval_step")
-    for prefix in ("train", "rollout", "time", "memory"):
+    for prefix in ("train", "rollout", "reward", "time", "memory"):
         run.define_metric(f"{prefix}/*", step_metric="train_step")
     for prefix in ("eval", "eval_all"):
         run.define_metric(f"{prefix}/*", step_metric="eval_step")

@@ -14,6 +14,7 @@ from test_scripts import REPOSITORY, FakeEvaluator, run_script, tiny_arguments
 import GRPO_train
 from GRPO_train import Rollout, accumulate_gradients, diagnose, grade_groups, update_policy
 from math_data import Example
+from math_reward import Grade
 from policy_evaluation import Response, check_policy_sync, load_policy_into_vllm_instance, score_responses
 from run_config import GRPOConfig, UserError, load_config, run_main
 
@@ -188,9 +189,6 @@ def learn_to_say_a_token(model, sign):
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
         tokens = ids[:, 3:].tolist()
         responses = [Response(prompt, json.dumps(t), t, [0.0] * 4, "stop") for t in tokens]
-        GRPO_train.REWARD_FUNCTIONS["r1_zero"] = lambda text, truth: dict.fromkeys(
-            ("reward", "format_reward", "answer_reward"), json.loads(text).count(17) / 4
-        )
         rollouts = grade_groups([Example("q", "p", "17", None, "s")] * 4, responses, config)
         for rollout in rollouts:
             rollout.advantage *= sign
@@ -200,13 +198,17 @@ def learn_to_say_a_token(model, sign):
 
 
 @pytest.fixture
-def restored_reward_functions():
-    saved = dict(GRPO_train.REWARD_FUNCTIONS)
-    yield
-    GRPO_train.REWARD_FUNCTIONS.update(saved)
+def rewarded_token(monkeypatch):
+    """A reward of its own: the share of token 17 in the response."""
+
+    def grade_by_token(responses, truths, reward_fn):
+        shares = [json.loads(text).count(17) / 4 for text in responses]
+        return [Grade(dict.fromkeys(("reward", "format_reward", "answer_reward"), share)) for share in shares]
+
+    monkeypatch.setattr(GRPO_train, "grade_responses", grade_by_token)
 
 
-def test_the_reward_rises_and_falls_if_the_sign_is_flipped(tiny_model, restored_reward_functions):
+def test_the_reward_rises_and_falls_if_the_sign_is_flipped(tiny_model, rewarded_token):
     """The last call is the mutation: the same loop with flipped advantages must not reach the level."""
     state = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     rewards = learn_to_say_a_token(tiny_model, sign=1)
@@ -259,7 +261,7 @@ def test_every_documented_metric_is_logged(grpo_runs):
     """Two rollout batches of two optimizer steps each: train metrics with every step, the others once per batch."""
     rows = [row for row in metrics_of(grpo_runs[0] / "a") if "train_step" in row]
     assert [row["train_step"] for row in rows] == [1, 2, 3, 4]
-    documented = set(re.findall(r"\b(?:train|rollout|time|memory)/\w+", GRPO_train.__doc__))
+    documented = set(re.findall(r"\b(?:train|rollout|reward|time|memory)/\w+", GRPO_train.__doc__))
     documented |= {f"rollout/response_length_{which}" for which in ("correct", "incorrect", "max")}
     for row in rows:
         assert {name for name in documented if name.startswith("train/")} <= set(row)

@@ -1,10 +1,36 @@
-"""The reward functions: format exactly as DESIGNed, answers equal in another form, near misses refused."""
+"""The grader: formats to the letter, a corpus of pairs in both directions, hostile strings, workers that fail."""
 
+import os
+import random
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from math_reward import answers_match, last_boxed, question_only_reward_fn, r1_zero_reward_fn
+import math_worker
+from math_equality import answers_match, tidy
+from math_reward import (
+    Grade,
+    count_failures,
+    grade_answer,
+    grade_responses,
+    last_boxed,
+    question_only_reward_fn,
+    r1_zero_reward_fn,
+    read_corpus,
+)
+from math_worker import Budget, GradingError, Worker, expressions_equal
+
+REPOSITORY = Path(__file__).parent.parent
+CORPUS = read_corpus(REPOSITORY / "tests" / "grading_corpus.tsv")
+HANGS = "9^{9^{9^9}}"  # for a worker; it does not get past is_expression
+GROWS = "+".join(f"x^{{{power}}}" for power in range(10, 500))  # to a few megabytes, in parser and sympy
 
 EQUAL = [
     ("5", "5"),
@@ -103,9 +129,224 @@ def test_last_boxed_needs_closed_braces():
     assert last_boxed("none") is None
 
 
-def test_symbolic_grading_works_outside_the_main_thread():
+def accepts(answer, truth):
+    grade = grade_answer(answer, truth)
+    assert grade.failure is None, (answer, truth, grade)
+    return grade.rewards["answer_reward"] == 1
+
+
+def test_the_corpus_has_no_false_accept_and_hardly_a_false_reject():
+    """In both directions: equal in one is equal in the other."""
+    assert len(CORPUS) >= 600
+    verdicts = [(accepts(pair.answer, pair.ground_truth), accepts(pair.ground_truth, pair.answer)) for pair in CORPUS]
+    assert [pair for pair, (one, other) in zip(CORPUS, verdicts, strict=True) if one != other] == []
+    accepted = [one for one, _ in verdicts]
+    assert [pair for pair, is_accepted in zip(CORPUS, accepted, strict=True) if is_accepted and not pair.equal] == []
+    rejected = [pair for pair, is_accepted in zip(CORPUS, accepted, strict=True) if pair.equal and not is_accepted]
+    assert len(rejected) <= 0.01 * sum(pair.equal for pair in CORPUS), rejected
+
+
+def test_every_ground_truth_equals_itself():
+    for pair in CORPUS:
+        assert accepts(pair.ground_truth, pair.ground_truth), pair
+
+
+def test_every_category_has_both_verdicts():
+    for category in {pair.category for pair in CORPUS} - {"nearly_equal", "adversarial"}:
+        assert {pair.equal for pair in CORPUS if pair.category == category} == {True, False}
+
+
+def test_a_batch_keeps_its_order_and_equals_one_by_one():
+    answers = ["1", r"\sqrt{8}", "x", r"2\sqrt{2}"] * 3
+    responses = [f"</think> <answer> {answer} </answer>" for answer in answers] + ["no format"]
+    truths = [r"2\sqrt{2}"] * len(responses)
+    one_by_one = [Grade(r1_zero_reward_fn(response, truth)) for response, truth in zip(responses, truths, strict=True)]
+    for reward_fn in ("r1_zero", r1_zero_reward_fn):
+        assert grade_responses(responses, truths, reward_fn) == one_by_one
+    assert [grade.rewards["reward"] for grade in one_by_one] == [0, 1, 0, 1] * 3 + [0]
+    own = grade_responses(["a", "b"], ["a", "a"], lambda response, truth: {"reward": float(response == truth)})
+    assert [grade.rewards["reward"] for grade in own] == [1, 0]
+    with pytest.raises(ValueError, match="reward_fn = 'nonsense': use r1_zero, question_only, or a function"):
+        grade_responses([], [], "nonsense")
+
+
+def test_grading_works_from_any_thread():
     verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.append(answers_match(r"\sqrt{8}", r"2\sqrt{2}")))
-    thread.start()
-    thread.join(timeout=60)
-    assert verdicts == [True]
+    threads = [
+        threading.Thread(target=lambda n=n: verdicts.append(accepts(rf"\sqrt{{{n * n * 2}}}", rf"{n}\sqrt{{2}}")))
+        for n in range(20, 26)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert verdicts == [True] * 6
+
+
+@pytest.fixture
+def worker():
+    worker = Worker()
+    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    yield worker
+    worker.stop()
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced(worker):
+    process = worker._process
+    started = time.monotonic()
+    assert worker.ask({"one": HANGS, "other": "1"}, 0.5) == {"failure": "timeout"}
+    assert time.monotonic() - started < 5
+    assert process.poll() is not None
+    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+
+
+def test_a_worker_that_grows_is_stopped_and_replaced():
+    worker = Worker(memory_bytes=2**20)
+    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    process = worker._process
+    assert worker.ask({"one": GROWS, "other": "1"}, 60) == {"failure": "memory"}
+    assert process.poll() is not None
+    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    worker.stop()
+
+
+def test_a_worker_that_dies_is_replaced(worker):
+    killer = threading.Timer(0.3, os.kill, (worker._process.pid, signal.SIGKILL))
+    killer.start()
+    assert worker.ask({"one": HANGS, "other": "1"}, 30) == {"failure": "error"}
+    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+
+
+def test_failures_are_graded_zero_with_their_reason_counted_and_not_remembered(monkeypatch):
+    answers = iter([{"failure": "timeout"}, {"failure": "memory"}, {"failure": "error"}, {"equal": True}])
+    monkeypatch.setattr(Worker, "ask", lambda self, question, seconds: next(answers))
+    monkeypatch.setattr("math_reward.NUM_WORKERS", 1)
+    grades = grade_responses([r"\boxed{x+x+x}"] * 4, ["3x"] * 4, "question_only")
+    assert [grade.failure for grade in grades] == ["timeout", "memory", "error", None]
+    assert [grade.rewards["reward"] for grade in grades] == [0, 0, 0, 1]
+    assert count_failures([grade.failure for grade in grades]) == {"timeouts": 1, "out_of_memory": 1, "errors": 1}
+    math_worker._known.clear()
+
+
+def test_an_answer_has_one_budget_of_time_however_many_parts_it_has():
+    with pytest.raises(GradingError, match="timeout"):
+        expressions_equal("x+1+1+1", "x+3", Budget(seconds=0))
+
+
+def test_no_worker_outlives_its_parent():
+    """Neither one that exits nor one that is killed."""
+    code = """
+import sys, time
+from math_reward import answers_match
+import math_worker
+assert answers_match("x+1", "1+x")
+workers = list(math_worker._pool().queue)
+print(*[worker._process.pid for worker in workers if worker._process], flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+    for seconds in ("0", "600"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, seconds], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert pids
+        if seconds == "600":
+            process.kill()
+        process.wait(timeout=30)
+        process.stdout.close()
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            assert time.monotonic() < deadline, "a worker is left"
+            time.sleep(0.1)
+
+
+HOSTILE = [
+    "9" * 100_000,
+    "{" * 10_000 + "}" * 10_000,
+    "(" * 500 + "5" + ")" * 500,
+    "\\frac{" * 10_000,
+    "\\boxed{" * 5_000,
+    "\x00",
+    "5\x00",
+    "\ud800",
+    "\u202e5",
+    "5\u200b",
+    "\n\n\n",
+    "a" * 900,
+    "1," * 450 + "2",
+    "x^" * 400 + "2",
+    "\\sqrt{" * 150 + "2" + "}" * 150,
+    "+".join(["x"] * 300),
+    "9^{9^{9^9}}",
+    "((((10!)!)!)!)!",
+    "\\binom{10^{12}}{10^{11}}",
+    "__import__('os').system('touch OWNED')",
+    "().__class__.__bases__[0].__subclasses__()",
+    "(lambda: 5)()",
+    "\\input{/etc/passwd}",
+    " " * 900,
+    "$" * 900,
+    "\\text{" * 100 + "5" + "}" * 100,
+    "|" * 901,
+    "!" * 900,
+    "1" + "!" * 5,
+    "\\pm" * 300,
+    "=".join(["x"] * 400),
+    "\\begin{pmatrix}" * 60,
+    "&".join(["1"] * 400),
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_answers_are_wrong_and_cost_little(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = time.monotonic()
+    for response in (f"</think> <answer> {text} </answer>", rf"\boxed{{{text}}}", text):
+        for reward_fn in (r1_zero_reward_fn, question_only_reward_fn):
+            for truth in ("5", r"\sqrt{2}", "x+1"):
+                assert reward_fn(response, truth)["answer_reward"] == 0
+    assert time.monotonic() - started < 3 * math_worker.SECONDS_PER_ITEM
+    assert list(tmp_path.iterdir()) == []
+
+
+PIECES = [
+    *r"\frac \sqrt { } ( ) [ ] ^ _ + - / ! , = < \pm \cup \{ \} | $ % \% \$ . 1 2 10 9 0.5 x y i e \pi \infty".split(),
+    *r"\sin \log \text{ cm \begin{pmatrix} \end{pmatrix} & \\ \cdot \times \binom \circ '".split(),
+    " ",
+    "\u0660",  # a digit of another script
+]
+
+
+def mutate(text, generator):
+    """Change, drop, double or insert a few characters or pieces of a real answer."""
+    for _ in range(generator.randint(1, 3)):
+        position = generator.randint(0, len(text))
+        end = min(len(text), position + generator.randint(0, 2))
+        text = text[:position] + generator.choice([*PIECES, "", text[position:end] * 2]) + text[end:]
+    return text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join) | st.text(max_size=40), st.sampled_from(CORPUS))
+def test_random_strings_never_raise_and_have_no_direction(text, pair):
+    assert grade_answer(text, pair.ground_truth).rewards == grade_answer(pair.ground_truth, text).rewards
+    tidy(text)
+
+
+def test_ten_thousand_random_and_mutated_answers_are_graded_in_time():
+    generator = random.Random(0)
+    pairs = generator.choices(CORPUS, k=10_000)
+    texts = [
+        mutate(pair.answer, generator) if index % 2 else "".join(generator.choices(PIECES, k=generator.randint(1, 20)))
+        for index, pair in enumerate(pairs)
+    ]
+    started = time.monotonic()
+    grades = grade_responses(
+        [rf"</think> <answer> {text} </answer>" for text in texts], [pair.ground_truth for pair in pairs], "r1_zero"
+    )
+    seconds = time.monotonic() - started
+    assert len(grades) == 10_000
+    assert sum(grade.failure is not None for grade in grades) <= 20
+    assert seconds < 180  # 60 s on two free cores
+    math_worker.stop_workers()
+    assert not math_worker._pools

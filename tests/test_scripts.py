@@ -29,7 +29,9 @@ MODULES = [
     "run_config",
     "run_directory",
     "math_data",
+    "math_equality",
     "math_reward",
+    "math_worker",
 ]
 
 

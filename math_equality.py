@@ -1,0 +1,410 @@
+r"""Whether two answers are equal mathematically. Layers, the cheapest first; each either decides or hands on:
+
+    text         the same after removing what carries no meaning; words without regard to case
+    structure    lists and sets (any order), tuples, intervals with their brackets, unions, matrices, equations,
+                 inequalities, \pm: compared part by part
+    numbers      exactly, as fractions: 1,234  0.5  50\%  3\frac{1}{2}  1.2 \times 10^3  5 cm  90^\circ  \$5
+    symbols      parsed by the parser of math-verify and evaluated by sympy, in a worker process (math_worker.py)
+
+No Python is evaluated: only expressions made of a closed set of tokens reach the parser, which is not sympy's own
+(that one would evaluate). All patterns here run in time linear or quadratic in an answer's length, which is limited.
+"""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, cast
+
+from math_worker import Budget, expressions_equal
+
+MAX_ANSWER_CHARS = 1000  # longer answers are compared as text only; no answer of MATH comes near
+MAX_DEPTH = 24  # of brackets, likewise
+MAX_ITEMS = 40  # of a list, set or matrix
+
+# ("leaf", text), or a kind with its parts: list, set, union, matrix, row, and the two brackets of a tuple or interval
+Node = tuple[str, Any]
+
+OPENING, CLOSING = "([{", ")]}"
+RELATIONS = {
+    r"\leq": "<=", r"\le": "<=", r"\leqslant": "<=", "<": "<", r"\lt": "<",
+    r"\geq": ">=", r"\ge": ">=", r"\geqslant": ">=", ">": ">", r"\gt": ">",
+    r"\neq": "!=", r"\ne": "!=", "=": "=",
+}  # fmt: skip
+MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
+VARIABLE = r"(?:[A-Za-z]|\\[a-z]{2,8})(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,4}\}))?"
+COMMA = re.compile(",")
+UNION = re.compile(r"\\cup(?![A-Za-z])\s?")
+RELATION = re.compile("|".join(rf"{re.escape(name)}(?![A-Za-z])" if name[0] == "\\" else name for name in RELATIONS))
+MATRIX = re.compile(r"\(?\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}\)?", re.DOTALL)
+# Units by their spellings; a unit may be left out, not be another one
+UNITS = {
+    unit: name
+    for name, units in {
+        "mm": "mm millimeter millimeters", "cm": "cm centimeter centimeters", "m": "m meter meters",
+        "km": "km kilometer kilometers", "inch": "in inch inches", "foot": "ft foot feet", "yard": "yard yards",
+        "mile": "mile miles mi", "g": "g gram grams", "kg": "kg kilogram kilograms", "pound": "lb lbs pound pounds",
+        "ounce": "oz ounce ounces", "liter": "L l liter liters", "ml": "ml mL", "gallon": "gallon gallons",
+        "second": "s sec second seconds", "minute": "min minute minutes", "hour": "h hr hour hours",
+        "day": "day days", "week": "week weeks", "month": "month months", "year": "year years",
+        "dollar": "dollar dollars", "cent": "cent cents", "unit": "unit units", "degree": "degree degrees",
+        "mph": "mph", "square": "square sq", "cubic": "cubic cu", "per": "per",
+        "apple": "apple apples", "people": "people person", "point": "point points",
+    }.items()
+    for unit in units.split()
+}  # fmt: skip
+FUNCTIONS = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split()
+GREEK = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta lambda mu nu xi rho sigma tau phi varphi chi psi omega "
+    "Gamma Delta Theta Lambda Sigma Phi Psi Omega"
+).split()
+COMMANDS = {*FUNCTIONS, *GREEK, *"frac sqrt pi infty cdot times div binom circ lfloor rfloor lceil rceil".split()}
+TOKEN = re.compile(r"\\([A-Za-z]+)|\d+(?:\.\d+)?|\.\d+|[A-Za-z]|[-+*/^_!|(){}\[\]]| ")
+# What the tokens alone do not rule out
+NO_EXPRESSION = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?<![\\A-Za-z])[A-Za-z]{4}",  # a word
+        r"__",
+        r"(?:^|[^_\d])\d+ \d|\d\.\d*\.",  # two numbers, not one
+        r"(?<!\{)\d_|\}_\d",  # a number in another base
+        r"[-+*/^_({\[]$|[-+*/^_(\[{][)\]}*/^_!]|^[*/^_!)\]}]",  # something is missing
+        r"\{\}|\(\)|\[\]|\\(?:frac|sqrt|binom|cdot|times|div)$",
+        r"[-+]{3}",
+        # too large a number: a tower of powers, a long exponent, factorials of large numbers or of factorials
+        r"\d\^\{?-?\d*\^|\^\{?-?\d{5}|\^\{[^{}]*\^[^{}]*\^|\^\{[^{}]*\{[^{}]*\^",
+        r"!\)*!|\d{4}\)*!|\\binom\{?\d{4}|\}\{\d*\^|\^\{[^{}]*!|!\)*\^",
+    )
+]
+# One spelling for what is written in several
+SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        ("\u2212", "-"),  # the minus sign of typesetting
+        ("π", r"\\pi "),
+        ("°", r"^\\circ "),
+        (r"^\$(?=[\d.])", r"\\$"),
+        (r"\\(?:left|right)(?![A-Za-z])", ""),
+        (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
+        (r"(?<=\d)(?:\\[,!;:]|\{,\}|,\\!)(?=\d{3}(?!\d))", ""),  # 1\,234 and 1{,}234
+        (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\\%", "%"),
+        (r"\\(?:textbf|textit|textrm|mathrm|mathbf|mathit|mbox)(?=\s*\{)", r"\\text"),
+        (r"\\text\s*\{\s*(?:or|and)\s*\}", ","),
+        # 1,234 but neither (1,234) nor \{1,234\}, which may hold two numbers
+        (r"(?<![\d,.(\[])(?<!\\\{)(\d{1,3}),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\d,)\]])(?!\\\})", r"\1\2\3\4"),
+        (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
+        (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
+        (r"(\\frac\s*\{[^{}]{1,50}\})\s*(\d)", r"\1{\2}"),
+        (r"\{\s*([^{}\\]{1,50})\\over\s+([^{}\\]{1,50})\}", r"\\frac{\1}{\2}"),
+        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+        (r"([_^])\s*\{\s*([A-Za-z0-9]|\\circ)\s*\}", r"\1\2"),
+        (r"\s+", " "),
+        (r"(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", ""),
+    )
+]
+
+
+def answers_match(answer: str, ground_truth: str) -> bool:
+    r"""Return whether an answer equals the ground truth mathematically.
+
+    Raises:
+        GradingError: the comparison ran out of time or memory.
+
+    >>> answers_match("1,234", "1234"), answers_match(r"\frac12", "0.5"), answers_match("2", "3")
+    (True, True, False)
+    """
+    if max(len(answer), len(ground_truth)) > MAX_ANSWER_CHARS:
+        return answer.strip() == ground_truth.strip() != ""
+    answer, ground_truth = tidy(answer), tidy(ground_truth)
+    if not answer or not ground_truth:
+        return False
+    if answer == ground_truth:
+        return True
+    if _depth(answer) is None or _depth(ground_truth) is None:
+        return False  # brackets that do not match: half an answer is none
+    return _nodes_match(_parse(answer), _parse(ground_truth), Budget())
+
+
+def tidy(text: str) -> str:
+    r"""Remove what carries no meaning from an answer and write the rest in one spelling.
+
+    >>> tidy(r"$ \left( \dfrac{1}{2}, x^{2} \right) $."), tidy(r"1\,234"), tidy("3  1/2")
+    ('(\\frac{1}{2},x^2)', '1234', '3 1/2')
+    """
+    text = text.strip().removesuffix(".").strip()
+    for dollars in ("$$", "$"):
+        if len(text) > 2 * len(dollars) and text.startswith(dollars) and text.endswith(dollars):
+            text = text.removeprefix(dollars).removesuffix(dollars).strip().removesuffix(".")
+    for pattern, replacement in SPELLINGS:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def _depth(text: str) -> int | None:
+    """Return how deep brackets are nested, None if braces do not match or are too deep; half-open intervals count."""
+    depth = deepest = 0
+    num_round = 0
+    for match in re.finditer(r"\\[{}]|[{}()\[\]]", text):
+        token = match[0]
+        if token in "{\\{":
+            depth += 1
+        elif token in "}\\}":
+            depth -= 1
+        else:
+            num_round += 1 if token in "([" else -1
+        deepest = max(deepest, depth + num_round)
+        if depth < 0 or num_round < 0:
+            return None
+    return deepest if depth == num_round == 0 and deepest <= MAX_DEPTH else None
+
+
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """Split at what matches outside of all brackets."""
+    parts, depth, start, position = [], 0, 0, 0
+    while position < len(text):
+        match = separator.match(text, position) if depth == 0 else None
+        if match:
+            parts.append(text[start : match.start()])
+            position = start = match.end()
+            continue
+        if text[position] == "\\":
+            environment = re.compile(r"\\(begin|end)(?=\{)").match(text, position)
+            if environment:
+                depth += 1 if environment[1] == "begin" else -1
+            position += 1  # what follows is no bracket, unless it is \{ or \}
+            if text[position : position + 1] not in "{}":
+                position += 1
+                continue
+        depth += (text[position : position + 1] in OPENING) - (text[position : position + 1] in CLOSING)
+        position += 1
+    return [*parts, text[start:]]
+
+
+def _parse(text: str) -> Node:
+    """Return the structure of a tidied answer."""
+    text = _without_name(text)
+    items = _split(text, COMMA)
+    if len(items) > 1:
+        nodes = [_parse(item) for item in items]
+        names = {_name_of(item) for item in items}
+        if len(names) > 1 and None not in names:  # a = 2, b = 3: which is which counts
+            nodes = [("leaf", item) for item in items]
+        return "list", [part for node in nodes for part in (node[1] if node[0] == "list" else [node])]
+    parts = _split(text, UNION)
+    if len(parts) > 1:
+        return "union", [_parse(part) for part in parts]
+    if text.startswith(r"\{") and text.endswith(r"\}") and len(_split(text[2:-2], COMMA)) <= MAX_ITEMS:
+        return "set", [_parse(item) for item in _split(text[2:-2], COMMA)] if text[2:-2] else []
+    if matrix := MATRIX.fullmatch(text):
+        rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
+        return "matrix", [("row", [_parse(cell.strip()) for cell in row.split("&")]) for row in rows]
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_last(text):
+        items = _split(text[1:-1], COMMA)
+        if len(items) > 1:
+            return text[0] + text[-1], [_parse(item) for item in items]
+    if r"\pm" in text and not RELATION.search(text):
+        signs = [("+", "-"), ("-", "+")]
+        branches = [re.sub(r"\\pm\s?", plus, re.sub(r"\\mp\s?", minus, text)) for plus, minus in signs]
+        return "list", [("leaf", branch.removeprefix("+")) for branch in branches]
+    return "leaf", text
+
+
+def _name_of(text: str) -> str | None:
+    """Return the variable that `x = ...` names, or None."""
+    match = re.match(rf"({VARIABLE}|\({VARIABLE}(?:,{VARIABLE})+\))=", text)
+    return match[1] if match and len(_split(text, RELATION)) == 2 else None
+
+
+def _without_name(text: str) -> str:
+    r"""Return `5` for `x = 5`, `5 = x` and `(x, y) = ...`, if no other variable is in it; else the text as it is."""
+    name = _name_of(text)
+    if name is not None:
+        value = text[len(name) + 1 :]
+    elif match := re.fullmatch(rf"(.*)=({VARIABLE})", text):
+        name, value = match[2], match[1]
+    else:
+        return text
+    constants = r"\\text\{[^{}]*\}|(?<![A-Za-z])[ei](?![A-Za-z])"
+    has_variable = re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", re.sub(constants, "", value))
+    is_equation = has_variable or len(_split(value, RELATION)) > 1
+    return text if is_equation and name[0] != "(" else value
+
+
+def _closes_last(text: str) -> bool:
+    """Whether the bracket that opens a text is the one that closes it at its end."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if depth == 0:
+            return position == len(text) - 1
+    return False
+
+
+def _nodes_match(one: Node, other: Node, budget: Budget) -> bool:
+    if one[0] == "leaf" == other[0]:
+        return _leaves_match(one[1], other[1], budget)
+    kinds, a, b = {one[0], other[0]}, one[1], other[1]
+    if max(len(a), len(b)) > MAX_ITEMS:
+        return False
+    if kinds <= {"list", "set"} and "set" in kinds:
+        return _is_subset(a, b, budget) and _is_subset(b, a, budget)
+    if len(kinds) == 2 or len(a) != len(b):
+        return False
+    if kinds <= {"list", "union"}:
+        return _is_permutation(a, list(b), budget)
+    return all(_nodes_match(x, y, budget) for x, y in zip(a, b, strict=True))
+
+
+def _is_subset(ones: Sequence[Node], others: Sequence[Node], budget: Budget) -> bool:
+    return all(any(_nodes_match(one, other, budget) for other in others) for one in ones)
+
+
+def _is_permutation(ones: Sequence[Node], others: list[Node], budget: Budget) -> bool:
+    """Equality is transitive, so that the first match of each will do."""
+    for one in ones:
+        index = next((index for index, other in enumerate(others) if _nodes_match(one, other, budget)), None)
+        if index is None:
+            return False
+        del others[index]
+    return True
+
+
+def _leaves_match(one: str, other: str, budget: Budget) -> bool:
+    if not one or not other or one == other:
+        return one == other != ""
+    sides, relations = _relation(one)
+    other_sides, other_relations = _relation(other)
+    if relations or other_relations:
+        mirrored = [MIRRORED[relation] for relation in reversed(other_relations)]
+        return len(relations) <= 3 and any(
+            relations == their_relations
+            and all(_leaves_match(x, y, budget) for x, y in zip(sides, their_sides, strict=True))
+            for their_sides, their_relations in ((other_sides, other_relations), (other_sides[::-1], mirrored))
+        )
+    words = _words(one)
+    if words is not None and words == _words(other):
+        return True
+    one, unit = _split_unit(one)
+    other, other_unit = _split_unit(other)
+    if unit and other_unit and unit != other_unit:
+        return False
+    number, other_number = as_number(one), as_number(other)
+    if number is not None and other_number is not None:
+        return number == other_number
+    if one == other:
+        return True
+    first, second = sorted((one, other))  # equality has no direction
+    return is_expression(first) and is_expression(second) and expressions_equal(first, second, budget)
+
+
+def _relation(text: str) -> tuple[list[str], list[str]]:
+    """Return the sides of an equation or inequality, and the signs between them."""
+    sides = _split(text, RELATION)
+    signs, position = [], 0
+    for side in sides[:-1]:
+        position += len(side)
+        match = cast(re.Match[str], RELATION.match(text, position))
+        signs.append(RELATIONS[match[0]])
+        position = match.end()
+    return [side.strip() for side in sides], signs
+
+
+def _words(text: str) -> str | None:
+    r"""Return a text answer or choice in one form, `tuesday`, `A`; None if it is something else.
+
+    >>> _words(r"\text{(A)}"), _words("Tuesday"), _words("xy"), _words("x")
+    ('A', 'tuesday', None, 'x')
+    """
+    inner = re.fullmatch(r"\\text\{([^{}\\]+)\}", text)
+    plain = inner[1].strip() if inner else text
+    choice = re.fullmatch(r"\(?([A-Z])\)?\.?", plain)
+    if choice:
+        return choice[1]
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9' ,.-]*", plain):
+        return None
+    if inner or len(plain) == 1 or re.search(r"[A-Za-z]{3}", plain) or plain.lower() == "no":
+        return plain if len(plain) == 1 else plain.lower()
+    return None
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    r"""Return a quantity's value and unit (empty if it has none).
+
+    >>> _split_unit(r"5\text{cm}^2"), _split_unit(r"\$5"), _split_unit(r"90^\circ"), _split_unit("5x")
+    (('5', 'cm^2'), ('5', 'dollar'), ('90', 'degree'), ('5x', ''))
+    """
+    if text.startswith(r"\$"):
+        return text[2:], "dollar"
+    if text.endswith(r"^\circ") and as_number(text.removesuffix(r"^\circ")) is not None:
+        return text.removesuffix(r"^\circ"), "degree"
+    match = re.fullmatch(r"(.+)\\text\{([A-Za-z ]{1,40})\}(\^\d)?", text) or re.fullmatch(
+        r"([\d.,/+-]*\d) ([A-Za-z ]{1,40}?)(\^\d)?", text
+    )
+    if match is None:
+        return text, ""
+    if match[2] == "percent":
+        return f"{match[1]}%", ""
+    words = match[2].split()
+    if not words or not all(word in UNITS for word in words):
+        return text, ""
+    return match[1].strip(), " ".join(UNITS[word] for word in words) + (match[3] or "")
+
+
+def as_number(text: str) -> Fraction | None:
+    r"""Return the exact value of a tidied number in any of the usual ways of writing one; None for anything else.
+
+    >>> as_number(r"-2\frac{1}{3}"), as_number("1.2e3"), as_number("12.5%"), as_number("x")
+    (Fraction(-7, 3), Fraction(1200, 1), Fraction(1, 8), None)
+    """
+    if len(text) > 200:
+        return None
+    if text.endswith("%"):
+        value = as_number(text[:-1])
+        return None if value is None else value / 100
+    if match := re.fullmatch(r"([+-]?)(\d+) ?(\d+/\d+|\\frac\{\d+\}\{\d+\})", text):
+        if " " not in text and "\\" not in text:
+            return _ratio(text)
+        part = _ratio(match[3])
+        return None if part is None else (int(match[2]) + part) * (-1 if match[1] == "-" else 1)
+    if match := re.fullmatch(r"([+-]?[\d.]+)(?:\\times|\\cdot) ?10\^(?:\{([+-]?\d{1,3})\}|(\d))", text):
+        value = _decimal(match[1])
+        return None if value is None else value * Fraction(10) ** int(match[2] or match[3])
+    if match := re.fullmatch(r"([+-]?[\d.]+)[eE]([+-]?\d{1,3})", text):
+        value = _decimal(match[1])
+        return None if value is None else value * Fraction(10) ** int(match[2])
+    if match := re.fullmatch(r"([+-]?)(\d*)\.(\d*)\\overline\{(\d+)\}", text):
+        fixed, repeated = match[3], match[4]
+        value = _decimal(f"{match[2] or 0}.{fixed}") or Fraction(0)
+        value += Fraction(int(repeated), 10 ** len(fixed) * (10 ** len(repeated) - 1))
+        return -value if match[1] == "-" else value
+    decimal = _decimal(text)
+    return _ratio(text) if decimal is None else decimal
+
+
+def _decimal(text: str) -> Fraction | None:
+    return Fraction(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", text) else None
+
+
+def _ratio(text: str) -> Fraction | None:
+    match = re.fullmatch(r"([+-]?)\\frac\{([+-]?\d+)\}\{([+-]?\d+)\}", text) or re.fullmatch(
+        r"([+-]?)(\d+)/(\d+)", text
+    )
+    if match is None or int(match[3]) == 0:
+        return None
+    value = Fraction(int(match[2]), int(match[3]))
+    return -value if match[1] == "-" else value
+
+
+def is_expression(text: str) -> bool:
+    r"""Whether a tidied text is a whole expression of known tokens, safe and small enough to be parsed.
+
+    >>> [is_expression(text) for text in (r"2\sqrt{2}", "__import__", r"\frac{1}{", "5+", "9^{9^9}", "12_8")]
+    [True, False, False, False, False, False]
+    """
+    position = 0
+    while position < len(text):
+        match = TOKEN.match(text, position)
+        if match is None or (match[1] and match[1] not in COMMANDS):
+            return False
+        position = match.end()
+    return not any(pattern.search(text) for pattern in NO_EXPRESSION)

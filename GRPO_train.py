@@ -15,7 +15,8 @@ Logged per optimizer step (axis `train_step`, counted in optimizer steps):
     train/learning_rate
 Measured in the first optimizer step of a rollout batch, before the policy moves (null in later ones):
     rollout/log_prob_gap_mean, rollout/log_prob_gap_max, rollout/log_prob_gap_multiplicative
-                               |engine - policy|, over the tokens trained on; multiplicative: exp(mean)
+                               |engine - policy|, over the tokens trained on; multiplicative: exp(mean). The first
+                               sampling_min_tokens of a response are sampled without EOS, which shows here
 Logged with the last optimizer step of a rollout batch:
     rollout/reward, rollout/format_reward, rollout/answer_reward   means over all responses
     rollout/reward_std_within_groups                               mean over groups of their sample std
@@ -67,6 +68,7 @@ from policy_evaluation import (
     check_prompt_lengths,
     derive_seed,
     load_policy,
+    mean,
     peak_memory_gib,
     print_evaluation,
     sample_responses,
@@ -228,14 +230,22 @@ def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
             "run_name": config.warm_start,
             "runs_dir": config.runs_dir,
             "wandb_mode": config.wandb_mode,
+            "train_data": config.train_data,
+            "validation_data": config.validation_data,
+            "arithmetic_terms": list(config.arithmetic_terms),
+            "arithmetic_max_term": config.arithmetic_max_term,
         }
         arguments = [f"{name}={value}" for name, value in settings.items()]
-        result = subprocess.run([sys.executable, str(script), *arguments])
-        if result.returncode != 0:
-            raise UserError(
-                f"warm_start = {config.warm_start}: SFT_train.py ended with status {result.returncode}; see above "
-                f"(remove {folder} before trying again if it was left unfinished)"
-            )
+        process = subprocess.Popen([sys.executable, str(script), *arguments])
+        remedy = f"remove {folder} before trying again if it was left unfinished"
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reached both: let the SFT run finish its step and save
+            process.wait()
+            print(f"the warm start was interrupted; {remedy}", file=sys.stderr)
+            raise
+        if status != 0:
+            raise UserError(f"warm_start = {config.warm_start}: SFT_train.py ended with status {status}; {remedy}")
     return config.model_copy(update={"model": str(folder / "final")})
 
 
@@ -318,7 +328,9 @@ def update_policy(
         order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(rollouts), config.train_batch_size):
             batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
-            sums = accumulate_gradients(policy, batch, padding_id, config, measure_gap=not rows)
+            sums = accumulate_gradients(
+                policy, batch, padding_id, config, measure_gap=not rows and config.samples_from_policy
+            )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
                 raise FloatingPointError(
@@ -434,17 +446,17 @@ def summarize_rollouts(rollouts: Sequence[Rollout], config: GRPOConfig) -> dict[
     wrong = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] != 1]
     return {
         "rollout/reward": groups.mean().item(),
-        "rollout/format_reward": _mean([rollout.rewards["format_reward"] for rollout in rollouts]),
-        "rollout/answer_reward": _mean([rollout.rewards["answer_reward"] for rollout in rollouts]),
+        "rollout/format_reward": mean([rollout.rewards["format_reward"] for rollout in rollouts]),
+        "rollout/answer_reward": mean([rollout.rewards["answer_reward"] for rollout in rollouts]),
         "rollout/reward_std_within_groups": groups.std(dim=1).mean().item() if config.group_size > 1 else None,
         "rollout/all_right_fraction": (groups == 1).all(dim=1).float().mean().item(),
         "rollout/all_wrong_fraction": (groups == 0).all(dim=1).float().mean().item(),
-        "rollout/zero_advantage_fraction": _mean([float(rollout.advantage == 0) for rollout in rollouts]),
-        "rollout/response_length": _mean(lengths),
-        "rollout/response_length_correct": _mean(right),
-        "rollout/response_length_incorrect": _mean(wrong),
+        "rollout/zero_advantage_fraction": mean([float(rollout.advantage == 0) for rollout in rollouts]),
+        "rollout/response_length": mean(lengths),
+        "rollout/response_length_correct": mean(right),
+        "rollout/response_length_incorrect": mean(wrong),
         "rollout/response_length_max": max(lengths),
-        "rollout/truncated_fraction": _mean([float(rollout.is_truncated) for rollout in rollouts]),
+        "rollout/truncated_fraction": mean([float(rollout.is_truncated) for rollout in rollouts]),
         **{f"reward/{name}": count for name, count in failures.items()},
     }
 
@@ -530,10 +542,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 if __name__ == "__main__":

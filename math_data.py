@@ -109,8 +109,8 @@ def hold_out(examples: list[Example], validation_set: Sequence[Example], config:
     Raises:
         UserError: none is left.
     """
-    held_out = {example.question for example in validation_set}
-    kept = [example for example in examples if example.question not in held_out]
+    held_out = {text for example in validation_set for text in (example.question, example.prompt)}
+    kept = [example for example in examples if not {example.question, example.prompt} & held_out]
     if len(kept) < len(examples):
         left_out = f"{len(examples) - len(kept)} of {len(examples)} training examples whose questions are in"
         if not kept:
@@ -162,7 +162,10 @@ def load_prompt_template(name_or_path: str) -> str:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in PROMPTS_FOLDER.glob("*.prompt")))
         raise UserError(f"prompt = {name_or_path}: no such template; use {names}, or the path of a file")
-    template = path.read_text(encoding="utf-8")
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt = {name_or_path}: cannot read {path} as UTF-8 text ({error})") from None
     if "{question}" not in template:
         raise UserError(f"prompt = {name_or_path}: {path} lacks the place holder {{question}}; add it")
     return template
@@ -211,8 +214,11 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
         )
     if path.is_dir():
         raise UserError(f"data file {source} is a folder; name one file in it")
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
+    try:
+        with path.open("rb") as file:
+            is_parquet = file.read(4) == b"PAR1"
+    except OSError as error:
+        raise UserError(f"data file {source} cannot be read ({error.strerror})") from None
     if is_parquet:
         import datasets
 

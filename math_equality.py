@@ -33,6 +33,7 @@ RELATIONS = {
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
 VARIABLE = r"(?:[A-Za-z]|\\[a-z]{2,8})(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]{1,4}\}))?"
 COMMA = re.compile(",")
+ENVIRONMENT = re.compile(r"\\(begin|end)(?=\{)")
 UNION = re.compile(r"\\cup(?![A-Za-z])\s?")
 RELATION = re.compile("|".join(rf"{re.escape(name)}(?![A-Za-z])" if name[0] == "\\" else name for name in RELATIONS))
 MATRIX = re.compile(r"\(?\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}\)?", re.DOTALL)
@@ -122,6 +123,9 @@ def answers_match(answer: str, ground_truth: str) -> bool:
         return True
     if _depth(answer) is None or _depth(ground_truth) is None:
         return False  # brackets that do not match: half an answer is none
+    names, other_names = _names(answer), _names(ground_truth)
+    if names and other_names and names != other_names:
+        return False  # x = 3 is not y = 3
     return _nodes_match(_parse(answer), _parse(ground_truth), Budget())
 
 
@@ -168,7 +172,7 @@ def _split(text: str, separator: re.Pattern[str]) -> list[str]:
             position = start = match.end()
             continue
         if text[position] == "\\":
-            environment = re.compile(r"\\(begin|end)(?=\{)").match(text, position)
+            environment = ENVIRONMENT.match(text, position)
             if environment:
                 depth += 1 if environment[1] == "begin" else -1
             position += 1  # what follows is no bracket, unless it is \{ or \}
@@ -213,6 +217,14 @@ def _name_of(text: str) -> str | None:
     """Return the variable that `x = ...` names, or None."""
     match = re.match(rf"({VARIABLE}|\({VARIABLE}(?:,{VARIABLE})+\))=", text)
     return match[1] if match and len(_split(text, RELATION)) == 2 else None
+
+
+def _names(text: str) -> set[str]:
+    """Return the variables that the parts of an answer name, `{"x"}` for `x = 1, x = 2` and for `5 = x`."""
+    names = {_name_of(item) for item in _split(text, COMMA)}
+    if match := re.fullmatch(rf".*=({VARIABLE})", text):
+        names.add(match[1])
+    return {name for name in names if name is not None}
 
 
 def _without_name(text: str) -> str:
@@ -322,7 +334,7 @@ def _words(text: str) -> str | None:
         return choice[1]
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9' ,.-]*", plain):
         return None
-    if inner or len(plain) == 1 or re.search(r"[A-Za-z]{3}", plain) or plain.lower() == "no":
+    if inner or len(plain) == 1 or re.search(r"[A-Za-z]{4}", plain) or plain.lower() in ("no", "yes"):
         return plain if len(plain) == 1 else plain.lower()
     return None
 
@@ -347,6 +359,8 @@ def _split_unit(text: str) -> tuple[str, str]:
     words = match[2].split()
     if not words or not all(word in UNITS for word in words):
         return text, ""
+    if len(match[2]) == 1 and r"\text" not in text:
+        return text, ""  # 2 m is as likely a product
     return match[1].strip(), " ".join(UNITS[word] for word in words) + (match[3] or "")
 
 

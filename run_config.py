@@ -26,7 +26,7 @@ class UserError(ValueError):
 class RunConfig(BaseModel):
     """What training and evaluation share: model, devices, data, sampling, engine, records."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     preset: str = Field(
         "auto", description="block of the YAML file to apply; auto: laptop, one-gpu or two-gpu by the CUDA devices"
@@ -108,6 +108,11 @@ class RunConfig(BaseModel):
         if self.sampling_max_tokens >= self.max_context_tokens:
             raise ValueError(
                 f"sampling_max_tokens = {self.sampling_max_tokens} leaves no room for a prompt in "
+                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
+            )
+        if self.num_sync_tokens >= self.max_context_tokens:
+            raise ValueError(
+                f"num_sync_tokens = {self.num_sync_tokens} leaves no room for a prompt in "
                 f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
             )
         if isinstance(self.num_eval_examples, int) and self.num_eval_examples < 1:
@@ -215,6 +220,11 @@ class GRPOConfig(TrainConfig):
                 f"train_batch_size = {self.train_batch_size} is smaller than group_size = {self.group_size}: "
                 f"use train_batch_size = {self.group_size} or more"
             )
+        if self.sampling_temperature == 0:
+            raise ValueError(
+                "sampling_temperature = 0 samples the same response to a question each time, so that nothing can be "
+                "learnt: use a temperature above 0, 1 as a rule"
+            )
         if self.group_size == 1 and self.loss_type != "no_baseline":
             raise ValueError(
                 f"group_size = 1 has no group mean to subtract: use group_size >= 2, or loss_type = no_baseline "
@@ -232,7 +242,18 @@ class GRPOConfig(TrainConfig):
             )
         if not self.is_off_policy and self.loss_type == "grpo_clip":
             found.append("cliprange has no effect with one optimizer step per rollout batch: the ratio is always 1")
+        if not self.samples_from_policy:
+            found.append(
+                f"sampling_temperature = {self.sampling_temperature:g}, sampling_top_p = {self.sampling_top_p:g}: "
+                "responses come from another distribution than the policy that the gradient is of; "
+                "rollout/log_prob_gap is left out"
+            )
         return found
+
+    @property
+    def samples_from_policy(self) -> bool:
+        """Whether responses are sampled from the policy's own distribution (but for sampling_min_tokens)."""
+        return self.sampling_temperature == self.sampling_top_p == 1
 
     @property
     def num_questions_per_step(self) -> int:
@@ -321,7 +342,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config = {path}: {error.strerror or error}; name a YAML file that exists") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
@@ -369,7 +390,7 @@ def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str,
             raise UserError(f"{key} is given twice on the command line: keep one")
         try:
             overrides[key] = text if key in text_keys or not text else yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
             overrides[key] = text
     return overrides
 

@@ -8,7 +8,7 @@
                   final/            the trained policy: model and tokenizer, Transformers format
                   *.png             figures, drawn from metrics.jsonl
 
-wandb, where it is on, receives the dictionaries of metrics.jsonl unchanged.
+wandb, where it is on, receives the dictionaries of metrics.jsonl, without their nulls.
 """
 
 import datetime
@@ -52,7 +52,8 @@ class RunDirectory:
         name = config.run_name or f"{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         path = Path(config.runs_dir) / name
         try:
-            (path / "samples").mkdir(parents=True)
+            path.mkdir(parents=True)
+            (path / "samples").mkdir()
         except FileExistsError:
             raise UserError(f"run_name = {name}: {path} exists already; give another run_name, or remove it") from None
         except OSError as error:
@@ -202,9 +203,10 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "cuda_device_count": torch.cuda.device_count(),
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         if torch.cuda.is_initialized()
-        else torch.cuda.device_count(),
+        else None,
     }
 
 

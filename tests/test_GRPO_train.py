@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -337,7 +336,8 @@ def test_the_doctor_names_what_is_off(metrics, advice):
 
 CONFIGURATION_MISTAKES = [
     ({"rollout_batch_size": 10}, "rollout_batch_size = 10 is not a multiple of group_size = 4"),
-    ({"train_batch_size": 6}, "train_batch_size"),
+    ({"train_batch_size": 6}, "rollout_batch_size = 8 is not a multiple of train_batch_size = 6"),
+    ({"sampling_temperature": 0}, "sampling_temperature = 0 samples the same response"),
     ({"train_batch_size": 2, "gradient_accumulation_steps": 1}, "train_batch_size = 2 is smaller than group_size = 4"),
     ({"gradient_accumulation_steps": 3}, "train_batch_size = 6 or train_batch_size = 9 is"),
     ({"group_size": 1, "train_batch_size": 8}, "group_size = 1 has no group mean"),
@@ -447,11 +447,14 @@ def test_a_warm_start_is_found_by_its_path(tmp_path, capsys):
 def test_a_warm_start_that_is_not_there_is_run_first(tmp_path, monkeypatch):
     commands = []
 
-    def run(command):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, returncode=len(commands) - 1)
+    class FakeProcess:
+        def __init__(self, command):
+            commands.append(command)
 
-    monkeypatch.setattr("subprocess.run", run)
+        def wait(self):
+            return len(commands) - 1
+
+    monkeypatch.setattr("subprocess.Popen", FakeProcess)
     config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), model="mine")
     assert GRPO_train.apply_warm_start(config).model == str(tmp_path / "warm-start" / "final")
     assert {"preset=warm-start", "model=mine", "prompt=r1_zero", f"runs_dir={tmp_path}"} <= set(commands[0])

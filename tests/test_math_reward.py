@@ -25,7 +25,7 @@ from math_reward import (
     r1_zero_reward_fn,
     read_corpus,
 )
-from math_worker import Budget, GradingError, Worker, expressions_equal
+from math_worker import GradingError, Worker
 
 REPOSITORY = Path(__file__).parent.parent
 CORPUS = read_corpus(REPOSITORY / "tests" / "grading_corpus.tsv")
@@ -183,10 +183,14 @@ def test_grading_works_from_any_thread():
     assert verdicts == [True] * 6
 
 
+def ask(worker, one, other, seconds=60):
+    return worker.ask({"one": one, "other": other}, seconds)[0]
+
+
 @pytest.fixture
 def worker():
     worker = Worker()
-    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    assert ask(worker, "x+1", "1+x") == {"equal": True}
     yield worker
     worker.stop()
 
@@ -194,32 +198,32 @@ def worker():
 def test_a_worker_that_hangs_is_killed_and_replaced(worker):
     process = worker._process
     started = time.monotonic()
-    assert worker.ask({"one": HANGS, "other": "1"}, 0.5) == {"failure": "timeout"}
+    assert ask(worker, HANGS, "1", 0.5) == {"failure": "timeout"}
     assert time.monotonic() - started < 5
     assert process.poll() is not None
-    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    assert ask(worker, "x+1", "1+x") == {"equal": True}
 
 
 def test_a_worker_that_grows_is_stopped_and_replaced():
     worker = Worker(memory_bytes=2**20)
-    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    assert ask(worker, "x+1", "1+x") == {"equal": True}
     process = worker._process
-    assert worker.ask({"one": GROWS, "other": "1"}, 60) == {"failure": "memory"}
+    assert ask(worker, GROWS, "1") == {"failure": "memory"}
     assert process.poll() is not None
-    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    assert ask(worker, "x+1", "1+x") == {"equal": True}
     worker.stop()
 
 
 def test_a_worker_that_dies_is_replaced(worker):
     killer = threading.Timer(0.3, os.kill, (worker._process.pid, signal.SIGKILL))
     killer.start()
-    assert worker.ask({"one": HANGS, "other": "1"}, 30) == {"failure": "error"}
-    assert worker.ask({"one": "x+1", "other": "1+x"}, 60) == {"equal": True}
+    assert ask(worker, HANGS, "1") == {"failure": "error"}
+    assert ask(worker, "x+1", "1+x") == {"equal": True}
 
 
 def test_failures_are_graded_zero_with_their_reason_counted_and_not_remembered(monkeypatch):
     answers = iter([{"failure": "timeout"}, {"failure": "memory"}, {"failure": "error"}, {"equal": True}])
-    monkeypatch.setattr(Worker, "ask", lambda self, question, seconds: next(answers))
+    monkeypatch.setattr(Worker, "ask", lambda self, question, seconds: (next(answers), 0.1))
     monkeypatch.setattr("math_reward.NUM_WORKERS", 1)
     grades = grade_responses([r"\boxed{x+x+x}"] * 4, ["3x"] * 4, "question_only")
     assert [grade.failure for grade in grades] == ["timeout", "memory", "error", None]
@@ -228,9 +232,38 @@ def test_failures_are_graded_zero_with_their_reason_counted_and_not_remembered(m
     math_worker._known.clear()
 
 
-def test_an_answer_has_one_budget_of_time_however_many_parts_it_has():
+def test_an_answer_has_one_budget_of_time_however_many_parts_it_has(monkeypatch):
+    """Two parts of 3 seconds each: the second has 2 left, a third would have none."""
+    allowed = []
+
+    def ask_slowly(self, question, seconds):
+        allowed.append(seconds)
+        return {"equal": True}, 3.0
+
+    monkeypatch.setattr(Worker, "ask", ask_slowly)
+    assert answers_match("(a+a,b+b)", "(2a,2b)")
+    assert allowed == [5.0, 2.0]
     with pytest.raises(GradingError, match="timeout"):
-        expressions_equal("x+1+1+1", "x+3", Budget(seconds=0))
+        answers_match("(c+c,d+d,x+x)", "(2c,2d,2x)")
+    math_worker._known.clear()
+
+
+def test_starting_a_worker_is_not_charged_to_the_answer():
+    worker = Worker()
+    _, seconds = worker.ask({"one": "x+1", "other": "1+x"}, 60)
+    worker.stop()
+    assert seconds < 1.5  # a start takes longer: it imports sympy
+
+
+def test_an_interrupted_question_leaves_no_answer_behind(worker, monkeypatch):
+    def interrupt(self, seconds):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "_read_line", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            worker.ask({"one": "x+1", "other": "1+x"}, 60)
+    assert ask(worker, "1", "2") == {"equal": False}
 
 
 def test_no_worker_outlives_its_parent():

@@ -32,6 +32,10 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     RunDirectory.create(config, "sft")
     with pytest.raises(UserError, match="run_name = mine: .* exists already"):
         RunDirectory.create(config, "sft")
+    (tmp_path / "other").mkdir()
+    for name in ("other", "."):
+        with pytest.raises(UserError, match="exists already"):
+            RunDirectory.create(config_in(tmp_path, run_name=name), "sft")
 
 
 def test_an_unnamed_run_is_named_by_script_and_time_in_its_own_record(tmp_path):

@@ -49,7 +49,7 @@ UNITS = {
         "day": "day days", "week": "week weeks", "month": "month months", "year": "year years",
         "dollar": "dollar dollars", "cent": "cent cents", "unit": "unit units", "degree": "degree degrees",
         "mph": "mph", "square": "square sq", "cubic": "cubic cu", "per": "per",
-        "apple": "apple apples", "people": "people person", "point": "point points",
+        "people": "people person",
     }.items()
     for unit in units.split()
 }  # fmt: skip
@@ -60,6 +60,7 @@ GREEK = (
 ).split()
 COMMANDS = {*FUNCTIONS, *GREEK, *"frac sqrt pi infty cdot times div binom circ lfloor rfloor lceil rceil".split()}
 TOKEN = re.compile(r"\\([A-Za-z]+)|\d+(?:\.\d+)?|\.\d+|[A-Za-z]|[-+*/^_!|(){}\[\]]| ")
+NO_UNITS = "times plus minus less tens dozens hundreds thousands millions billions trillions percents halves".split()
 # What the tokens alone do not rule out
 NO_EXPRESSION = [
     re.compile(pattern)
@@ -83,7 +84,7 @@ SPELLINGS = [
         ("\u2212", "-"),  # the minus sign of typesetting
         ("π", r"\\pi "),
         ("°", r"^\\circ "),
-        (r"^\$(?=[\d.])", r"\\$"),
+        (r"^(-?)\\?\$(?=-?[\d.])", r"\\$\1"),  # $5 and -$5
         (r"\\(?:left|right)(?![A-Za-z])", ""),
         (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
         (r"(?<=\d)(?:\\[,!;:]|\{,\}|,\\!)(?=\d{3}(?!\d))", ""),  # 1\,234 and 1{,}234
@@ -357,6 +358,8 @@ def _split_unit(text: str) -> tuple[str, str]:
     if match[2] == "percent":
         return f"{match[1]}%", ""
     words = match[2].split()
+    if len(words) == 1 and words[0] not in UNITS and re.fullmatch(r"[a-z]{3,}s", words[0]):
+        return (text, "") if words[0] in NO_UNITS else (match[1], words[0])  # 18 eggs
     if not words or not all(word in UNITS for word in words):
         return text, ""
     if len(match[2]) == 1 and r"\text" not in text:

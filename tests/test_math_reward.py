@@ -383,3 +383,14 @@ def test_ten_thousand_random_and_mutated_answers_are_graded_in_time():
     assert seconds < 180  # 60 s on two free cores
     math_worker.stop_workers()
     assert not math_worker._pools
+
+
+def test_reformatted_numbers_equal_themselves_and_no_other():
+    generator = random.Random(1)
+    numbers = [generator.choice([1, -1]) * int(10 ** generator.uniform(0, 6)) for _ in range(300)]
+    forms = ["{:,}", "{}.00", "${}", r"\${}", "{} eggs", r"{}\text{{ hours}}", r"\boxed{{{}}}"]
+    for number, other in zip(numbers, numbers[1:], strict=False):
+        for form in forms:
+            response = f"</think> <answer> {form.format(number)} </answer>"
+            assert r1_zero_reward_fn(response, str(number))["reward"] == 1
+            assert r1_zero_reward_fn(response, str(other))["reward"] == (number == other)

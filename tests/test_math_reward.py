@@ -1,5 +1,6 @@
 """The grader: formats to the letter, a corpus of pairs in both directions, hostile strings, workers that fail."""
 
+import itertools
 import os
 import random
 import signal
@@ -389,7 +390,7 @@ def test_reformatted_numbers_equal_themselves_and_no_other():
     generator = random.Random(1)
     numbers = [generator.choice([1, -1]) * int(10 ** generator.uniform(0, 6)) for _ in range(300)]
     forms = ["{:,}", "{}.00", "${}", r"\${}", "{} eggs", r"{}\text{{ hours}}", r"\boxed{{{}}}"]
-    for number, other in zip(numbers, numbers[1:], strict=False):
+    for number, other in itertools.pairwise(numbers):
         for form in forms:
             response = f"</think> <answer> {form.format(number)} </answer>"
             assert r1_zero_reward_fn(response, str(number))["reward"] == 1

@@ -146,13 +146,19 @@ class TrainConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_train_fields(self) -> Self:
-        _require_multiple(
-            "train_batch_size",
-            self.train_batch_size,
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-        )
+        self._require_multiple("train_batch_size", "gradient_accumulation_steps")
         return self
+
+    def _require_multiple(self, name: str, divisor_name: str) -> None:
+        value, divisor = getattr(self, name), getattr(self, divisor_name)
+        if value % divisor:
+            below = value // divisor * divisor
+            near = " or ".join(f"{name} = {size}" for size in (below, below + divisor) if size > 0)
+            keys = ("rollout_batch_size", "group_size", "train_batch_size", "gradient_accumulation_steps")
+            others = [f"{key} = {getattr(self, key)}" for key in keys if key in type(self).model_fields]
+            raise ValueError(
+                f"{name} = {value} is not a multiple of {divisor_name} = {divisor}: {near} is ({', '.join(others)})"
+            )
 
     @property
     def microbatch_size(self) -> int:
@@ -213,8 +219,8 @@ class GRPOConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _check_grpo_fields(self) -> Self:
-        _require_multiple("rollout_batch_size", self.rollout_batch_size, "group_size", self.group_size)
-        _require_multiple("rollout_batch_size", self.rollout_batch_size, "train_batch_size", self.train_batch_size)
+        self._require_multiple("rollout_batch_size", "group_size")
+        self._require_multiple("rollout_batch_size", "train_batch_size")
         if self.train_batch_size < self.group_size:
             raise ValueError(
                 f"train_batch_size = {self.train_batch_size} is smaller than group_size = {self.group_size}: "
@@ -242,6 +248,8 @@ class GRPOConfig(TrainConfig):
             )
         if not self.is_off_policy and self.loss_type == "grpo_clip":
             found.append("cliprange has no effect with one optimizer step per rollout batch: the ratio is always 1")
+        if self.cliprange != type(self).model_fields["cliprange"].default and self.loss_type != "grpo_clip":
+            found.append(f"cliprange = {self.cliprange:g} has no effect with loss_type = {self.loss_type}")
         if not self.samples_from_policy:
             found.append(
                 f"sampling_temperature = {self.sampling_temperature:g}, sampling_top_p = {self.sampling_top_p:g}: "
@@ -264,13 +272,6 @@ class GRPOConfig(TrainConfig):
     def is_off_policy(self) -> bool:
         """Whether the policy moves while a rollout batch is trained on."""
         return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
-
-
-def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    if value % divisor:
-        below = value // divisor * divisor
-        near = " or ".join(f"{name} = {size}" for size in (below, below + divisor) if size > 0)
-        raise ValueError(f"{name} = {value} is not a multiple of {divisor_name} = {divisor}: {near} is")
 
 
 ConfigType = TypeVar("ConfigType", bound=RunConfig)

@@ -122,8 +122,8 @@ def answers_match(answer: str, ground_truth: str) -> bool:
         return False
     if answer == ground_truth:
         return True
-    if _depth(answer) is None or _depth(ground_truth) is None:
-        return False  # brackets that do not match: half an answer is none
+    if not _has_sound_brackets(answer) or not _has_sound_brackets(ground_truth):
+        return False  # half an answer is none
     names, other_names = _names(answer), _names(ground_truth)
     if names and other_names and names != other_names:
         return False  # x = 3 is not y = 3
@@ -145,22 +145,19 @@ def tidy(text: str) -> str:
     return text.strip()
 
 
-def _depth(text: str) -> int | None:
-    """Return how deep brackets are nested, None if braces do not match or are too deep; half-open intervals count."""
-    depth = deepest = 0
-    num_round = 0
-    for match in re.finditer(r"\\[{}]|[{}()\[\]]", text):
-        token = match[0]
-        if token in "{\\{":
-            depth += 1
-        elif token in "}\\}":
-            depth -= 1
+def _has_sound_brackets(text: str) -> bool:
+    """Whether all brackets are closed and not too deep; round and square ones may close each other, as in [1,2)."""
+    num_curly = num_round = 0
+    for match in re.finditer(r"\\?[{}]|[()\[\]]", text):
+        bracket = match[0][-1]
+        step = 1 if bracket in OPENING else -1
+        if bracket in "{}":
+            num_curly += step
         else:
-            num_round += 1 if token in "([" else -1
-        deepest = max(deepest, depth + num_round)
-        if depth < 0 or num_round < 0:
-            return None
-    return deepest if depth == num_round == 0 and deepest <= MAX_DEPTH else None
+            num_round += step
+        if min(num_curly, num_round) < 0 or num_curly + num_round > MAX_DEPTH:
+            return False
+    return num_curly == num_round == 0
 
 
 def _split(text: str, separator: re.Pattern[str]) -> list[str]:
@@ -191,7 +188,7 @@ def _parse(text: str) -> Node:
     items = _split(text, COMMA)
     if len(items) > 1:
         nodes = [_parse(item) for item in items]
-        names = {_name_of(item) for item in items}
+        names = {_split_name(item)[0] for item in items}
         if len(names) > 1 and None not in names:  # a = 2, b = 3: which is which counts
             nodes = [("leaf", item) for item in items]
         return "list", [part for node in nodes for part in (node[1] if node[0] == "list" else [node])]
@@ -214,28 +211,25 @@ def _parse(text: str) -> Node:
     return "leaf", text
 
 
-def _name_of(text: str) -> str | None:
-    """Return the variable that `x = ...` names, or None."""
+def _split_name(text: str) -> tuple[str | None, str]:
+    """Return the variable that `x = 5`, `5 = x` or `(x, y) = ...` names, and its value; None if it names none."""
     match = re.match(rf"({VARIABLE}|\({VARIABLE}(?:,{VARIABLE})+\))=", text)
-    return match[1] if match and len(_split(text, RELATION)) == 2 else None
+    if match and len(_split(text, RELATION)) == 2:
+        return match[1], text[match.end() :]
+    if match := re.fullmatch(rf"(.*)=({VARIABLE})", text):
+        return match[2], match[1]
+    return None, text
 
 
 def _names(text: str) -> set[str]:
     """Return the variables that the parts of an answer name, `{"x"}` for `x = 1, x = 2` and for `5 = x`."""
-    names = {_name_of(item) for item in _split(text, COMMA)}
-    if match := re.fullmatch(rf".*=({VARIABLE})", text):
-        names.add(match[1])
-    return {name for name in names if name is not None}
+    return {name for item in _split(text, COMMA) if (name := _split_name(item)[0]) is not None}
 
 
 def _without_name(text: str) -> str:
-    r"""Return `5` for `x = 5`, `5 = x` and `(x, y) = ...`, if no other variable is in it; else the text as it is."""
-    name = _name_of(text)
-    if name is not None:
-        value = text[len(name) + 1 :]
-    elif match := re.fullmatch(rf"(.*)=({VARIABLE})", text):
-        name, value = match[2], match[1]
-    else:
+    """Return `5` for `x = 5`, `5 = x` and `(x, y) = ...`, if no other variable is in it; else the text as it is."""
+    name, value = _split_name(text)
+    if name is None:
         return text
     constants = r"\\text\{[^{}]*\}|(?<![A-Za-z])[ei](?![A-Za-z])"
     has_variable = re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", re.sub(constants, "", value))

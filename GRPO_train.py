@@ -65,8 +65,8 @@ from policy_evaluation import (
     Response,
     autocast,
     check_devices,
-    check_prompt_lengths,
     derive_seed,
+    encode_prompts,
     load_policy,
     mean,
     peak_memory_gib,
@@ -79,7 +79,6 @@ from policy_evaluation import (
 from run_config import GRPOConfig, UserError, load_config, read_yaml, run_main
 from run_directory import InterruptGuard, RunDirectory, plot_metrics
 from SFT_helper import (
-    encode_prompt,
     get_masked_response_log_probs,
     join_prompt_and_response_ids,
     masked_normalize,
@@ -113,11 +112,12 @@ def main(arguments: list[str]) -> None:
     questions = load_questions(validation_set, config)
     config = apply_warm_start(config)
     policy, tokenizer = load_policy(config)
-    check_prompt_lengths([*questions, *validation_set], tokenizer, config)
+    prompt_ids = encode_prompts(questions, tokenizer, config)
+    encode_prompts(validation_set, tokenizer, config)  # too long a prompt is found before the engine starts
     with RunDirectory.create(config, "grpo") as run:
         print(f"run folder: {run.path}")
         evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
-        train(policy, tokenizer, questions, evaluator, run, config)
+        train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
         run.finish()
         evaluator.evaluate(policy, config.n_grpo_steps, examples=validation_set, prefix="eval_all")
         report(run, config)
@@ -127,6 +127,7 @@ def train(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Example],
+    prompt_ids: Sequence[list[int]],
     evaluator: Evaluator,
     run: RunDirectory,
     config: GRPOConfig,
@@ -143,7 +144,6 @@ def train(
         policy.gradient_checkpointing_enable()
     policy.train()
     padding_id = pad_token_id(tokenizer)
-    prompt_ids = [encode_prompt(question.prompt, tokenizer) for question in questions]
     order = epoch_order(len(questions), config.n_grpo_steps * config.num_questions_per_step, config.seed)
     evaluation = evaluator.evaluate(policy, eval_step=0)
     print_evaluation(evaluation, step=0)
@@ -191,10 +191,7 @@ def train(
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
             guard.stop_if_requested(step)
             if step % config.eval_interval == 0 or step == config.n_grpo_steps:
-                run.save_checkpoint(policy, tokenizer, step)  # first: nothing is lost if the evaluation fails
-                evaluation = evaluator.evaluate(policy, eval_step=step)
-                run.keep_last_checkpoint()
-                print_evaluation(evaluation, step)
+                evaluation = evaluator.keep_and_evaluate(policy, step)
                 guard.stop_if_requested(step)
             progress.set_postfix(
                 reward=f"{rows[-1]['rollout/reward']:.3f}", accuracy=f"{evaluation['answer_reward']:.3f}"

@@ -42,7 +42,7 @@ from policy_evaluation import (
     Evaluator,
     autocast,
     check_devices,
-    check_prompt_lengths,
+    encode_prompts,
     load_policy,
     peak_memory_gib,
     print_evaluation,
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
     examples = select_examples(hold_out(load_sft_examples(config), validation_set, config), config)
     policy, tokenizer = load_policy(config)
     train_set = tokenize_examples(examples, tokenizer, config)
-    check_prompt_lengths(validation_examples, tokenizer, config)
+    encode_prompts(validation_examples, tokenizer, config)  # too long a prompt is found before the engine starts
     with RunDirectory.create(config, "sft") as run:
         print(f"run folder: {run.path}")
         evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
@@ -151,10 +151,7 @@ def train(
             )
             guard.stop_if_requested(step)
             if step % config.eval_interval == 0 or step == num_steps:
-                run.save_checkpoint(policy, tokenizer, step)  # first: nothing is lost if the evaluation fails
-                evaluation = evaluator.evaluate(policy, eval_step=step)
-                run.keep_last_checkpoint()
-                print_evaluation(evaluation, step)
+                evaluation = evaluator.keep_and_evaluate(policy, step)
                 guard.stop_if_requested(step)
             progress.set_postfix(
                 loss=f"{metrics['train/loss_per_token']:.3f}", accuracy=f"{evaluation['answer_reward']:.3f}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from run_config import EMBEDDED_DATA, RunConfig, SFTConfig, UserError
+from run_config import EMBEDDED_DATA, RunConfig, SFTConfig, UserError, first_line
 
 PROMPTS_FOLDER = Path(__file__).parent / "prompts"
 LAYOUTS = (
@@ -372,9 +372,8 @@ def _read_hub(source: str) -> Iterable[tuple[dict[str, Any], str]]:
     try:
         rows = datasets.load_dataset(f"{owner}/{name}", *configuration, split=split)
     except Exception as error:  # the library raises many kinds: unknown name, unknown split, no network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"data set {source} could not be loaded ({reason}); download it with "
+            f"data set {source} could not be loaded ({first_line(error)}); download it with "
             f"`uv run hf download {owner}/{name} --repo-type=dataset` or name a local file"
         ) from error
     yield from ((dict(row), f"{source}, row {index}") for index, row in enumerate(rows, start=1))

@@ -132,6 +132,7 @@ def stop_workers() -> None:
             pool.get().stop()
 
 
+atexit.register(stop_workers)
 _known: dict[tuple[str, str], bool] = {}
 _pools: dict[int, "queue.LifoQueue[Worker]"] = {}  # by process: a fork must not share its parent's pipes
 _pool_lock = threading.Lock()
@@ -144,7 +145,6 @@ def _pool() -> "queue.LifoQueue[Worker]":
             _pools[os.getpid()] = queue.LifoQueue()
             for _ in range(NUM_WORKERS):
                 _pools[os.getpid()].put(Worker())
-            atexit.register(stop_workers)
         return _pools[os.getpid()]
 
 

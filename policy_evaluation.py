@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from math_data import Example, load_validation_set, validation_subset
 from math_reward import REWARD_FUNCTIONS, RewardFunction, count_failures, grade_responses
-from run_config import EMBEDDED_MODEL, RunConfig, SFTConfig, UserError, load_config, run_main
+from run_config import EMBEDDED_MODEL, RunConfig, SFTConfig, UserError, first_line, load_config, run_main
 from run_directory import RunDirectory
 from SFT_helper import encode_prompt, get_masked_response_log_probs, join_prompt_and_response_ids, pad_token_id
 
@@ -107,13 +107,9 @@ def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (
-        OSError,
-        ValueError,
-        SafetensorError,
-    ) as error:  # what Transformers raises for files that are missing or unreadable
+    except (OSError, ValueError, SafetensorError) as error:  # files that are missing or unreadable
         raise UserError(
-            f"model = {config.model}: {folder} could not be loaded ({_first_line(error)}); it needs config, weights "
+            f"model = {config.model}: {folder} could not be loaded ({first_line(error)}); it needs config, weights "
             "and tokenizer in Transformers format"
         ) from error
     context = getattr(policy.config, "max_position_embeddings", None)
@@ -520,7 +516,7 @@ class Evaluator:
     """The engine of a run and what it is asked: fixed questions, sampling settings, reward function.
 
     `sync` before sampling from new weights; `evaluate` syncs, samples, grades and logs. The questions have been
-    held against the context before (`check_prompt_lengths`).
+    held against the context before (`encode_prompts`).
     """
 
     def __init__(
@@ -600,6 +596,14 @@ class Evaluator:
         self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
         return metrics
 
+    def keep_and_evaluate(self, policy: PreTrainedModel, step: int) -> dict[str, float | None]:
+        """Save the policy, evaluate and print, then drop earlier checkpoints: a failed evaluation loses nothing."""
+        self.run.save_checkpoint(policy, self.tokenizer, step)
+        metrics = self.evaluate(policy, eval_step=step)
+        self.run.keep_last_checkpoint()
+        print_evaluation(metrics, step)
+        return metrics
+
     def samples_path(self, eval_step: int, prefix: str = "eval") -> Path:
         """Return the file with the examples of an evaluation."""
         return self.run.path / "samples" / f"{prefix}_{eval_step:06d}.jsonl"
@@ -619,10 +623,17 @@ def sampling_params(config: RunConfig) -> "SamplingParams":
     )
 
 
-def check_prompt_lengths(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
-    """Raise a UserError if a prompt and the longest response do not fit the context together."""
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig
+) -> list[list[int]]:
+    """Return the token ids of the examples' prompts.
+
+    Raises:
+        UserError: a prompt and the longest response do not fit the context together.
+    """
+    prompt_ids = [encode_prompt(example.prompt, tokenizer) for example in examples]
     room = config.max_context_tokens - config.sampling_max_tokens
-    lengths = [len(encode_prompt(example.prompt, tokenizer)) for example in examples]
+    lengths = [len(ids) for ids in prompt_ids]
     num_too_long = sum(length > room for length in lengths)
     if num_too_long:
         longest = max(range(len(lengths)), key=lambda index: lengths[index])
@@ -631,6 +642,7 @@ def check_prompt_lengths(examples: Sequence[Example], tokenizer: PreTrainedToken
             f"longest with {lengths[longest]} at {examples[longest].source}; raise max_context_tokens to at least "
             f"{lengths[longest] + config.sampling_max_tokens}, or shorten the prompts"
         )
+    return prompt_ids
 
 
 def peak_memory_gib(device: str) -> float:
@@ -667,7 +679,7 @@ def main(arguments: list[str]) -> None:
     check_devices(config)
     examples = validation_subset(load_validation_set(config), config)
     policy, tokenizer = load_policy(config)
-    check_prompt_lengths(examples, tokenizer, config)
+    encode_prompts(examples, tokenizer, config)  # too long a prompt is found before the engine starts
     with RunDirectory.create(config, "evaluation") as run:
         evaluator = Evaluator(run.config, run, tokenizer, examples)
         metrics = evaluator.evaluate(policy, eval_step=0)
@@ -687,11 +699,6 @@ def main(arguments: list[str]) -> None:
 def mean(values: Sequence[float]) -> float | None:
     """Return the mean, None of nothing."""
     return sum(values) / len(values) if values else None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _has_module(name: str) -> bool:

@@ -23,6 +23,12 @@ class UserError(ValueError):
     """A mistake a user can mend: shown as one line, without a traceback, with exit status 2."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's error, for a message of one line; its kind if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 class RunConfig(BaseModel):
     """What training and evaluation share: model, devices, data, sampling, engine, records."""
 
@@ -239,7 +245,7 @@ class GRPOConfig(TrainConfig):
         return self
 
     def warnings(self) -> list[str]:
-        """Return the shared warnings, and one where loss and number of optimizer steps do not go together."""
+        """Return the shared warnings, and those of settings that do not go with the loss."""
         found = super().warnings()
         if self.is_off_policy and self.loss_type in ("no_baseline", "reinforce_with_baseline"):
             found.append(

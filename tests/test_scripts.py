@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import SFT_train
 from math_data import load_sft_examples
+from policy_evaluation import Evaluator
 from run_config import GRPOConfig, SFTConfig, UserError, load_config, run_main
 
 REPOSITORY = Path(__file__).parent.parent
@@ -148,11 +149,11 @@ for response in sample_responses(llm, ids, sampling_params(config), seeds):
     assert result.stdout.splitlines()[-len(evaluated) :] == [repr(json.loads(row)["response"]) for row in evaluated]
 
 
-class FakeEvaluator:
+class FakeEvaluator(Evaluator):
     """An evaluator without an engine, for tests of the training loop alone."""
 
     def __init__(self, config, run, tokenizer, examples):
-        self.run = run
+        self.run, self.tokenizer = run, tokenizer
 
     def evaluate(self, policy, eval_step):
         metrics = {"answer_reward": 0.0, "format_reward": 0.0, "response_length": 1.0, "truncated_fraction": 0.0}

@@ -38,9 +38,7 @@ import json
 import math
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,14 +68,15 @@ from policy_evaluation import (
     load_policy,
     mean,
     peak_memory_gib,
-    print_evaluation,
     sample_responses,
     sampling_params,
     score_responses,
     sleep_vllm_instance,
 )
-from run_config import GRPOConfig, UserError, load_config, read_yaml, run_main
-from run_directory import InterruptGuard, RunDirectory, plot_metrics
+from run_checkpoint import TrainingState, fingerprint
+from run_config import GRPOConfig, Stopped, UserError, load_config, read_yaml, run_main
+from run_directory import Line, RunDirectory, plot_metrics
+from run_guard import StopGuard
 from SFT_helper import (
     get_masked_response_log_probs,
     join_prompt_and_response_ids,
@@ -110,17 +109,19 @@ def main(arguments: list[str]) -> None:
     validation_set = load_validation_set(config)
     validation_examples = validation_subset(validation_set, config)
     questions = load_questions(validation_set, config)
-    config = apply_warm_start(config)
-    policy, tokenizer = load_policy(config)
-    prompt_ids = encode_prompts(questions, tokenizer, config)
-    encode_prompts(validation_set, tokenizer, config)  # too long a prompt is found before the engine starts
-    with RunDirectory.create(config, "grpo") as run:
+    config = config if config.resume else apply_warm_start(config)
+    with RunDirectory.open(config, "grpo") as run:
         print(f"run folder: {run.path}")
-        evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
+        policy, tokenizer = load_policy(config, run.checkpoint)
+        prompt_ids = encode_prompts(questions, tokenizer, config)
+        encode_prompts(validation_set, tokenizer, config)  # too long a prompt is found before the engine starts
+        run.start_wandb()
+        evaluator = Evaluator(config, run, tokenizer, validation_examples)
         train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
-        run.finish()
         evaluator.evaluate(policy, config.n_grpo_steps, examples=validation_set, prefix="eval_all")
         report(run, config)
+        run.finish()
+        print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
 
 
 def train(
@@ -132,7 +133,7 @@ def train(
     run: RunDirectory,
     config: GRPOConfig,
 ) -> None:
-    """Run all GRPO steps, evaluating before the first, every `eval_interval` steps and after the last."""
+    """Run all GRPO steps that are left, evaluating before the first, every `eval_interval` and after the last."""
     optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=config.learning_rate,
@@ -145,36 +146,34 @@ def train(
     policy.train()
     padding_id = pad_token_id(tokenizer)
     order = epoch_order(len(questions), config.n_grpo_steps * config.num_questions_per_step, config.seed)
-    evaluation = evaluator.evaluate(policy, eval_step=0)
-    print_evaluation(evaluation, step=0)
-    progress = tqdm(range(1, config.n_grpo_steps + 1), desc="GRPO", unit="step")
-    with InterruptGuard(run, policy, tokenizer) as guard:
+    state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, questions, strict=True)))
+    run.restore(state)
+    num_steps = config.n_grpo_steps
+    with StopGuard(state, run.save_checkpoint, run.path) as guard:
+        evaluator.keep_and_evaluate(state, num_steps)
+        progress = tqdm(range(state.step + 1, num_steps + 1), "GRPO", num_steps, unit="step", initial=state.step)
         for step in progress:
+            guard.stop_if_requested()
             seconds: dict[str, float] = {}
-            with timed(seconds, "time/sync"):
+            with run.watched("sync", seconds):
                 sync_metrics = evaluator.sync(policy)
 
             first = (step - 1) * config.num_questions_per_step
             chosen = order[first : first + config.num_questions_per_step]
-            with timed(seconds, "time/rollout"):
+            with run.watched("rollout", seconds):
                 responses = sample_groups(evaluator, prompt_ids, chosen, step, config)
             if config.shares_gpu:
                 sleep_vllm_instance(evaluator.llm)
 
-            with timed(seconds, "time/grade"):
+            with run.watched("grade", seconds):
                 rollouts = grade_groups([questions[index] for index in chosen], responses, config)
-            with timed(seconds, "time/old_log_probs"):
+            with run.watched("old_log_probs", seconds):
                 if config.is_off_policy:
                     score_old_log_probs(policy, rollouts, padding_id, config)
-            guard.stop_if_requested(step - 1)
+            guard.stop_if_requested()
 
-            try:
-                with timed(seconds, "time/train"):
-                    rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
-            except FloatingPointError as error:
-                if not config.is_off_policy:  # the weights are those that this step's sync has proved
-                    run.save_checkpoint(policy, tokenizer, step - 1)
-                raise UserError(f"step {step}: {error}; {run.describe_last_good()}") from None
+            with run.watched("train", seconds):
+                rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
 
             num_tokens = sum(len(rollout.response.token_ids) for rollout in rollouts)
             rows[-1] |= summarize_rollouts(rollouts, config)
@@ -189,13 +188,10 @@ def train(
                 for advice in diagnose(row, config):
                     tqdm.write(f"step {step}: {advice}", file=sys.stdout)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
-            guard.stop_if_requested(step)
-            if step % config.eval_interval == 0 or step == config.n_grpo_steps:
-                evaluation = evaluator.keep_and_evaluate(policy, step)
-                guard.stop_if_requested(step)
-            progress.set_postfix(
-                reward=f"{rows[-1]['rollout/reward']:.3f}", accuracy=f"{evaluation['answer_reward']:.3f}"
-            )
+            run.complete_step(state, step)
+            evaluator.keep_and_evaluate(state, num_steps)
+            progress.set_postfix(reward=f"{rows[-1]['rollout/reward']:.3f}")
+        guard.stop_if_requested()
 
 
 def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
@@ -231,18 +227,22 @@ def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
             "validation_data": config.validation_data,
             "arithmetic_terms": list(config.arithmetic_terms),
             "arithmetic_max_term": config.arithmetic_max_term,
+            "resume": "auto",
         }
         arguments = [f"{name}={value}" for name, value in settings.items()]
         process = subprocess.Popen([sys.executable, str(script), *arguments])
-        remedy = f"remove {folder} before trying again if it was left unfinished"
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # Ctrl-C reached both: let the SFT run finish its step and save
-            process.wait()
-            print(f"the warm start was interrupted; {remedy}", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            if isinstance(interrupt, Stopped):  # Ctrl-C reaches both processes, another signal this one alone
+                process.terminate()
+            process.wait()  # it finishes its step and saves
             raise
         if status != 0:
-            raise UserError(f"warm_start = {config.warm_start}: SFT_train.py ended with status {status}; {remedy}")
+            raise UserError(
+                f"warm_start = {config.warm_start}: SFT_train.py ended with status {status}; mend what it says, or "
+                f"remove {folder}, and try again"
+            )
     return config.model_copy(update={"model": str(folder / "final")})
 
 
@@ -318,7 +318,7 @@ def update_policy(
     """Take all optimizer steps on a rollout batch; return the metrics of each.
 
     Raises:
-        FloatingPointError: loss or gradient is no number; the policy is left as it was before that optimizer step.
+        UserError: loss or gradient is no number; the policy is left as it was before that optimizer step.
     """
     rows = []
     for epoch in range(config.epochs_per_rollout_batch):
@@ -330,8 +330,8 @@ def update_policy(
             )
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
-                raise FloatingPointError(
-                    f"loss {sums['loss']}, gradient norm {grad_norm}; lower learning_rate, or set "
+                raise UserError(
+                    f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}; lower learning_rate, or set "
                     "loss_type=grpo_clip if the importance ratio exploded"
                 )
             optimizer.step()
@@ -504,20 +504,16 @@ def report(run: RunDirectory, config: GRPOConfig) -> None:
     """Draw the run's figures and print its last lines, the last score before the best."""
     rows = run.read_metrics()
     plot_metrics(
-        rows,
-        {"validation reward": [("eval/answer_reward", "answer"), ("eval/format_reward", "format")]},
-        axis="eval_step",
-        path=run.path / "validation_reward.png",
-    )
-    plot_metrics(
-        rows,
         {
-            "response length (tokens)": [("rollout/response_length", "all")],
-            "token entropy (nats)": [("train/token_entropy", "trained tokens")],
-            "gradient norm": [("train/grad_norm", "before clipping")],
+            "validation reward": [
+                Line(rows, "eval_step", "eval/answer_reward", "answer"),
+                Line(rows, "eval_step", "eval/format_reward", "format"),
+            ],
+            "response length (tokens)": [Line(rows, "train_step", "rollout/response_length", "all")],
+            "token entropy (nats)": [Line(rows, "train_step", "train/token_entropy", "trained tokens")],
+            "gradient norm": [Line(rows, "train_step", "train/grad_norm", "before clipping")],
         },
-        axis="train_step",
-        path=run.path / "training.png",
+        run.path / "training.png",
     )
     evaluations = [row for row in rows if "eval/answer_reward" in row]
     first, last = evaluations[0], evaluations[-1]
@@ -530,15 +526,6 @@ def report(run: RunDirectory, config: GRPOConfig) -> None:
         f"all {whole['eval_all/num_examples']}: {whole['eval_all/answer_reward']:.3f} "
         f"(temperature {config.sampling_temperature:g})"
     )
-    print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time that a block took to `seconds[name]`."""
-    started = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 if __name__ == "__main__":

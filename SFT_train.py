@@ -10,7 +10,7 @@ Logged per optimizer step, over the response tokens of all its microbatches:
     train/token_entropy   mean entropy of the policy's next-token distributions, nats
     train/grad_norm       before clipping
     train/learning_rate, train/num_response_tokens, train/epoch
-    time/step_seconds, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
+    time/step, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
 Logged per evaluation: see policy_evaluation.summarize_examples and check_policy_sync.
 Differences from the paper: epochs follow each other without a gap, so that no example is left out of a batch; a
 response that does not end in `stop_string` is taught to end in EOS.
@@ -18,7 +18,6 @@ response that does not end in `stop_string` is taught to end in EOS.
 
 import math
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -45,10 +44,11 @@ from policy_evaluation import (
     encode_prompts,
     load_policy,
     peak_memory_gib,
-    print_evaluation,
 )
+from run_checkpoint import TrainingState, fingerprint
 from run_config import SFTConfig, UserError, load_config, run_main
-from run_directory import InterruptGuard, RunDirectory, plot_metrics
+from run_directory import Line, RunDirectory, plot_metrics
+from run_guard import StopGuard
 from SFT_helper import (
     encode_prompt,
     encode_response,
@@ -75,15 +75,17 @@ def main(arguments: list[str]) -> None:
     validation_set = load_validation_set(config)
     validation_examples = validation_subset(validation_set, config)
     examples = select_examples(hold_out(load_sft_examples(config), validation_set, config), config)
-    policy, tokenizer = load_policy(config)
-    train_set = tokenize_examples(examples, tokenizer, config)
-    encode_prompts(validation_examples, tokenizer, config)  # too long a prompt is found before the engine starts
-    with RunDirectory.create(config, "sft") as run:
+    with RunDirectory.open(config, "sft") as run:
         print(f"run folder: {run.path}")
-        evaluator = Evaluator(run.config, run, tokenizer, validation_examples)
+        policy, tokenizer = load_policy(config, run.checkpoint)
+        train_set = tokenize_examples(examples, tokenizer, config)
+        encode_prompts(validation_examples, tokenizer, config)  # too long a prompt is found before the engine starts
+        run.start_wandb()
+        evaluator = Evaluator(config, run, tokenizer, validation_examples)
         train(policy, tokenizer, train_set, evaluator, run, config)
-        run.finish()
         report(run, config)
+        run.finish()
+        print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
 
 
 def train(
@@ -94,7 +96,7 @@ def train(
     run: RunDirectory,
     config: SFTConfig,
 ) -> None:
-    """Run all optimizer steps, evaluating before the first, every `eval_interval` steps and after the last."""
+    """Run all optimizer steps that are left, evaluating before the first, every `eval_interval` and after the last."""
     num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)
     order = epoch_order(len(train_set), num_steps * config.train_batch_size, config.seed)
     optimizer = torch.optim.AdamW(
@@ -107,35 +109,35 @@ def train(
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     policy.train()
-    evaluation = evaluator.evaluate(policy, eval_step=0)
-    print_evaluation(evaluation, step=0)
     padding_id = pad_token_id(tokenizer)
     previous_batch: list[TokenizedExample] = []
-    progress = tqdm(range(1, num_steps + 1), desc="SFT", unit="step")
-    with InterruptGuard(run, policy, tokenizer) as guard:
+    state = TrainingState(policy, tokenizer, optimizer, fingerprint(train_set))
+    run.restore(state)
+    with StopGuard(state, run.save_checkpoint, run.path) as guard:
+        evaluator.keep_and_evaluate(state, num_steps)
+        progress = tqdm(range(state.step + 1, num_steps + 1), "SFT", num_steps, unit="step", initial=state.step)
         for step in progress:
-            started = time.perf_counter()
+            guard.stop_if_requested()
             chosen = order[(step - 1) * config.train_batch_size : step * config.train_batch_size]
             batch = [train_set[index] for index in chosen]
             learning_rate = learning_rate_at(step, num_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            metrics = accumulate_gradients(policy, batch, padding_id, config)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-            if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
-                if is_good(policy, previous_batch, padding_id, config):
-                    run.save_checkpoint(policy, tokenizer, step - 1)
-                raise UserError(
-                    f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; "
-                    f"{run.describe_last_good()}; lower learning_rate, or look at the batch: "
-                    f"{describe_sources([row.example for row in batch])}"
-                )
-            previous_batch = batch
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            seconds: dict[str, float] = {}
+            with run.watched("train", seconds):
+                metrics = accumulate_gradients(policy, batch, padding_id, config)
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+                if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
+                    state.is_whole = is_good(policy, previous_batch, padding_id, config)
+                    raise UserError(
+                        f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; lower learning_rate, "
+                        f"or look at the batch: {describe_sources([row.example for row in batch])}"
+                    )
+                previous_batch = batch
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
-            seconds = time.perf_counter() - started
             num_tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in batch)
             run.log(
                 {
@@ -144,18 +146,15 @@ def train(
                     "train/grad_norm": grad_norm,
                     "train/learning_rate": learning_rate,
                     "train/epoch": step * config.train_batch_size / len(train_set),
-                    "time/step_seconds": seconds,
-                    "time/tokens_per_second": num_tokens / seconds,
+                    "time/step": seconds["time/train"],
+                    "time/tokens_per_second": num_tokens / seconds["time/train"],
                     "memory/peak_gib": peak_memory_gib(config.policy_device),
                 }
             )
-            guard.stop_if_requested(step)
-            if step % config.eval_interval == 0 or step == num_steps:
-                evaluation = evaluator.keep_and_evaluate(policy, step)
-                guard.stop_if_requested(step)
-            progress.set_postfix(
-                loss=f"{metrics['train/loss_per_token']:.3f}", accuracy=f"{evaluation['answer_reward']:.3f}"
-            )
+            run.complete_step(state, step)
+            evaluator.keep_and_evaluate(state, num_steps)
+            progress.set_postfix(loss=f"{metrics['train/loss_per_token']:.3f}")
+        guard.stop_if_requested()
 
 
 def accumulate_gradients(
@@ -289,16 +288,14 @@ def report(run: RunDirectory, config: SFTConfig) -> None:
     """Draw the run's figures and print its last lines."""
     rows = run.read_metrics()
     plot_metrics(
-        rows,
-        {"training loss per response token": [("train/loss_per_token", "loss (nats)")]},
-        axis="train_step",
-        path=run.path / "training_loss.png",
-    )
-    plot_metrics(
-        rows,
-        {"validation reward": [("eval/answer_reward", "answer"), ("eval/format_reward", "format")]},
-        axis="eval_step",
-        path=run.path / "validation_reward.png",
+        {
+            "training loss per response token": [Line(rows, "train_step", "train/loss_per_token", "loss (nats)")],
+            "validation reward": [
+                Line(rows, "eval_step", "eval/answer_reward", "answer"),
+                Line(rows, "eval_step", "eval/format_reward", "format"),
+            ],
+        },
+        run.path / "training.png",
     )
     last = [row for row in rows if "eval_step" in row][-1]
     print(
@@ -306,7 +303,6 @@ def report(run: RunDirectory, config: SFTConfig) -> None:
         f"{last['eval/answer_reward']:.3f} on {last['eval/num_examples']} held-out questions "
         f"at temperature {config.sampling_temperature:g}"
     )
-    print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
 
 
 if __name__ == "__main__":

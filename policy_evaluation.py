@@ -34,7 +34,18 @@ from transformers.utils import logging as transformers_logging
 
 from math_data import Example, load_validation_set, validation_subset
 from math_reward import REWARD_FUNCTIONS, RewardFunction, count_failures, grade_responses
-from run_config import EMBEDDED_MODEL, RunConfig, SFTConfig, UserError, first_line, load_config, run_main
+from run_checkpoint import TrainingState, seed_everything
+from run_config import (
+    EMBEDDED_MODEL,
+    RunConfig,
+    SFTConfig,
+    TrainConfig,
+    UserError,
+    first_line,
+    is_due,
+    load_config,
+    run_main,
+)
 from run_directory import RunDirectory
 from SFT_helper import encode_prompt, get_masked_response_log_probs, join_prompt_and_response_ids, pad_token_id
 
@@ -94,14 +105,18 @@ def resolve_model(model: str) -> str:
         ) from None
 
 
-def load_policy(config: RunConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
+
+    Args:
+        config: names the model.
+        checkpoint: of a run that is resumed; its policy instead.
 
     Raises:
         UserError: the model is unknown or incomplete, or its context is too short.
     """
     transformers_logging.disable_progress_bar()
-    folder = resolve_model(config.model)
+    folder = str(checkpoint / "model") if checkpoint else resolve_model(config.model)
     try:
         policy = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
@@ -521,7 +536,7 @@ class Evaluator:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainConfig,
         run: RunDirectory,
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
@@ -533,7 +548,7 @@ class Evaluator:
         self._probe_ids = [encode_prompt(example.prompt, tokenizer)[:room] for example in probes]
         print(f"starting vLLM on {config.evaluator_device}", flush=True)
         self.llm = init_vllm(
-            resolve_model(config.model),
+            tokenizer.name_or_path,  # the folder that policy and tokenizer came from
             config.evaluator_device,
             config.seed,
             config.gpu_memory_utilization,
@@ -543,7 +558,7 @@ class Evaluator:
             enforce_eager=config.engine_eager,
             enable_sleep_mode=config.shares_gpu,
         )
-        torch.manual_seed(config.seed)  # the engine has reseeded it with its own
+        seed_everything(config.seed)  # the engine has reseeded with a seed of its own
 
     def sync(self, policy: PreTrainedModel) -> dict[str, float]:
         """Bring the engine up to date with the policy, and prove it."""
@@ -573,36 +588,40 @@ class Evaluator:
             examples: other questions than the evaluator's own.
             prefix: what the metrics' names in the run begin with.
         """
-        started = time.perf_counter()
-        config = self.config
+        config, seconds = self.config, {}
         examples = self.examples if examples is None else examples
-        sync_metrics = self.sync(policy)
-        metrics, _ = evaluate_vllm(
-            self.llm,
-            REWARD_FUNCTIONS[config.reward],
-            [example.prompt for example in examples],
-            sampling_params(config),
-            [example.ground_truth or "" for example in examples],
-            tokenizer=self.tokenizer,
-            policy=policy,
-            scoring_batch_size=config.scoring_batch_size,
-            compute_dtype=config.compute_dtype,
-            seed=VALIDATION_SAMPLING_SEED,
-            output_path=self.samples_path(eval_step, prefix),
-        )
-        if config.shares_gpu:
-            sleep_vllm_instance(self.llm)
-        metrics |= sync_metrics | {"seconds": time.perf_counter() - started}
+        with self.run.watched("evaluate", seconds):
+            sync_metrics = self.sync(policy)
+            metrics, _ = evaluate_vllm(
+                self.llm,
+                REWARD_FUNCTIONS[config.reward],
+                [example.prompt for example in examples],
+                sampling_params(config),
+                [example.ground_truth or "" for example in examples],
+                tokenizer=self.tokenizer,
+                policy=policy,
+                scoring_batch_size=config.scoring_batch_size,
+                compute_dtype=config.compute_dtype,
+                seed=VALIDATION_SAMPLING_SEED,
+                output_path=self.samples_path(eval_step, prefix),
+            )
+            if config.shares_gpu:
+                sleep_vllm_instance(self.llm)
+        metrics |= sync_metrics | {"seconds": seconds["time/evaluate"]}
         self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
         return metrics
 
-    def keep_and_evaluate(self, policy: PreTrainedModel, step: int) -> dict[str, float | None]:
-        """Save the policy, evaluate and print, then drop earlier checkpoints: a failed evaluation loses nothing."""
-        self.run.save_checkpoint(policy, self.tokenizer, step)
-        metrics = self.evaluate(policy, eval_step=step)
-        self.run.keep_last_checkpoint()
-        print_evaluation(metrics, step)
-        return metrics
+    def keep_and_evaluate(self, state: TrainingState, num_steps: int) -> None:
+        """Save and evaluate a state where the intervals say so; saved first: a failed evaluation loses nothing."""
+        config = self.config
+        is_kept = state.step > 0 and is_due(state.step, config.checkpoint_interval, num_steps)
+        is_evaluated = is_due(state.step, config.eval_interval, num_steps)
+        if is_kept:
+            self.run.save_checkpoint(state)
+        if is_evaluated:
+            print_evaluation(self.evaluate(state.policy, state.step), state.step)
+        if is_kept or is_evaluated:
+            self.run.prune_checkpoints(config.keep_last, config.keep_best)
 
     def samples_path(self, eval_step: int, prefix: str = "eval") -> Path:
         """Return the file with the examples of an evaluation."""
@@ -681,7 +700,8 @@ def main(arguments: list[str]) -> None:
     policy, tokenizer = load_policy(config)
     encode_prompts(examples, tokenizer, config)  # too long a prompt is found before the engine starts
     with RunDirectory.create(config, "evaluation") as run:
-        evaluator = Evaluator(run.config, run, tokenizer, examples)
+        run.start_wandb()
+        evaluator = Evaluator(config, run, tokenizer, examples)
         metrics = evaluator.evaluate(policy, eval_step=0)
         path = evaluator.samples_path(0)
         graded = [json.loads(line) for line in path.read_text().splitlines()]

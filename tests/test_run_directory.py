@@ -1,15 +1,23 @@
 """A run's folder holds what was run and what came of it; wandb gets the same, offline, with its axes."""
 
+import errno
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 import yaml
+from test_run_checkpoint import new_state, take_step
+from tiny import REPOSITORY
 
 import run_directory
-from run_config import SFTConfig, UserError
-from run_directory import Line, RunDirectory, plot_metrics
+from run_config import GRPOConfig, SFTConfig, UserError, load_config
+from run_directory import Line, RunDirectory, compare_runs, list_runs, plot_metrics
 
 
 def config_in(folder, **values):
@@ -79,6 +87,255 @@ def test_figures_are_drawn_from_the_rows_that_have_the_metric(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+HOLD = """
+import sys
+from pathlib import Path
+from run_directory import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_by_number_and_host_of_the_first(tmp_path):
+    with RunDirectory.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.log({"train_step": 1})
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert process.stdout.readline() == "held\n"
+    config = config_in(tmp_path, run_name="mine", resume=str(run.path))
+    with pytest.raises(UserError, match=rf"is being written by process {process.pid} on {os.uname().nodename}; wait"):
+        RunDirectory.open(config, "sft")
+    assert "running" in list_runs(tmp_path)
+    process.kill()  # a lock does not outlive its process
+    process.wait()
+    RunDirectory.open(config, "sft")
+
+
+@pytest.fixture
+def stopped_run(tmp_path, tiny_model, tokenizer):
+    """A run that was killed in step 4, after checkpoints of steps 1 to 3; step 2 scored best."""
+    with RunDirectory.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        state = new_state(tiny_model, tokenizer)
+        for step, score in ((1, 0.2), (2, 0.4), (3, 0.3)):
+            take_step(state, step)
+            run.log({"train_step": step, "time/step": 1.5})
+            run.complete_step(state, step)
+            run.save_checkpoint(state)
+            run.log({"eval_step": step, "eval/answer_reward": score, "eval/seconds": 10})
+        run.log({"train_step": 4, "time/step": 1.5})
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write('{"train_step": 5, "tr')
+    return run
+
+
+def resumed(run, *changes):
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", [f"resume={run.path}", *changes])
+    return RunDirectory.open(config, "sft")
+
+
+def test_a_resumed_run_has_no_step_twice(stopped_run, capsys):
+    """metrics.jsonl is cut back to where the checkpoint was made, before its evaluation, which is done again."""
+    with resumed(stopped_run) as run:
+        assert run.checkpoint == run.path / "checkpoints/step_000003"
+        assert [row.get("train_step") for row in run.read_metrics()] == [1, None, 2, None, 3]
+    assert "going on after step 3" in capsys.readouterr().out
+    environment = json.loads((run.path / "environment_resumed_000003.json").read_text())
+    assert environment["resumed_after_step"] == 3 and environment["changed_settings"] == []
+
+
+def test_a_torn_newest_checkpoint_is_reported_and_passed_over(stopped_run, capsys):
+    weights = stopped_run.path / "checkpoints/step_000003/optimizer.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with resumed(stopped_run) as run:
+        assert run.checkpoint == run.path / "checkpoints/step_000002"
+        assert [row["train_step"] for row in run.read_metrics() if "train_step" in row] == [1, 2]
+    assert "step_000003 is damaged and passed over (optimizer.safetensors is not what" in capsys.readouterr().out
+
+
+def test_a_run_without_a_whole_checkpoint_starts_again(tmp_path, capsys):
+    with RunDirectory.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.log({"train_step": 1})
+    with resumed(run) as again:
+        assert again.checkpoint is None and again.read_metrics() == []
+    assert f"starting {run.path} again" in capsys.readouterr().out
+
+
+def test_metrics_that_were_lost_are_not_made_up(stopped_run):
+    os.truncate(stopped_run.path / "metrics.jsonl", 10)
+    with pytest.raises(UserError, match=r"metrics.jsonl has 10 bytes, but \d+ when the checkpoint of step 3"):
+        resumed(stopped_run)
+
+
+def test_changed_settings_are_shown_and_refused_unless_allowed(stopped_run, capsys):
+    with pytest.raises(UserError, match=r"settings differ .*: seed 0 -> 3, learning_rate 1e-05 -> 0.5; leave them out"):
+        resumed(stopped_run, "learning_rate=0.5", "seed=3")
+    with resumed(stopped_run, "learning_rate=0.5", "seed=3", "resume_with_changes=true") as run:
+        assert run.config.learning_rate == 0.5
+    assert "changed: seed 0 -> 3, learning_rate 1e-05 -> 0.5" in capsys.readouterr().out
+    environment = json.loads((run.path / "environment_resumed_000003.json").read_text())
+    assert environment["changed_settings"] == ["seed 0 -> 3", "learning_rate 1e-05 -> 0.5"]
+    with resumed(stopped_run) as run:  # the changes are the run's own from here on
+        assert run.config.learning_rate == 0.5
+
+
+def test_a_finished_run_is_not_resumed_unless_it_is_to_go_on_otherwise(stopped_run):
+    final = stopped_run.finish()
+    assert (final / "model.safetensors").samefile(stopped_run.path / "checkpoints/step_000003/model/model.safetensors")
+    with pytest.raises(UserError, match=r"this run is finished; its policy is in .*final"):
+        resumed(stopped_run)
+    with resumed(stopped_run, "num_epochs=2", "resume_with_changes=true"):
+        assert not final.exists()
+
+
+def test_resume_names_a_run(tmp_path):
+    with pytest.raises(UserError, match="config.yaml does not exist; name the folder of a run"):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", [f"resume={tmp_path / 'none'}"])
+
+
+def test_auto_takes_the_newest_unfinished_run_of_the_same_kind(stopped_run, capsys):
+    runs_dir = stopped_run.path.parent
+    for name, kind in (("older", SFTConfig), ("grpo", GRPOConfig), ("done", SFTConfig)):
+        config = kind(runs_dir=str(runs_dir), run_name=name, wandb_mode="disabled")
+        with RunDirectory.create(config, "x") as run:
+            (run.path / "checkpoints").mkdir()
+            run.log({"train_step": 1})
+    (runs_dir / "done/final").mkdir()
+    os.utime(runs_dir / "older/config.yaml", (0, 0))
+    arguments = ["resume=auto", f"runs_dir={runs_dir}"]
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", arguments).resume == str(stopped_run.path)
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, "run_name=older"]).run_name == "older"
+    assert load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", arguments).run_name == "grpo"
+    new = load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, "run_name=new"])
+    assert (new.run_name, new.resume) == ("new", "")
+    assert "there is no unfinished run" in capsys.readouterr().out
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(stopped_run):
+    def names():
+        return sorted(path.name for path in (stopped_run.path / "checkpoints").iterdir())
+
+    stopped_run.prune_checkpoints(keep_last=2, keep_best=True)
+    assert names() == ["step_000002", "step_000003"]
+    stopped_run.prune_checkpoints(keep_last=1, keep_best=True)
+    assert names() == ["step_000002", "step_000003"]
+    stopped_run.prune_checkpoints(keep_last=1, keep_best=False)
+    assert names() == ["step_000003"]
+
+
+def test_the_table_of_runs(stopped_run):
+    lines = list_runs(stopped_run.path.parent).splitlines()
+    assert lines[0].split() == "name state step last reward best reward time".split()
+    assert lines[1].split() == "mine stopped, can be resumed 4 0.300 0.400 0:00:36".split()
+    with pytest.raises(UserError, match="holds no run"):
+        list_runs(stopped_run.path)
+
+
+def test_the_commands_of_the_table(stopped_run, capsys):
+    command = [sys.executable, "run_directory.py", str(stopped_run.path.parent)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert result.stdout == list_runs(stopped_run.path.parent) + "\n"
+    capsys.readouterr()
+    run_directory.main(["compare", str(stopped_run.path), str(stopped_run.path)])
+    assert capsys.readouterr().out.splitlines()[1] == "no setting differs"
+    for arguments, message in (
+        (["compare", "a"], "usage: "),
+        (["compare", "a", "b"], "a is no run"),
+        (["none"], "no run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_directory.main(arguments)
+
+
+def test_two_runs_compared(stopped_run, tmp_path):
+    other = RunDirectory.create(config_in(tmp_path, run_name="other", learning_rate=0.5), "sft")
+    other.log({"eval_step": 0, "eval/answer_reward": 0.25})
+    lines = compare_runs(stopped_run.path, other.path).splitlines()
+    assert lines[:2] == ["mine -> other", "learning_rate 1e-05 -> 0.5"]
+    assert (tmp_path / "compare_mine_other.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_out_of_memory_on_a_gpu_names_the_three_settings(tmp_path):
+    with pytest.raises(UserError) as caught, RunDirectory.create(config_in(tmp_path), "sft") as run:
+        run.log({"train_step": 1})
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    message = str(caught.value)
+    for setting in ("gradient_accumulation_steps", "gradient_checkpointing=true", "gpu_memory_utilization"):
+        assert setting in message
+    assert "Tried to allocate 2.00 GiB" in message
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"the disk of .* is full .*resume="),
+        RunDirectory.create(config_in(tmp_path), "sft") as run,
+    ):
+        run.log({"train_step": 1})
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_signal_before_the_first_metrics_keeps_a_state_that_was_saved(tmp_path, tiny_model, tokenizer):
+    with pytest.raises(KeyboardInterrupt), RunDirectory.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.save_checkpoint(new_state(tiny_model, tokenizer))
+        raise KeyboardInterrupt
+    assert (run.path / "checkpoints/step_000000").is_dir()
+
+
+class BrokenWandb:
+    id = "abc"
+
+    def __getattr__(self, name):
+        raise ConnectionError(f"{name} failed\nmore")
+
+
+def test_a_crash_in_wandb_never_stops_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_directory, "start_wandb", lambda *_: BrokenWandb())
+    with RunDirectory.create(config_in(tmp_path), "sft") as run:
+        run.start_wandb()
+        for step in (1, 2):
+            run.log({"train_step": step})
+    assert [row["train_step"] for row in run.read_metrics()] == [1, 2]
+    assert capsys.readouterr().out.count("wandb failed (log failed) and is off from here on") == 1
+
+
+def test_wandb_that_does_not_start_never_stops_training(tmp_path, capsys, monkeypatch):
+    import wandb
+
+    def broken(**_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    with RunDirectory.create(config_in(tmp_path, wandb_mode="offline"), "sft") as run:
+        run.start_wandb()
+        run.log({"train_step": 1})
+    assert "wandb did not start (no room) and is off" in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, tiny_model, tokenizer):
+    config = config_in(tmp_path, wandb_mode="offline", run_name="mine")
+    with RunDirectory.create(config, "sft") as run:
+        run.start_wandb()
+        run.log({"train_step": 1})
+        state = new_state(tiny_model, tokenizer)
+        run.complete_step(state, 1)
+        run.save_checkpoint(state)
+    with resumed(run) as run:
+        run.start_wandb()
+        run.log({"train_step": 2})
+    ids = {path.stem.removeprefix("run-") for path in run.path.glob("wandb/offline-run-*/*.wandb")}
+    assert len(ids) == 1
+    history = [record for path in run.path.glob("wandb/offline-run-*/*.wandb") for record in read_wandb(path)]
+    steps = [
+        json.loads(i.value_json) for r in history for i in r.history.item if "train_step" in (i.key, *i.nested_key)
+    ]
+    assert sorted(steps) == [1, 2]
+
+
 def test_wandb_is_off_without_a_key(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert run_directory.start_wandb(config_in(tmp_path, wandb_mode="auto"), tmp_path) is None
@@ -111,6 +368,17 @@ def test_wandb_offline_receives_the_metrics_with_their_axes(tmp_path):
 
 
 def read_wandb(path):
+    """The records of a .wandb file, once its last one is there: wandb's own process writes it a little later."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        records = parse_wandb(path)
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.05)
+    raise TimeoutError("wandb has not written its last record")
+
+
+def parse_wandb(path):
     """The records of a .wandb file: 7 bytes, then a LevelDB log (crc, length, type, payload) in blocks of 32 KiB."""
     from wandb.proto import wandb_internal_pb2
 

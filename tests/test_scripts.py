@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from tiny import REPOSITORY, run_script, tiny_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import SFT_train
@@ -20,7 +20,6 @@ from math_data import load_sft_examples
 from policy_evaluation import Evaluator
 from run_config import GRPOConfig, SFTConfig, UserError, load_config, run_main
 
-REPOSITORY = Path(__file__).parent.parent
 MODULES = [
     "SFT_helper",
     "GRPO_helper",
@@ -36,33 +35,6 @@ MODULES = [
     "math_reward",
     "math_worker",
 ]
-
-
-def tiny_arguments(model, runs_dir, **overrides):
-    values = {
-        "preset": "laptop",
-        "model": model,
-        "runs_dir": runs_dir,
-        "wandb_mode": "disabled",
-        "compute_dtype": "float32",
-        "engine_dtype": "float32",
-        "max_sync_error": 1.001,
-        "num_sft_examples": 24,
-        "train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": "1e-3",
-        "eval_interval": 2,
-        "num_eval_examples": 8,
-        "sampling_max_tokens": 16,
-        "max_context_tokens": 384,
-    }
-    return [f"{key}={value}" for key, value in (values | overrides).items()]
-
-
-def run_script(name, *arguments, folder=REPOSITORY):
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / name), *arguments], capture_output=True, text=True, cwd=folder, timeout=300
-    )
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +129,10 @@ class FakeEvaluator(Evaluator):
     def __init__(self, config, run, tokenizer, examples):
         self.config, self.run, self.tokenizer = config, run, tokenizer
 
-    def evaluate(self, policy, eval_step):
+    def evaluate(self, policy, eval_step, examples=None, prefix="eval"):
         metrics = {"answer_reward": 0.0, "format_reward": 0.0, "response_length": 1.0, "truncated_fraction": 0.0}
         metrics["num_examples"] = 8
-        self.run.log({"eval_step": eval_step} | {f"eval/{name}": value for name, value in metrics.items()})
+        self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
         return metrics
 
 
@@ -297,22 +269,46 @@ def test_a_start_that_fails_leaves_the_name_free(tiny_model_folder, tmp_path, mo
             SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="again"))
 
 
-def test_ctrl_c_finishes_the_step_and_saves(without_engine, tiny_model_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_finish_and_saves(
+    number, status, without_engine, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
     original = SFT_train.accumulate_gradients
 
-    def with_ctrl_c(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
+    def with_signal(*arguments):
+        os.kill(os.getpid(), number)
         return original(*arguments)
 
-    monkeypatch.setattr(SFT_train, "accumulate_gradients", with_ctrl_c)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(SFT_train, "accumulate_gradients", with_signal)
     monkeypatch.setattr(sys, "argv", ["SFT_train.py", *tiny_arguments(tiny_model_folder, tmp_path, run_name="stopped")])
     with pytest.raises(SystemExit) as caught:
         run_main(SFT_train.main)
-    assert caught.value.code == 130
+    assert caught.value.code == status
     assert "state after step 1 saved" in capsys.readouterr().err
     assert len(metrics_of(tmp_path / "stopped")) == 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "stopped/checkpoints/step_000001/model")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_out_of_memory_on_a_gpu_saves_and_names_what_reduces_it(
+    without_engine, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    original = SFT_train.accumulate_gradients
+
+    def third_step_is_too_large(*arguments):
+        if len(metrics_of(tmp_path / "oom")) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(*arguments)
+
+    monkeypatch.setattr(SFT_train, "accumulate_gradients", third_step_is_too_large)
+    monkeypatch.setattr(sys, "argv", ["SFT_train.py", *tiny_arguments(tiny_model_folder, tmp_path, run_name="oom")])
+    with pytest.raises(SystemExit) as caught:
+        run_main(SFT_train.main)
+    assert caught.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "Tried to allocate 2.00 GiB" in line and "gradient_checkpointing=true" in line
+    assert (tmp_path / "oom/checkpoints/step_000002").is_dir()
 
 
 def test_steps_override_epochs_and_epochs_may_be_fractions(without_engine, tiny_model_folder, tmp_path):

@@ -1,0 +1,212 @@
+"""Kill training runs, resume them, and compare them with runs that were left alone, bit for bit.
+
+    uv run python tests/kill_and_resume.py --kills 20    SFT, GRPO on-policy and GRPO off-policy in turn
+    uv run python tests/kill_and_resume.py --soak 200    GRPO of 200 steps, left alone: its memory must stay flat
+
+The scripts are the real ones, with the real engine, on a tiny model in float32. Three moments of a kill -9: during the
+start, between two steps after the start, while a checkpoint is being written.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tiny import REPOSITORY, grpo_arguments, make_answering_model, make_tiny_model, tiny_arguments
+
+from run_checkpoint import find_damage
+
+SFT = {"max_steps": 30, "eval_interval": 5, "checkpoint_interval": 1}
+GRPO = {"n_grpo_steps": 20, "eval_interval": 5, "checkpoint_interval": 1, "sampling_max_tokens": 12}
+RUNS = {
+    "SFT": ("SFT_train.py", tiny_arguments, SFT),
+    "GRPO on-policy": ("GRPO_train.py", grpo_arguments, GRPO),
+    "GRPO off-policy": ("GRPO_train.py", grpo_arguments, GRPO | {"loss_type": "grpo_clip", "train_batch_size": 4}),
+}
+
+
+def start(script: str, arguments: list[str], log: Path) -> subprocess.Popen:
+    """Start a script of the repository; what it prints is added to a file."""
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / script), *arguments],
+        stdout=log.open("a"),
+        stderr=subprocess.STDOUT,
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> None:
+    """Return when a condition holds or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing happened in {seconds} seconds")
+        time.sleep(0.0005)
+
+
+def wait_for_moment(moment: str, folder: Path, process: subprocess.Popen, chance: random.Random) -> None:
+    """Return at a moment of a run: `start`, `step` or `save`, each at a random time within it."""
+    if moment == "start":
+        time.sleep(chance.uniform(0, 20))
+        return
+    metrics = folder / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    # A resumed run first cuts the file back: it grows again once its steps are under way.
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size != size, process)
+    if moment == "step":
+        time.sleep(chance.uniform(0, 1.5))
+    else:
+        wait_for(lambda: any(folder.glob("checkpoints/.step_*.unfinished")), process)
+        time.sleep(chance.uniform(0, 0.02))
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a process with SIGKILL; its own processes must notice and end."""
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    if alive:
+        raise AssertionError(f"left behind: {alive}")
+
+
+def find_torn(folder: Path) -> list[str]:
+    """Return the checkpoints that look whole by their names, but are not."""
+    checkpoints = sorted(folder.glob("checkpoints/step_*"))
+    return [f"{path}: {damage}" for path in checkpoints if (damage := find_damage(path)) is not None]
+
+
+def find_differences(one: Path, other: Path) -> list[str]:
+    """Return in what two runs differ: metrics (times aside), samples, final weights, optimizer state."""
+    found = []
+    first, second = (_comparable_metrics(folder) for folder in (one, other))
+    if len(first) != len(second):
+        found.append(f"{len(first)} and {len(second)} lines of metrics")
+    for a, b in zip(first, second, strict=False):
+        found += [f"{name} at {a}: {a.get(name)}, {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
+    for pattern in ("samples/*", "final/*.safetensors", "checkpoints/*/optimizer.safetensors"):
+        files = [
+            {path.relative_to(folder): path.read_bytes() for path in folder.glob(pattern)} for folder in (one, other)
+        ]
+        if not files[0] or files[0] != files[1]:
+            found.append(f"{pattern} differ")
+    return found
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Return the training steps in metrics.jsonl, in the order in which they stand there."""
+    return [row["train_step"] for row in _comparable_metrics(folder) if "train_step" in row]
+
+
+def kill_and_resume(name: str, num_kills: int, model: str, folder: Path, chance: random.Random) -> list[str]:
+    """Run once in peace and once with kills (starting over where a run ends before its last kill).
+
+    Returns:
+        What is wrong: differences, torn checkpoints, steps that stand twice or are missing.
+    """
+    script, arguments_of, settings = RUNS[name]
+    folder.mkdir()
+    straight = start(script, arguments_of(model, folder, run_name="straight", **settings), folder / "straight.log")
+    if straight.wait() != 0:
+        raise RuntimeError(f"{name}: the run without kills failed; see {folder / 'straight.log'}")
+    wrong, num_done, num_runs = [], 0, 0
+    while num_done < num_kills:
+        num_runs += 1
+        run = folder / f"killed_{num_runs}"
+        arguments = arguments_of(model, folder, run_name=run.name, resume="auto", **settings)
+        while True:
+            process = start(script, arguments, folder / f"{run.name}.log")
+            if num_done == num_kills:
+                break
+            moment = chance.choice(["start", "step", "step", "step", "save", "save"])
+            wait_for_moment(moment, run, process, chance)
+            if process.poll() is not None:
+                break
+            kill(process)
+            num_done += 1
+            torn = find_torn(run)
+            wrong += torn
+            halves = len(list(run.glob("checkpoints/.step_*")))
+            saved = len(list(run.glob("checkpoints/step_*")))
+            steps = steps_of(run) or [0]
+            print(
+                f"{name}: kill {num_done} of {num_kills} at {moment}, {steps[-1]} optimizer steps logged, "
+                f"checkpoints: {saved} whole, {halves} half written",
+                flush=True,
+            )
+        if process.wait() != 0:
+            raise RuntimeError(f"{name}: a resumed run failed; see {folder / run.name}.log")
+        differences = find_differences(folder / "straight", run)
+        if steps_of(run) != list(range(1, len(steps_of(run)) + 1)):
+            differences.append(f"steps in metrics.jsonl: {steps_of(run)}")
+        print(f"{name}: {run.name} {'differs' if differences else 'equals the run without kills, bit for bit'}")
+        wrong += differences
+    return wrong
+
+
+def soak(num_steps: int, model: str, folder: Path) -> list[str]:
+    """Run GRPO for many steps and return what is wrong with its memory at the end."""
+    settings = {"n_grpo_steps": num_steps, "eval_interval": 50, "checkpoint_interval": 50}
+    process = start("GRPO_train.py", grpo_arguments(model, folder, run_name="soak", **settings), folder / "soak.log")
+    if process.wait() != 0:
+        raise RuntimeError(f"the run failed; see {folder / 'soak.log'}")
+    peaks = [row["memory/peak_gib"] for row in _metrics(folder / "soak") if "memory/peak_gib" in row]
+    at = [peaks[index * (len(peaks) - 1) // 4] for index in range(5)]
+    growth = at[4] / at[3] - 1
+    print(f"peak memory after each quarter, GiB: {', '.join(f'{gib:.4f}' for gib in at)}; last quarter {growth:+.3%}")
+    return [f"memory grows by {growth:.2%} in the last quarter"] if growth >= 0.01 else []
+
+
+def main() -> None:
+    """Do what is asked for, and print one line about it at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=0, help="how many, over the three kinds of run")
+    parser.add_argument("--soak", type=int, default=0, help="how many steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    options = parser.parse_args()
+    shared_memory = set(os.listdir("/dev/shm"))
+    chance = random.Random(options.seed)
+    wrong = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_tiny_model(folder / "tiny")
+        make_answering_model(folder / "answering", folder / "tiny")
+        model = str(folder / "answering")
+        for index, name in enumerate(RUNS):
+            if num_kills := len(range(index, options.kills, len(RUNS))):
+                wrong += kill_and_resume(name, num_kills, model, folder / name.replace(" ", "_"), chance)
+        if options.soak:
+            wrong += soak(options.soak, model, folder)
+    left = set(os.listdir("/dev/shm")) - shared_memory
+    wrong += [f"shared memory left behind: {left}"] if left else []
+    print("\n".join(wrong) or "all well: nothing differs, torn 0, steps twice or missing 0, nothing left behind")
+    sys.exit(1 if wrong else 0)
+
+
+def _metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _comparable_metrics(folder: Path) -> list[dict]:
+    def is_time(name: str) -> bool:
+        return name.startswith(("time/", "memory/")) or name.endswith(("seconds", "per_second"))
+
+    return [{name: value for name, value in row.items() if not is_time(name)} for row in _metrics(folder)]
+
+
+if __name__ == "__main__":
+    main()

@@ -506,6 +506,17 @@ def test_readme_names_files_that_exist():
         assert (REPOSITORY / name).is_file(), name
 
 
+def test_each_fault_in_the_readme_has_its_test():
+    """The table "What happens when..." names a test in each row, and the test exists."""
+    table = (REPOSITORY / "README.md").read_text().partition("### What happens when")[2].partition("\n\n`uv run")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 15
+    tests = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py"))
+    for row in rows:
+        names = re.findall(r"`(test_\w+)`", row.split("|")[-2])
+        assert names and all(f"def {name}(" in tests for name in names), row
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_public_functions_are_documented(name):
     module = importlib.import_module(name)

@@ -24,7 +24,7 @@ import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,7 +99,7 @@ class Template:
                 raise
 
     def stop_worker(self, pid: int) -> None:
-        """Kill a worker and wait until it is gone. Only its parent, the template, knows that the id is still its own."""
+        """Kill a worker and wait until it is gone. It is for the template to do: to its parent alone the id is sure."""
         with self._lock:
             if self._process is not None:
                 try:
@@ -281,8 +281,11 @@ def work(connection: socket.socket, memory_bytes: int) -> None:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or was raised while handling, a lack of memory."""
-    while error is not None and not isinstance(error, MemoryError):
+    """Whether an error is, or was raised while handling, a lack of memory.
+
+    SystemError is what the interpreter raises where its own C code ran out of memory and does not say so.
+    """
+    while error is not None and not isinstance(error, MemoryError | SystemError):
         error = error.__cause__ or error.__context__
     return error is not None
 
@@ -341,16 +344,33 @@ def _same_value(x: Any, y: Any) -> bool:
 @lru_cache(256)  # the answers to one question have their ground truth in common, and parsing is most of the work
 def _to_sympy(text: str) -> Any:
     import sympy
-    from latex2sympy2_extended import latex2sympy
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, _Latex2Sympy
+    from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 
     text = re.sub(r"\d*\.\d+", _as_fraction, text)  # exact, where a Float is not
     text = re.sub(r"\^\\circ", r"\\cdot\\frac{\\pi}{180}", text)
-    expression = latex2sympy(text, conversion_config=ConversionConfig(lowercase_symbols=False))
+    text = re.sub(r"\^(?:T|\{T\})", "^{(T)}", text)  # a power; the parser would take it for a transpose, x^T for x
+    text = text.replace("I", r"\iota ")  # a variable; the parser would take it for i
+    converter = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False))
+    converter.convert_postfix_list = partial(_product, converter)
+    expression = converter.parse(normalize_latex(text, NormalizationConfig()))
     if not isinstance(expression, sympy.Expr):
         raise ValueError(f"{text} is no expression")
     constants = {"i": sympy.I, "e": sympy.E}
     return expression.subs({symbol: constants.get(str(symbol), symbol) for symbol in expression.free_symbols})
+
+
+def _product(converter: Any, factors: list[Any], start: int = 0) -> Any:
+    r"""Multiply what stands side by side; only digits before a last \frac are a mixed number.
+
+    The converter's own method would add any integer to any rational that follows: 5 for (2)(3).
+    """
+    is_mixed = (
+        len(factors) == start + 2 and factors[start].getText().isdigit() and factors[-1].getText().startswith(r"\frac")
+    )
+    if len(factors) == start + 1 or is_mixed:
+        return type(converter).convert_postfix_list(converter, factors, start)
+    return converter.mul_flat(converter.convert_postfix(factors[start]), _product(converter, factors, start + 1))
 
 
 def _as_fraction(match: re.Match[str]) -> str:

@@ -15,13 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import math_worker
-from math_equality import answers_match, tidy
+from math_equality import answers_match, is_expression, tidy
+from math_estimate import surely_different
 from math_reward import (
+    IN_ANOTHER_FORM,
+    ORDINARY,
     Grade,
     count_failures,
     grade_answer,
     grade_responses,
     last_boxed,
+    measure_throughput,
     question_only_reward_fn,
     r1_zero_reward_fn,
     read_corpus,
@@ -150,6 +154,68 @@ def test_the_corpus_has_no_false_accept_and_hardly_a_false_reject():
 def test_every_ground_truth_equals_itself():
     for pair in CORPUS:
         assert accepts(pair.ground_truth, pair.ground_truth), pair
+
+
+def test_what_is_surely_different_is_different_to_sympy_too():
+    generator = random.Random(0)
+    pairs = [(pair.answer, pair.ground_truth) for pair in CORPUS if pair.equal]
+    pairs += [(mutate(one, generator), other) for one, other in pairs]
+    pairs = [(tidy(one), tidy(other)) for one, other in pairs]
+    pairs = [(one, other) for one, other in pairs if is_expression(one) and is_expression(other)]
+    texts = [text for pair in pairs for text in pair]
+    pairs += zip(generator.choices(texts, k=300), generator.choices(texts, k=300), strict=True)
+    different = [pair for pair in pairs if surely_different(*pair)]
+    assert len(different) > 100
+    assert [pair for pair in different if is_equal_to_sympy(*pair)] == []
+
+
+def is_equal_to_sympy(one, other):
+    try:
+        return math_worker.expressions_equal(one, other, math_worker.Budget())
+    except GradingError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\sqrt{10^{20}+1}-10^{10}", "0"),  # cancels
+        ("1+10^{-30}", "1"),  # too close
+        (r"10^{-200}\cdot10^{-200}", "5"),  # underflows
+        ("10^{200}10^{200}", "5"),  # overflows
+        ("1/0", "5"),
+        ("0^0", "5"),
+        (r"\sqrt{-4}", "5"),  # complex
+        ("(-8)^{1/3}", "5"),
+        ("1/2x", "5"),  # read in two ways
+        ("3(4)", "5"),
+        ("f(x)", "5"),
+        (r"2\frac{1}{2}", "5"),
+        ("x^12", "5"),
+        ("2^3^4", "5"),
+        (r"\sin1", "5"),  # left to sympy
+        ("|x|", "5"),
+        ("(1", "5"),  # no expressions
+        ("1)", "5"),
+        ("1+", "5"),
+        ("", "5"),
+    ],
+)
+def test_no_estimate_is_made_of_what_is_doubtful(one, other):
+    assert not surely_different(one, other)
+    assert not surely_different(other, one)
+
+
+def test_ordinary_answers_hardly_need_sympy(monkeypatch):
+    """The rate itself is printed by `math_reward.py --report`; here, how many get as far as sympy."""
+    asked = []
+    monkeypatch.setattr("math_equality.expressions_equal", lambda *pair: not asked.append(pair))
+    num_right, _ = measure_throughput(ORDINARY, [101])
+    assert num_right == 0.5
+    assert len(asked) == 2  # one of the 20, and the one with which the workers are started
+    num_right, _ = measure_throughput(IN_ANOTHER_FORM, [101])
+    assert num_right == 1
+    assert len(asked) == 3 + len(IN_ANOTHER_FORM)
 
 
 def test_every_category_has_both_verdicts():

@@ -31,6 +31,7 @@ MODULES = [
     "run_directory",
     "math_data",
     "math_equality",
+    "math_estimate",
     "math_reward",
     "math_worker",
 ]

@@ -118,7 +118,7 @@ class Template:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).resolve()), str(self._memory_bytes)],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the run, which decides when its workers end
@@ -351,7 +351,7 @@ def _to_sympy(text: str) -> Any:
     text = re.sub(r"\^\\circ", r"\\cdot\\frac{\\pi}{180}", text)
     text = re.sub(r"\^(?:T|\{T\})", "^{(T)}", text)  # a power; the parser would take it for a transpose, x^T for x
     text = text.replace("I", r"\iota ")  # a variable; the parser would take it for i
-    converter = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False))
+    converter: Any = _Latex2Sympy(config=ConversionConfig(lowercase_symbols=False))
     converter.convert_postfix_list = partial(_product, converter)
     expression = converter.parse(normalize_latex(text, NormalizationConfig()))
     if not isinstance(expression, sympy.Expr):

@@ -4,6 +4,7 @@ r"""Whether two answers are equal mathematically. Layers, the cheapest first; ea
     structure    lists and sets (any order), tuples, intervals with their brackets, unions, matrices, equations,
                  inequalities, \pm: compared part by part
     numbers      exactly, as fractions: 1,234  0.5  50\%  3\frac{1}{2}  1.2 \times 10^3  5 cm  90^\circ  \$5
+    estimates    clearly different values at one point reject (math_estimate.py); only symbols accept
     symbols      parsed by the parser of math-verify and evaluated by sympy, in a worker process (math_worker.py)
 
 No Python is evaluated: only expressions made of a closed set of tokens reach the parser, which is not sympy's own
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, cast
 
+from math_estimate import surely_different
 from math_worker import Budget, expressions_equal
 
 MAX_ANSWER_CHARS = 1000  # longer answers are compared as text only; no answer of MATH comes near
@@ -74,6 +76,7 @@ NO_EXPRESSION = [
         r"[-+]{3}",
         # too large a number: a tower of powers, a long exponent, factorials of large numbers or of factorials
         r"\d\^\{?-?\d*\^|\^\{?-?\d{5}|\^\{[^{}]*\^[^{}]*\^|\^\{[^{}]*\{[^{}]*\^",
+        r"\^.\^",  # LaTeX refuses it, and parsing a long one takes seconds
         r"!\)*!|\d{4}\)*!|\\binom\{?\d{4}|\}\{\d*\^|\^\{[^{}]*!|!\)*\^",
     )
 ]
@@ -301,7 +304,9 @@ def _leaves_match(one: str, other: str, budget: Budget) -> bool:
     if one == other:
         return True
     first, second = sorted((one, other))  # equality has no direction
-    return is_expression(first) and is_expression(second) and expressions_equal(first, second, budget)
+    if not is_expression(first) or not is_expression(second) or surely_different(first, second):
+        return False
+    return expressions_equal(first, second, budget)
 
 
 def _relation(text: str) -> tuple[list[str], list[str]]:

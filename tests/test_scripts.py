@@ -32,6 +32,7 @@ MODULES = [
     "run_guard",
     "math_data",
     "math_equality",
+    "math_estimate",
     "math_reward",
     "math_worker",
 ]

@@ -25,7 +25,8 @@ Logged with the last optimizer step of a rollout batch:
     rollout/response_length[_correct|_incorrect|_max], rollout/truncated_fraction
     rollout/sync_multiplicative_error, rollout/sync_max_log_prob_difference    see policy_evaluation.check_policy_sync
     reward/timeouts, reward/out_of_memory, reward/errors    answers that could not be compared; they count as wrong
-    time/sync, time/rollout, time/grade, time/old_log_probs, time/train, time/step (their sum): seconds
+    time/sync, time/rollout, time/grade, time/old_log_probs, time/train, time/step (their sum): seconds; responses are
+                                       graded while others are sampled, grade is what remains of it afterwards
     time/tokens_per_second             sampled, of the rollout phase
     memory/peak_gib
 Logged per evaluation (axis `eval_step`, counted in rollout batches, as n_grpo_steps is): eval/*, see
@@ -39,6 +40,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +59,8 @@ from math_data import (
     require_ground_truths,
     validation_subset,
 )
-from math_reward import count_failures, grade_responses
+from math_reward import Grade, count_failures, grade_response
+from math_worker import NUM_WORKERS
 from policy_evaluation import (
     Evaluator,
     Response,
@@ -68,10 +71,10 @@ from policy_evaluation import (
     load_policy,
     mean,
     peak_memory_gib,
-    sample_responses,
     sampling_params,
     score_responses,
     sleep_vllm_instance,
+    stream_responses,
 )
 from run_checkpoint import TrainingState, fingerprint
 from run_config import GRPOConfig, Stopped, UserError, load_config, read_yaml, run_main
@@ -149,7 +152,7 @@ def train(
     state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, questions, strict=True)))
     run.restore(state)
     num_steps = config.n_grpo_steps
-    with StopGuard(state, run.save_checkpoint, run.path) as guard:
+    with ThreadPoolExecutor(NUM_WORKERS) as grading_threads, StopGuard(state, run.save_checkpoint, run.path) as guard:
         evaluator.keep_and_evaluate(state, num_steps)
         progress = tqdm(range(state.step + 1, num_steps + 1), "GRPO", num_steps, unit="step", initial=state.step)
         for step in progress:
@@ -161,12 +164,15 @@ def train(
             first = (step - 1) * config.num_questions_per_step
             chosen = order[first : first + config.num_questions_per_step]
             with run.watched("rollout", seconds):
-                responses = sample_groups(evaluator, prompt_ids, chosen, step, config)
+                responses, gradings = sample_groups(
+                    evaluator, questions, prompt_ids, chosen, step, config, grading_threads
+                )
             if config.shares_gpu:
                 sleep_vllm_instance(evaluator.llm)
 
             with run.watched("grade", seconds):
-                rollouts = grade_groups([questions[index] for index in chosen], responses, config)
+                grades = [grading.result() for grading in gradings]
+                rollouts = make_rollouts([questions[index] for index in chosen], responses, grades, config)
             with run.watched("old_log_probs", seconds):
                 if config.is_off_policy:
                     score_old_log_probs(policy, rollouts, padding_id, config)
@@ -265,23 +271,42 @@ def load_questions(validation_set: Sequence[Example], config: GRPOConfig) -> lis
 
 
 def sample_groups(
-    evaluator: Evaluator, prompt_ids: Sequence[list[int]], chosen: Sequence[int], step: int, config: GRPOConfig
-) -> list[Response]:
-    """Sample `group_size` responses to each chosen question, those of a group next to each other."""
+    evaluator: Evaluator,
+    questions: Sequence[Example],
+    prompt_ids: Sequence[list[int]],
+    chosen: Sequence[int],
+    step: int,
+    config: GRPOConfig,
+    grading_threads: Executor,
+) -> tuple[list[Response], list[Future[Grade]]]:
+    """Sample `group_size` responses to each chosen question, those of a group next to each other.
+
+    Returns:
+        The responses, and the grade to come of each: grading begins when a response is finished, while the engine
+        goes on with the others.
+    """
     requests = [(index, sample) for index in chosen for sample in range(config.group_size)]
-    return sample_responses(
+    responses: dict[int, Response] = {}
+    gradings: dict[int, Future[Grade]] = {}
+    for position, response in stream_responses(
         evaluator.llm,
         [prompt_ids[index] for index, _ in requests],
         sampling_params(config),
         [derive_seed(config.seed, "rollout", step, index, sample) for index, sample in requests],
-    )
+    ):
+        truth = questions[requests[position][0]].ground_truth or ""
+        responses[position] = response
+        gradings[position] = grading_threads.submit(grade_response, response.text, truth, config.reward)
+    order = range(len(requests))
+    return [responses[position] for position in order], [gradings[position] for position in order]
 
 
-def grade_groups(questions: Sequence[Example], responses: Sequence[Response], config: GRPOConfig) -> list[Rollout]:
-    """Grade the responses and normalize their rewards within groups."""
+def make_rollouts(
+    questions: Sequence[Example], responses: Sequence[Response], grades: Sequence[Grade], config: GRPOConfig
+) -> list[Rollout]:
+    """Normalize the rewards within groups, and join everything that the update needs of a response."""
     repeated = [question for question in questions for _ in range(config.group_size)]
     truths = [question.ground_truth or "" for question in repeated]
-    grades = grade_responses([response.text for response in responses], truths, config.reward)
     remaining = iter(grades)
     advantages, _, _ = compute_group_normalized_rewards(
         lambda response, truth: next(remaining).rewards,

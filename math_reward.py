@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from math_equality import answers_match
 from math_worker import NUM_WORKERS, GradingError
@@ -66,13 +66,17 @@ def grade_responses(
         (1 to 2 seconds) when an answer first needs it.
     """
     pairs = list(zip(responses, ground_truths, strict=True))
-    if reward_fn not in EXTRACTORS:
-        if isinstance(reward_fn, str):
-            raise ValueError(f"reward_fn = {reward_fn!r}: use {', '.join(REWARD_FUNCTIONS)}, or a function")
-        return [Grade(reward_fn(response, truth)) for response, truth in pairs]
-    extract = EXTRACTORS[reward_fn]
-    with ThreadPoolExecutor(NUM_WORKERS) as threads:
-        return list(threads.map(lambda pair: grade_answer(extract(pair[0]), pair[1]), pairs))
+    if isinstance(reward_fn, str) and reward_fn not in REWARD_FUNCTIONS:
+        raise ValueError(f"reward_fn = {reward_fn!r}: use {', '.join(REWARD_FUNCTIONS)}, or a function")
+    with ThreadPoolExecutor(NUM_WORKERS if reward_fn in EXTRACTORS else 1) as threads:
+        return list(threads.map(lambda pair: grade_response(pair[0], pair[1], reward_fn), pairs))
+
+
+def grade_response(response: str, ground_truth: str, reward_fn: str | RewardFunction) -> Grade:
+    """Grade one response, as `grade_responses` does: for callers with threads of their own."""
+    if reward_fn in EXTRACTORS:
+        return grade_answer(EXTRACTORS[reward_fn](response), ground_truth)
+    return Grade(cast(RewardFunction, reward_fn)(response, ground_truth))
 
 
 def count_failures(failures: Sequence[str | None]) -> dict[str, int]:

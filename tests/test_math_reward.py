@@ -376,7 +376,7 @@ if "killed" in sys.argv[1]:
         process.kill()
     process.wait(timeout=30)
     process.stdout.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 12  # less than the timer by which a worker ends itself
     while not all(is_gone(pid) for pid in pids):
         assert time.monotonic() < deadline, "a worker is left"
         time.sleep(0.05)

@@ -66,6 +66,7 @@ from policy_evaluation import (
     Response,
     autocast,
     check_devices,
+    compile_blocks,
     derive_seed,
     encode_prompts,
     load_policy,
@@ -76,6 +77,7 @@ from policy_evaluation import (
     sleep_vllm_instance,
     stream_responses,
 )
+from prefix_tree import plan_microbatches, shares_prefixes
 from run_checkpoint import TrainingState, fingerprint
 from run_config import GRPOConfig, Stopped, UserError, load_config, read_yaml, run_main
 from run_directory import Line, RunDirectory, plot_metrics
@@ -146,6 +148,8 @@ def train(
     )
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
+    if config.compile_policy:
+        compile_blocks(policy)
     policy.train()
     padding_id = pad_token_id(tokenizer)
     order = epoch_order(len(questions), config.n_grpo_steps * config.num_questions_per_step, config.seed)
@@ -404,13 +408,19 @@ def accumulate_gradients(
         "token_mean": float(num_step_tokens),
     }[config.length_normalization]
     rows = [rollout for rollout in kept if loss_weight(rollout, config) != 0]
-    rows.sort(key=lambda rollout: len(rollout.response.prompt_ids) + len(rollout.response.token_ids))
+    plan = plan_microbatches(
+        [rollout.response.prompt_ids for rollout in rows],
+        [rollout.response.token_ids for rollout in rows],
+        config.microbatch_size,
+        config.microbatch_tokens,
+        shares_prefixes(policy),
+    )
     if not rows:  # the gradient is zero, not absent: the optimizer's momentum moves on all the same
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
     sums: dict[str, float] = {"loss": 0.0, "num_tokens": 0.0, "num_trained_rows": float(len(rows))}
-    for start in range(0, len(rows), config.microbatch_size):
-        part = rows[start : start + config.microbatch_size]
+    for indices in plan:
+        part = [rows[index] for index in indices]
         tensors = join_prompt_and_response_ids(
             [rollout.response.prompt_ids for rollout in part],
             [rollout.response.token_ids for rollout in part],

@@ -18,11 +18,16 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGIT_CHUNK_TOKENS = 1024  # 0.6 GB of float32 logits at a vocabulary of 151,936
+from prefix_tree import build_prefix_tree, compute_hidden_states, gather_rows, shares_prefixes
+
+LOGIT_CHUNK_TOKENS = 2048  # 0.6 GB of bfloat16 logits at a vocabulary of 151,936
+# Logits are worked on in float32 by blocks of so many numbers: 8 MB stay in a CPU's cache, a GPU wants long kernels.
+CPU_BLOCK_NUMBERS, GPU_BLOCK_NUMBERS = 2**21, 2**26
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -166,8 +171,8 @@ def get_masked_response_log_probs(
     Two things make it cheaper than scoring everything, without changing a value. The hidden states of the
     masked positions are gathered before the output layer, and logits are computed for `LOGIT_CHUNK_TOKENS`
     of them at a time (again in the backward pass, if there are several chunks), so that the logits take
-    chunk x V numbers instead of B x T x V. And a prefix that all rows share (the prompt template) is run
-    once instead of B times: see `compute_hidden_states`.
+    chunk x V numbers instead of B x T x V. And of a model prepared by `prefix_tree.share_prefixes` every
+    distinct prefix of the rows (a template, the prompt of a group) is run once, and no padding at all.
 
     Args:
         response_mask: (B, T), true where a score is wanted; the others are as above.
@@ -179,54 +184,17 @@ def get_masked_response_log_probs(
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
-    num_shared = shared_prefix_length(input_ids, response_mask)
-    if not _prefix_pays(model, input_ids, num_shared):
-        num_shared = 0
-    hidden_states = compute_hidden_states(model, input_ids, num_shared)[response_mask[:, num_shared:]]
+    if shares_prefixes(model):
+        tree = build_prefix_tree(input_ids, response_mask)
+        hidden_states = gather_rows(compute_hidden_states(model, tree), tree.paths[response_mask])
+    else:
+        outputs = model.base_model(input_ids=input_ids, use_cache=False)
+        hidden_states = outputs.last_hidden_state[response_mask]
     scores = _score_in_chunks(model, hidden_states, labels[response_mask], return_token_entropy)
     return {
         name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
         for name, values in scores.items()
     }
-
-
-def shared_prefix_length(
-    input_ids: Int[Tensor, "batch sequence"], response_mask: Bool[Tensor, "batch sequence"]
-) -> int:
-    """Return how many leading positions hold the same token in every row and predict no response token.
-
-    >>> ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]])
-    >>> shared_prefix_length(ids, torch.tensor([[False, False, True, True], [False, False, False, True]]))
-    2
-    """
-    is_shared = (input_ids == input_ids[:1]).all(dim=0) & ~response_mask.any(dim=0)
-    return int(is_shared.long().cumprod(dim=0).sum())
-
-
-def compute_hidden_states(
-    model: PreTrainedModel, input_ids: Int[Tensor, "batch sequence"], num_shared: int
-) -> Float[Tensor, "batch rest width"]:
-    """Return the last hidden states behind a shared prefix, running the prefix once for all rows.
-
-    Attention is causal, so that the prefix's keys and values do not depend on what follows: they are computed
-    from the first row, with gradients, and repeated over the rows for the forward pass of the rest.
-
-    Args:
-        model: a causal language model of Transformers.
-        input_ids: (B, T), the same in all rows up to `num_shared`.
-        num_shared: P, 0 <= P < T; 0 runs whole rows.
-
-    Returns:
-        (B, T - P, width), equal to the last T - P positions of a plain forward pass.
-    """
-    if num_shared == 0:
-        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    cache = DynamicCache(config=model.config)
-    model.base_model(input_ids=input_ids[:1, :num_shared], past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(len(input_ids))
-    return model.base_model(
-        input_ids=input_ids[:, num_shared:], past_key_values=cache, use_cache=True
-    ).last_hidden_state
 
 
 def masked_normalize(
@@ -265,6 +233,8 @@ def sft_microbatch_train_step(
     response_mask: Bool[Tensor, "batch sequence"],
     gradient_accumulation_steps: int,
     normalize_constant: float = 1.0,
+    *,
+    num_step_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
     """Compute the SFT loss of one microbatch and add its gradient to the parameters' `.grad`.
 
@@ -277,6 +247,7 @@ def sft_microbatch_train_step(
         response_mask: (B, T), true at response tokens.
         gradient_accumulation_steps: microbatches per optimizer step, G >= 1.
         normalize_constant: C above.
+        num_step_rows: rows of the whole optimizer step, where microbatches differ in size; default B G.
 
     Returns:
         The loss as differentiated (already divided by G), without gradient; and metadata:
@@ -287,21 +258,15 @@ def sft_microbatch_train_step(
     if gradient_accumulation_steps < 1:
         raise ValueError(f"gradient_accumulation_steps = {gradient_accumulation_steps}: must be at least 1")
     per_row = masked_normalize(policy_log_probs, response_mask, normalize_constant, dim=-1)
-    scaled_loss = -per_row.mean() / gradient_accumulation_steps
+    if num_step_rows is None:
+        num_step_rows = len(policy_log_probs) * gradient_accumulation_steps
+    scaled_loss = -per_row.sum() / num_step_rows
     scaled_loss.backward()
     metadata = {
         "sum_log_prob": masked_normalize(policy_log_probs.detach(), response_mask, 1.0),
         "num_response_tokens": response_mask.sum(),
     }
     return scaled_loss.detach(), metadata
-
-
-def _prefix_pays(model: PreTrainedModel, input_ids: Int[Tensor, "batch sequence"], num_shared: int) -> bool:
-    """Whether a shared prefix saves a quarter of the positions; checkpointed layers keep no cache to share."""
-    if model.is_gradient_checkpointing and model.training:
-        return False
-    num_saved = num_shared * (input_ids.shape[0] - 1)
-    return num_saved >= input_ids.numel() / 4
 
 
 def _score_in_chunks(
@@ -330,13 +295,61 @@ def _score_in_chunks(
 def _score_labels(
     logits: Float[Tensor, "... vocabulary"], labels: Int[Tensor, "..."], return_token_entropy: bool
 ) -> dict[str, Tensor]:
-    logits = _to_full_precision(logits)
-    label_logits = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    scores = {"log_probs": label_logits - logits.logsumexp(dim=-1)}
-    if return_token_entropy:
-        with torch.no_grad():
-            scores["token_entropy"] = compute_entropy(logits)
-    return scores
+    log_probs, entropies = _LabelScores.apply(logits.flatten(0, -2), labels.flatten())
+    scores = {"log_probs": log_probs.view(labels.shape)}
+    return scores | {"token_entropy": entropies.view(labels.shape)} if return_token_entropy else scores
+
+
+class _LabelScores(torch.autograd.Function):
+    """The labels' log-probabilities, and the entropies without gradient, of logits in any dtype.
+
+        log p_y = z_y - s,      s = log sum_v exp z_v,      d log p_y / d z_v = [v = y] - p_v
+        H = s - sum_v p_v z_v
+
+    Both come out of one exponential, in at least float32, block by block: no tensor of the logits' size is made but
+    their gradient, in their own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        size = _block_size(logits)
+        results = []
+        for block, label in zip(logits.split(size), labels[:, None].split(size), strict=True):
+            shifted = _to_full_precision(block)
+            highest = shifted.amax(dim=-1, keepdim=True)
+            shifted = shifted - highest
+            label_logit = shifted.gather(-1, label).squeeze(-1)
+            exponentials = shifted.exp()
+            total = exponentials.sum(dim=-1)
+            # 0 times the lowest number is 0, where 0 * -inf is NaN
+            shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+            entropy = total.log() - torch.linalg.vecdot(exponentials, shifted) / total
+            results.append((label_logit - total.log(), entropy, highest.squeeze(-1) + total.log()))
+        log_probs, entropies, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
+        ctx.save_for_backward(logits, labels, normalizers)
+        ctx.mark_non_differentiable(entropies)
+        return log_probs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, None]:
+        logits, labels, normalizers = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        size = _block_size(logits)
+        columns = (labels[:, None], normalizers[:, None], gradients[0][:, None])
+        for block, output, label, normalizer, weight in zip(
+            logits.split(size), gradient.split(size), *(column.split(size) for column in columns), strict=True
+        ):
+            part = (_to_full_precision(block) - normalizer).exp_().mul_(-weight)
+            output.copy_(part.scatter_add_(-1, label, weight))
+        return gradient, None
+
+
+def _block_size(logits: Float[Tensor, "tokens vocabulary"]) -> int:
+    """Return how many rows of logits are worked on at a time."""
+    return max(1, (CPU_BLOCK_NUMBERS if logits.device.type == "cpu" else GPU_BLOCK_NUMBERS) // logits.shape[-1])
 
 
 def _to_full_precision(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -41,10 +41,12 @@ from policy_evaluation import (
     Evaluator,
     autocast,
     check_devices,
+    compile_blocks,
     encode_prompts,
     load_policy,
     peak_memory_gib,
 )
+from prefix_tree import plan_microbatches, shares_prefixes
 from run_checkpoint import TrainingState, fingerprint
 from run_config import SFTConfig, UserError, load_config, run_main
 from run_directory import Line, RunDirectory, plot_metrics
@@ -108,6 +110,8 @@ def train(
     )
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
+    if config.compile_policy:
+        compile_blocks(policy)
     policy.train()
     padding_id = pad_token_id(tokenizer)
     previous_batch: list[TokenizedExample] = []
@@ -160,14 +164,17 @@ def train(
 def accumulate_gradients(
     policy: PreTrainedModel, batch: Sequence[TokenizedExample], padding_id: int, config: SFTConfig
 ) -> dict[str, float]:
-    """Add the gradient of a whole batch to the parameters, microbatch by microbatch; return its metrics.
-
-    Rows of like length share a microbatch, which saves padding and changes nothing else.
-    """
-    batch = sorted(batch, key=lambda row: len(row.prompt_ids) + len(row.response_ids))
+    """Add the gradient of a whole batch to the parameters, microbatch by microbatch; return its metrics."""
+    plan = plan_microbatches(
+        [row.prompt_ids for row in batch],
+        [row.response_ids for row in batch],
+        config.microbatch_size,
+        config.microbatch_tokens,
+        shares_prefixes(policy),
+    )
     loss = sum_log_prob = sum_entropy = num_tokens = torch.zeros((), device=policy.device)
-    for start in range(0, len(batch), config.microbatch_size):
-        rows = batch[start : start + config.microbatch_size]
+    for indices in plan:
+        rows = [batch[index] for index in indices]
         tensors = join_prompt_and_response_ids(
             [row.prompt_ids for row in rows], [row.response_ids for row in rows], padding_id
         )
@@ -179,6 +186,7 @@ def accumulate_gradients(
             tensors["response_mask"],
             config.gradient_accumulation_steps,
             config.normalize_constant,
+            num_step_rows=len(batch),
         )
         loss = loss + microbatch_loss
         sum_log_prob = sum_log_prob + metadata["sum_log_prob"]

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from math_data import Example, load_validation_set, validation_subset
 from math_reward import REWARD_FUNCTIONS, RewardFunction, count_failures, grade_responses
+from prefix_tree import plan_microbatches, share_prefixes
 from run_checkpoint import TrainingState, seed_everything
 from run_config import (
     EMBEDDED_MODEL,
@@ -134,7 +135,14 @@ def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreT
             "lower it to that"
         )
     policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
+    share_prefixes(policy)
     return policy.eval(), tokenizer
+
+
+def compile_blocks(policy: PreTrainedModel) -> None:
+    """Compile the policy's blocks in place, one graph for any number of tokens; parameters keep their names."""
+    for block in cast(Any, policy.base_model).layers:
+        block.compile(dynamic=True)
 
 
 def choose_attention(config: RunConfig) -> str:
@@ -174,12 +182,13 @@ def score_responses(
         For each response its `log_probs` and `token_entropy`, each (number of response tokens,) float32 on
         the CPU. Responses of like length share a forward pass; the result is in the order given.
     """
-    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].token_ids))
+    plan = plan_microbatches(
+        [response.prompt_ids for response in responses], [response.token_ids for response in responses], batch_size
+    )
     was_training = policy.training
     policy.eval()
     scores: dict[int, dict[str, Tensor]] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+    for indices in plan:
         batch = join_prompt_and_response_ids(
             [responses[i].prompt_ids for i in indices], [responses[i].token_ids for i in indices], padding_id
         )

@@ -69,9 +69,14 @@ class RunConfig(BaseModel):
         "bfloat16", description="dtype of the vLLM engine's weights and cache"
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: flash_attention_2 where installed and on CUDA, else sdpa"
+        "auto",
+        description="auto: flash_attention_2 where installed and on CUDA, else sdpa; with either, a prefix that rows "
+        "share is computed once and without padding, eager is the plain computation",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
+    compile_policy: bool = Field(
+        False, description="compile the policy's blocks for training (a slower first step; not measured on a GPU)"
+    )
 
     prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
     reward: Literal["r1_zero", "question_only"] = Field("r1_zero", description="reward function")
@@ -159,7 +164,17 @@ class TrainConfig(RunConfig):
     """What both kinds of training share: batch, optimizer, evaluation interval."""
 
     train_batch_size: int = Field(32, ge=1, description="rows (examples or responses) per optimizer step")
-    gradient_accumulation_steps: int = Field(8, ge=1, description="microbatches per optimizer step")
+    gradient_accumulation_steps: int = Field(
+        8,
+        ge=1,
+        description="a microbatch (one forward and backward pass) holds at most train_batch_size / this many rows",
+    )
+    microbatch_tokens: int = Field(
+        0,
+        ge=0,
+        description="and at most so many tokens, a prefix that rows share counted once, unless a single row has more "
+        "(0: no limit); the gradient is that of the whole batch, however it is divided",
+    )
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -205,7 +220,7 @@ class TrainConfig(RunConfig):
 
     @property
     def microbatch_size(self) -> int:
-        """Rows per forward and backward pass."""
+        """Most rows per forward and backward pass."""
         return self.train_batch_size // self.gradient_accumulation_steps
 
 
@@ -245,7 +260,11 @@ class GRPOConfig(TrainConfig):
     group_size: int = Field(8, ge=1, description="responses sampled per question")
     epochs_per_rollout_batch: int = Field(1, ge=1, description="passes over each rollout batch")
     train_batch_size: int = Field(256, ge=1, description="responses per optimizer step")
-    gradient_accumulation_steps: int = Field(128, ge=1, description="microbatches per optimizer step")
+    gradient_accumulation_steps: int = Field(
+        128,
+        ge=1,
+        description="a microbatch (one forward and backward pass) holds at most train_batch_size / this many responses",
+    )
 
     loss_type: Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"] = Field(
         "reinforce_with_baseline", description="policy-gradient loss (GRPO_helper.py)"

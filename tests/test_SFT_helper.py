@@ -16,7 +16,6 @@ from SFT_helper import (
     masked_normalize,
     pad_token_id,
     sft_microbatch_train_step,
-    shared_prefix_length,
     tokenize_prompt_and_output,
 )
 
@@ -203,57 +202,6 @@ def test_padding_does_not_change_scores(tiny_model):
     torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-6)
 
 
-def batch_with_shared_prefix():
-    template = list(range(100, 140))
-    return join_prompt_and_response_ids(
-        [[*template, 5, 6, 7], [*template, 8], [*template, 9, 10, 11, 12]],
-        [[20, 21], [22, 23, 24, 25], [26]],
-        padding_id=0,
-    )
-
-
-def test_a_shared_prefix_is_run_once_and_changes_neither_scores_nor_gradients(tiny_model, monkeypatch):
-    batch = batch_with_shared_prefix()
-    num_positions = []
-    tiny_model.base_model.register_forward_hook(
-        lambda module, args, kwargs, output: num_positions.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    results = []
-    for pays in (False, True):
-        monkeypatch.setattr(SFT_helper, "_prefix_pays", lambda *args, pays=pays: pays)
-        tiny_model.zero_grad()
-        log_probs = 0.0
-        for rows in ([0, 1], [2, 0]):  # two microbatches, to hold it together with gradient accumulation
-            part = {name: tensor[rows] for name, tensor in batch.items()}
-            scores = get_masked_response_log_probs(tiny_model, **part, return_token_entropy=True)
-            sft_microbatch_train_step(scores["log_probs"], part["response_mask"], 2)
-            log_probs = torch.cat(
-                [torch.atleast_2d(torch.as_tensor(log_probs)).flatten(), scores["log_probs"].detach().flatten()]
-            )
-        results.append((log_probs, torch.cat([p.grad.flatten() for p in tiny_model.parameters()])))
-    width = batch["input_ids"].shape[1]
-    assert num_positions == [2 * width, 2 * width, 40, 2 * (width - 40), 40, 2 * (width - 40)]
-    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-6, rtol=2e-6)
-    assert (results[0][1] - results[1][1]).norm() < 2e-6 * results[0][1].norm()
-
-
-def test_a_shared_prefix_ends_where_rows_differ_or_a_response_begins():
-    batch = batch_with_shared_prefix()
-    assert shared_prefix_length(batch["input_ids"], batch["response_mask"]) == 40
-    same = join_prompt_and_response_ids([[5, 6, 7]] * 2, [[20, 21]] * 2, padding_id=0)
-    assert shared_prefix_length(same["input_ids"], same["response_mask"]) == 2
-
-
-def test_a_shared_prefix_is_not_used_where_it_does_not_pay(tiny_model):
-    shared = batch_with_shared_prefix()["input_ids"]
-    assert SFT_helper._prefix_pays(tiny_model, shared, 40)
-    assert not SFT_helper._prefix_pays(tiny_model, shared, 5)
-    assert not SFT_helper._prefix_pays(tiny_model, shared[:1], 40)
-    tiny_model.gradient_checkpointing_enable()
-    tiny_model.train()
-    assert not SFT_helper._prefix_pays(tiny_model, shared, 40)
-
-
 def test_masked_normalize_by_hand():
     tensor = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     mask = torch.tensor([[True, False, True], [False, False, True]])
@@ -325,7 +273,6 @@ def test_helpers_leave_their_inputs_alone(tiny_model, tokenizer):
     sft_microbatch_train_step(tensor, mask, 1)
     get_response_log_probs(ConstantLogits(logits), torch.zeros(2, 3).long(), torch.ones(2, 3).long(), True)
     get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
-    shared_prefix_length(batch["input_ids"], batch["response_mask"])
     for name, value in inputs.items():
         assert torch.equal(value, copies[name]), name
     assert all(torch.equal(a, b) for a, b in zip(weights, tiny_model.parameters(), strict=True))

@@ -72,7 +72,7 @@ def test_order_of_precedence(tmp_path):
         (["preset=gpu"], "preset = gpu: "),
         (["config=none.yaml"], "config = none.yaml: No such file"),
         (
-            ["train_batch_size=31"],
+            ["train_batch_size=31", "gradient_accumulation_steps=2"],
             "= 31 is not a multiple of gradient_accumulation_steps = 2: train_batch_size = 30 or train_batch_size = 32",
         ),
         (["num_sft_examples=many"], "num_sft_examples = 'many'"),

@@ -1,0 +1,235 @@
+"""Prefix trees: the same scores and gradients as row by row, for far fewer positions; division into microbatches."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import SFT_helper
+from prefix_tree import (
+    NAME_PREFIX,
+    build_prefix_tree,
+    gather_rows,
+    plan_microbatches,
+    share_prefixes,
+    shares_prefixes,
+)
+from SFT_helper import (
+    get_masked_response_log_probs,
+    get_response_log_probs,
+    join_prompt_and_response_ids,
+    sft_microbatch_train_step,
+)
+
+TEMPLATE = list(range(100, 140))
+PROMPTS = {
+    "a template, groups of responses, ragged": [
+        *[[*TEMPLATE, 5, 6, 7]] * 3,
+        *[[*TEMPLATE, 8]] * 2,
+        [*TEMPLATE, 9, 10, 11, 12],
+    ],
+    "nothing shared": [[5, 6, 7], [8], [9, 10], [11], [12, 13, 14, 15], [16]],
+    "one prompt": [[5, 6, 7]] * 6,
+}
+RESPONSES = [[20, 21], [20, 22, 23, 24], [20, 21], [25], [26, 27, 28, 29, 30], [31, 32]]  # two of them the same
+
+
+@pytest.fixture
+def sharing_model(tiny_model_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    assert share_prefixes(model)
+    return model
+
+
+def scores_and_gradient(model, batch, parts):
+    """Scores of all response tokens and the gradient of their SFT loss, in microbatches of the rows given."""
+    model.zero_grad()
+    found = {}
+    for rows in parts:
+        width = int(batch["response_mask"][rows].nonzero()[:, 1].max()) + 1
+        part = {name: tensor[rows, :width] for name, tensor in batch.items()}
+        scores = get_masked_response_log_probs(model, **part, return_token_entropy=True)
+        sft_microbatch_train_step(scores["log_probs"], part["response_mask"], 1, num_step_rows=len(RESPONSES))
+        for index, row in enumerate(rows):
+            mask = part["response_mask"][index]
+            found[row] = torch.stack([scores["log_probs"][index][mask], scores["token_entropy"][index][mask]]).detach()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return torch.cat([found[row] for row in sorted(found)], dim=1), gradient
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4, 5]], [[0, 3, 5], [4], [2, 1]]])
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+def test_scores_and_gradients_are_those_of_row_by_row(tiny_model, sharing_model, prompts, parts, checkpointing):
+    """In float64, but for the norms of Transformers, which compute in float32: that is all that differs."""
+    tiny_model, sharing_model = tiny_model.double(), sharing_model.double()
+    batch = join_prompt_and_response_ids(prompts, RESPONSES, padding_id=0)
+    assert not shares_prefixes(tiny_model)
+    expected, expected_gradient = scores_and_gradient(tiny_model, batch, [[row] for row in range(6)])
+    if checkpointing:
+        sharing_model.gradient_checkpointing_enable()
+    sharing_model.train()
+    scores, gradient = scores_and_gradient(sharing_model, batch, parts)
+    torch.testing.assert_close(scores, expected, atol=2e-7, rtol=2e-7)
+    assert (gradient - expected_gradient).norm() < 2e-7 * expected_gradient.norm()
+
+
+def test_rows_that_are_wholly_shared(tiny_model, sharing_model):
+    """A response of one token is predicted from its prompt: equal prompts leave nothing behind the trunk."""
+    batch = join_prompt_and_response_ids([[5, 6, 7]] * 3, [[20], [21], [22]], padding_id=0)
+    full = get_response_log_probs(tiny_model, batch["input_ids"], batch["labels"])["log_probs"]
+    shared = get_masked_response_log_probs(sharing_model, **batch)["log_probs"]
+    torch.testing.assert_close(shared[batch["response_mask"]], full[batch["response_mask"]], atol=2e-6, rtol=2e-6)
+
+
+def test_a_row_without_a_response_is_no_trouble(sharing_model):
+    batch = join_prompt_and_response_ids([[5, 6, 7], [5, 6]], [[], [21]], padding_id=0)
+    assert get_masked_response_log_probs(sharing_model, **batch)["log_probs"].count_nonzero() == 1
+
+
+def test_each_distinct_prefix_is_computed_once(sharing_model):
+    batch = join_prompt_and_response_ids(PROMPTS["a template, groups of responses, ragged"], RESPONSES, padding_id=0)
+    shapes = []
+    sharing_model.base_model.layers[0].mlp.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    get_masked_response_log_probs(sharing_model, **batch)
+    # the template, the rests of three prompts, and of the responses what predicts another token and is not repeated
+    assert shapes == [(1, 40 + (3 + 1 + 4) + (1 + 2) + (0 + 4) + 1, 64)]
+
+
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+def test_the_packed_sequences_are_the_same_attention(prompts):
+    """What the kernel for sequences of unequal length is given, computed by a plain softmax per sequence."""
+    from prefix_tree import prefix_tree_attention
+
+    batch = join_prompt_and_response_ids(prompts, RESPONSES, padding_id=0)
+    tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
+    num_nodes = tree.token_ids.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, num_nodes, 8, generator=generator) for heads in (4, 2, 2))
+    expected, _ = prefix_tree_attention(
+        torch.nn.Module(), query, key, value, tree.can_see[:, None], kernel="sdpa", scaling=0.5, prefix_tree=tree
+    )
+    assert tree.added_starts[-1] == num_nodes
+    for first, last, start, end in zip(
+        tree.added_starts[:-1], tree.added_starts[1:], tree.path_starts[:-1], tree.path_starts[1:], strict=True
+    ):
+        nodes = tree.path_nodes[start:end]
+        scores = 0.5 * query[0, :, first:last] @ key[0][:, nodes].repeat_interleave(2, 0).mT
+        is_before = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        weights = scores.masked_fill(~is_before, -torch.inf).softmax(-1)
+        output = (weights @ value[0][:, nodes].repeat_interleave(2, 0)).transpose(0, 1)
+        torch.testing.assert_close(expected[0, first:last], output, atol=1e-6, rtol=1e-6)
+
+
+def test_gathered_rows_get_the_sum_of_their_gradients():
+    values = torch.arange(6.0).view(3, 2).requires_grad_()
+    rows = gather_rows(values, torch.tensor([[2, 0], [2, 2]]))
+    assert rows.tolist() == [[[4.0, 5.0], [0.0, 1.0]], [[4.0, 5.0], [4.0, 5.0]]]
+    rows.sum().backward()
+    assert values.grad.tolist() == [[1.0, 1.0], [0.0, 0.0], [3.0, 3.0]]
+
+
+def test_gradients_of_shared_rows_are_summed_in_float32():
+    """In bfloat16 256 + 1 is 256: a sum over many rows would stand still."""
+    values = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    gather_rows(values, torch.zeros(1024, dtype=torch.long)).sum().backward()
+    assert values.grad.item() == 1024
+
+
+def small(config_class, model_class, **overrides):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return model_class(config_class(**sizes, **heads, **overrides))
+
+
+def test_a_model_with_another_attention_stays_as_it_is():
+    for overrides in ({"sliding_window": 4}, {"sliding_window": None, "attention_dropout": 0.1}):
+        model = small(MistralConfig, MistralForCausalLM, **overrides)
+        assert not share_prefixes(model)
+        assert not shares_prefixes(model)
+    eager = small(Qwen2Config, Qwen2ForCausalLM)
+    eager.set_attn_implementation("eager")
+    assert not share_prefixes(eager)
+    plain = small(Qwen2Config, Qwen2ForCausalLM)
+    assert share_prefixes(plain)
+    assert share_prefixes(plain)  # twice is once
+    assert plain.config._attn_implementation == NAME_PREFIX + "sdpa"
+
+
+def test_a_pass_without_a_tree_is_the_models_own(tiny_model, sharing_model):
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    for mask in (None, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])):
+        assert torch.equal(tiny_model(ids, attention_mask=mask).logits, sharing_model(ids, attention_mask=mask).logits)
+
+
+def test_how_a_model_attends_is_not_saved_with_it(sharing_model, tmp_path):
+    sharing_model.save_pretrained(tmp_path)
+    assert NAME_PREFIX not in (tmp_path / "config.json").read_text()
+
+
+def test_compiled_blocks_compute_the_same():
+    from policy_evaluation import compile_blocks
+
+    model = small(Qwen2Config, Qwen2ForCausalLM)
+    share_prefixes(model)
+    names = list(model.state_dict())
+    batches = [
+        join_prompt_and_response_ids([[5, 6 + index] for index in range(6)], [row[:size] for row in RESPONSES], 0)
+        for size in (2, 5)
+    ]
+    expected = [scores_and_gradient(model, batch, [list(range(6))]) for batch in batches]
+    compile_blocks(model)
+    assert list(model.state_dict()) == names
+    for batch, (scores, gradient) in zip(batches, expected, strict=True):
+        found = scores_and_gradient(model, batch, [list(range(6))])
+        torch.testing.assert_close(found[0], scores, atol=4e-6, rtol=2e-6)
+        assert (found[1] - gradient).norm() < 4e-6 * gradient.norm()
+
+
+def test_microbatches_keep_both_limits_and_groups_together():
+    prompts = [[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 5, 6], [7] * 9]
+    responses = [[10] * 3, [11] * 2, [12] * 5, [13], [14] * 6]
+    assert plan_microbatches(prompts, responses, max_rows=5) == [[3, 1, 0, 2, 4]]
+    assert plan_microbatches(prompts, responses, max_rows=2) == [[3, 1], [0, 2], [4]]
+    # 5 + 2 tokens, then 2 + 3 with the prefix [1, 2] counted once; 5 more would make 17; the last has 15 by itself
+    assert plan_microbatches(prompts, responses, 5, max_tokens=12) == [[3, 1, 0], [2], [4]]
+    assert plan_microbatches(prompts, responses, 5, 12, counts_prefixes_once=False) == [[3, 1], [0], [2], [4]]
+    assert plan_microbatches(prompts, responses, 5, max_tokens=1) == [[3], [1], [0], [2], [4]]
+    assert plan_microbatches([], [], 5) == []
+
+
+def test_what_a_microbatch_counts_is_what_its_tree_computes():
+    """The limit is on the nodes, give or take each row's last token, from which nothing is predicted."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [TEMPLATE + [200 + index // 4] * 3 for index in range(24)]
+    responses = [[300 + index] * int(torch.randint(1, 30, (), generator=generator)) for index in range(24)]
+    plan = plan_microbatches(prompts, responses, max_rows=24, max_tokens=150)
+    assert sorted(index for indices in plan for index in indices) == list(range(24))
+    for indices in plan:
+        batch = join_prompt_and_response_ids([prompts[i] for i in indices], [responses[i] for i in indices], 0)
+        tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
+        assert tree.token_ids.shape[1] + len(indices) <= 150
+
+
+@pytest.mark.parametrize("num_copies", [1, 4])
+def test_no_tensor_grows_with_rows_times_vocabulary(sharing_model, monkeypatch, num_copies):
+    """Neither saved for the backward pass nor made by an operation: logits exist a chunk at a time."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        num_logits = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == 512:
+                    self.num_logits = max(self.num_logits, tensor.numel() // 512)
+            return result
+
+    monkeypatch.setattr(SFT_helper, "LOGIT_CHUNK_TOKENS", 6)
+    monkeypatch.setattr(SFT_helper, "CPU_BLOCK_NUMBERS", 2 * 512)
+    prompts = [[5, 6, 7 + index] for index in range(6 * num_copies)]
+    batch = join_prompt_and_response_ids(prompts, RESPONSES * num_copies, padding_id=0)
+    with Largest() as largest:
+        scores = get_masked_response_log_probs(sharing_model, **batch, return_token_entropy=True)
+        sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
+    assert 6 <= largest.num_logits <= 64  # the weight itself, transposed, has 64 rows of 512

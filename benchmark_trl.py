@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
-from math_reward import r1_zero_reward_fn
+from math_reward import REWARD_FUNCTIONS
 
 
 class StepClock(TrainerCallback):
@@ -74,7 +74,7 @@ class Phase:
 
 
 def common_settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Return the settings that both trainers share; `task["extra"]` overrides them."""
+    """Return the settings that both trainers share."""
     return {
         "output_dir": folder,
         "use_cpu": task["device"] == "cpu",
@@ -95,7 +95,6 @@ def common_settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "model_init_kwargs": {"dtype": "float32"},
-        **task["extra"],
     }
 
 
@@ -133,7 +132,7 @@ def run_grpo(task: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]
         if lengths != {task["response_tokens"]}:
             raise ValueError(f"responses of {sorted(lengths)} tokens, not all of {task['response_tokens']}")
         return [
-            r1_zero_reward_fn(response, truth)["reward"]
+            REWARD_FUNCTIONS[task["reward"]](response, truth)["reward"]
             for response, truth in zip(completions, ground_truth, strict=True)
         ]
 

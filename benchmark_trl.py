@@ -16,6 +16,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,46 +32,52 @@ from math_reward import REWARD_FUNCTIONS
 
 
 class StepClock(TrainerCallback):
-    """Takes the time at the end of each optimizer step, and counts the products of the first."""
+    """Takes the time at the end of each optimizer step, and counts the products of the first: forward and backward."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
-        self.counter = FlopCounterMode(display=False)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start counting."""
-        self.counter.__enter__()
+        self.tflop = 0.0
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the time; the first time, stop counting."""
-        if not self.ends:
-            self.counter.__exit__(None, None, None)
+        """Note the time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     @property
-    def seconds(self) -> list[float]:
-        """Seconds of each step after the first."""
-        return [end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False)]
+    def seconds(self) -> float:
+        """Median seconds of a step, the first left out."""
+        return statistics.median(end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False))
+
+    def count_products(self, trainer: Any) -> None:
+        """From here on count what `trainer` computes until its first step ends."""
+        for owner, method in ((trainer, "compute_loss"), (trainer.accelerator, "backward")):
+            setattr(owner, method, self._counted(getattr(owner, method)))
+
+    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if self.ends:
+                return method(*arguments, **keywords)
+            with FlopCounterMode(display=False) as counter:
+                result = method(*arguments, **keywords)
+            self.tflop += counter.get_total_flops() / 1e12
+            return result
+
+        return call
 
 
-class Phase:
-    """Stands in for a method of a trainer and adds up, call by call, its seconds and products."""
+def time_calls(trainer: Any, name: str) -> list[float]:
+    """Return a list that from here on receives the seconds of each call of a trainer's method."""
+    method, seconds = getattr(trainer, name), []
 
-    def __init__(self, trainer: Any, method: str, counter: FlopCounterMode) -> None:
-        self.method, self.counter = getattr(trainer, method), counter
-        self.seconds: list[float] = []
-        self.flops: list[int] = []
-        setattr(trainer, method, self)
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Call the method."""
-        flops, started = self.counter.get_total_flops(), time.perf_counter()
-        result = self.method(*arguments, **keywords)
-        self.seconds.append(time.perf_counter() - started)
-        self.flops.append(self.counter.get_total_flops() - flops)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        started = time.perf_counter()
+        result = method(*arguments, **keywords)
+        seconds.append(time.perf_counter() - started)
         return result
+
+    setattr(trainer, name, call)
+    return seconds
 
 
 def common_settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -112,13 +119,13 @@ def run_sft(task: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]:
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
         callbacks=[clock],
     )
+    clock.count_products(trainer)
     trainer.train()
-    seconds, tflop = statistics.median(clock.seconds), clock.counter.get_total_flops() / 1e12
     return {
-        "tokens_per_second": sum(len(row["input_ids"]) for row in rows) / seconds,
-        "step_seconds": seconds,
-        "computed_tflop": tflop,
-        "tflop_per_second": tflop / seconds,
+        "tokens_per_second": sum(len(row["input_ids"]) for row in rows) / clock.seconds,
+        "step_seconds": clock.seconds,
+        "computed_tflop": clock.tflop,
+        "tflop_per_second": clock.tflop / clock.seconds,
     }
 
 
@@ -155,22 +162,20 @@ def run_grpo(task: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
         callbacks=[clock],
     )
-    rollout = Phase(trainer, "_generate", clock.counter)
-    grade = Phase(trainer, "_calculate_rewards", clock.counter)
+    clock.count_products(trainer)
+    rollout, grade = time_calls(trainer, "_generate"), time_calls(trainer, "_calculate_rewards")
     trainer.train()
-    step_seconds = statistics.median(clock.seconds)
-    rollout_seconds, grade_seconds = statistics.median(rollout.seconds[1:]), statistics.median(grade.seconds[1:])
-    train_seconds = step_seconds - rollout_seconds - grade_seconds
-    tflop = (clock.counter.get_total_flops() - rollout.flops[0]) / 1e12
+    rollout_seconds, grade_seconds = statistics.median(rollout[1:]), statistics.median(grade[1:])
+    train_seconds = clock.seconds - rollout_seconds - grade_seconds
     return {
-        "step_seconds": step_seconds,
+        "step_seconds": clock.seconds,
         "rollout_seconds": rollout_seconds,
         "grade_seconds": grade_seconds,
         "train_seconds": train_seconds,
         "sampled_tokens_per_second": task["batch_size"] * task["response_tokens"] / rollout_seconds,
         "num_trained_rows": task["batch_size"],
-        "computed_tflop": tflop,
-        "tflop_per_second": tflop / train_seconds,
+        "computed_tflop": clock.tflop,
+        "tflop_per_second": clock.tflop / train_seconds,
     }
 
 

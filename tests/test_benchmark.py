@@ -1,0 +1,88 @@
+"""The benchmark: its arithmetic, by hand; its files; our SFT turn on a tiny model. TRL itself is not run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import benchmark
+from benchmark import BenchmarkConfig, Row, Summary
+from run_config import UserError
+
+RESULTS = Path(__file__).parent.parent / "results" / "benchmark"
+ROWS = [
+    Row("sft", "ours", 1, "tokens_per_second", "tokens/s", 600.0),
+    Row("sft", "trl", 1, "tokens_per_second", "tokens/s", 150.0),
+    Row("sft", "ours", 2, "tokens_per_second", "tokens/s", 500.0),
+    Row("sft", "trl", 2, "tokens_per_second", "tokens/s", 100.0),
+    Row("sft", "ours", 3, "tokens_per_second", "tokens/s", 550.0),
+    Row("sft", "trl", 3, "tokens_per_second", "tokens/s", 137.5),
+    Row("grpo", "ours", 1, "rollout_seconds", "s", 8.0),
+    Row("grpo", "ours", 1, "train_seconds", "s", 10.0),
+    Row("grpo", "trl", 1, "rollout_seconds", "s", 60.0),
+    Row("grpo", "trl", 1, "train_seconds", "s", 100.0),
+    Row("logprob", "ours", 1, "both_seconds", "s", 10.0),
+    Row("logprob", "twice the questions", 1, "both_seconds", "s", 21.0),
+]
+
+
+def tiny_config(model, **values):
+    sizes = {"rollout_batch_size": 8, "group_size": 4, "train_batch_size": 8, "gradient_accumulation_steps": 2}
+    lengths = {"sampling_max_tokens": 16, "max_context_tokens": 384}
+    return BenchmarkConfig(preset="laptop", model=model, **sizes, **lengths, **values)
+
+
+def test_figures_are_summarized_over_pairs_and_compared_pair_by_pair():
+    summaries = {(row.figure, row.side): row for row in benchmark.summarize(ROWS)}
+    assert summaries["tokens_per_second", "ours"] == Summary(
+        "sft", "tokens_per_second", "tokens/s", "ours", (500.0, 550.0, 600.0), None
+    )
+    peer = summaries["tokens_per_second", "trl"]
+    assert peer.spread == (100.0, 137.5, 150.0)
+    assert peer.ratio == (4.0, 4.0, 5.0)  # ours / peer: 600 / 150, 500 / 100, 550 / 137.5
+    assert summaries["both_seconds", "twice the questions"].ratio == (2.1, 2.1, 2.1)  # twice the work / ours
+    line = "| sft | tokens_per_second | tokens/s | trl | 100 | 137.5 | 150 | 4, 4, 5 |"
+    assert benchmark.table(benchmark.summarize(ROWS))[3] == line
+
+
+def test_figures_survive_the_file_and_are_drawn(tmp_path):
+    benchmark.write_rows(tmp_path / "benchmark.csv", ROWS)
+    assert benchmark.read_rows(tmp_path / "benchmark.csv") == ROWS
+    benchmark.plot(ROWS, tmp_path / "benchmark.png")
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_turn_of_ours_on_a_tiny_model(tiny_model_folder):
+    config = tiny_config(tiny_model_folder, sft_batch_size=4, num_measured_steps=1)
+    figures = benchmark.take_turn("sft", "ours", config, {})["ours"]
+    assert figures["tokens_per_second"] * figures["step_seconds"] == pytest.approx(4 * 150, rel=0.5)
+    # 6 FLOP per weight and token: 2 layers of 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 weights; less for shared prompts
+    assert 0 < figures["computed_tflop"] < 6 * 4 * 384 * (2 * 36864 + 512 * 64) / 1e12
+    assert 0.1 < figures["peak_memory_gib"] < 4
+    assert benchmark.work_grade(config, "ours")["ours"]["graded_responses_per_second"] > 1000
+
+
+def test_both_sides_are_given_the_same_work(tiny_model_folder, tmp_path):
+    config = tiny_config(tiny_model_folder)
+    ours, trl = benchmark.grpo_settings(config, tmp_path), benchmark.trl_task("grpo", config, tmp_path)
+    assert ours.stop_string == "" and ours.sampling_min_tokens == ours.sampling_max_tokens == trl["response_tokens"]
+    assert len(trl["prompts"]) == ours.n_grpo_steps * ours.num_questions_per_step == 4
+    assert trl["batch_size"] == ours.rollout_batch_size and trl["microbatch_size"] == 8
+    sft = benchmark.trl_task("sft", config, tmp_path)
+    assert len(sft["prompt_ids"]) == len(sft["response_ids"]) == config.sft_batch_size
+    assert json.loads(json.dumps(sft))["adam_betas"] == [0.9, 0.95]
+
+
+def test_the_table_in_the_results_is_what_the_figures_say():
+    lines = benchmark.table(benchmark.summarize(benchmark.read_rows(RESULTS / "benchmark.csv")))
+    text = (RESULTS / "README.md").read_text()
+    assert [line for line in lines if line not in text] == []
+    assert {"cpu", "cpu_count", "memory_gib", "versions", "peer"} <= json.loads(
+        (RESULTS / "environment.json").read_text()
+    ).keys()
+
+
+def test_mistakes_are_named():
+    for arguments in ([], ["speed"]):
+        with pytest.raises(UserError, match="usage: benchmark.py sft"):
+            benchmark.main(arguments)

@@ -371,10 +371,8 @@ def sft_settings(config: BenchmarkConfig) -> SFTConfig:
     """Return SFT_train.py's settings for the preset, with the benchmark's model, data and batch size."""
     arguments = [f"preset={config.preset}", f"model={config.model}", f"train_data={EMBEDDED_DATA}", "keep_best=false"]
     settings = load_config(SFTConfig, HERE / "config.yaml", arguments)
-    microbatch_size = min(settings.microbatch_size, config.sft_batch_size)
     update = {
         "train_batch_size": config.sft_batch_size,
-        "gradient_accumulation_steps": config.sft_batch_size // microbatch_size,
         "max_context_tokens": config.max_context_tokens,
     }
     return settings.model_copy(update=update)

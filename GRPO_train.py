@@ -37,10 +37,12 @@ backward, with all divisors unchanged, so that the gradient is the same.
 
 import json
 import math
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +81,7 @@ from policy_evaluation import (
 )
 from prefix_tree import plan_microbatches, shares_prefixes
 from run_checkpoint import TrainingState, fingerprint
-from run_config import GRPOConfig, Stopped, UserError, load_config, read_yaml, run_main
+from run_config import GRPOConfig, UserError, load_config, read_yaml, run_main
 from run_directory import Line, RunDirectory, plot_metrics
 from run_guard import StopGuard
 from SFT_helper import (
@@ -156,7 +158,8 @@ def train(
     state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, questions, strict=True)))
     run.restore(state)
     num_steps = config.n_grpo_steps
-    with ThreadPoolExecutor(NUM_WORKERS) as grading_threads, StopGuard(state, run.save_checkpoint, run.path) as guard:
+    train_step = max((row.get("train_step", 0) for row in run.read_metrics()), default=0)
+    with StopGuard(state, run.save_checkpoint, run.path) as guard, thread_pool(NUM_WORKERS) as grading_threads:
         evaluator.keep_and_evaluate(state, num_steps)
         progress = tqdm(range(state.step + 1, num_steps + 1), "GRPO", num_steps, unit="step", initial=state.step)
         for step in progress:
@@ -193,15 +196,27 @@ def train(
                 "time/tokens_per_second": num_tokens / seconds["time/rollout"],
                 "memory/peak_gib": peak_memory_gib(config.policy_device),
             }
-            for index, row in enumerate(rows, start=1):
-                run.log({"train_step": (step - 1) * len(rows) + index, **row})
+            for row in rows:
+                train_step += 1
+                run.log({"train_step": train_step, **row})
                 for advice in diagnose(row, config):
                     tqdm.write(f"step {step}: {advice}", file=sys.stdout)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
             run.complete_step(state, step)
+            guard.stop_if_requested()
             evaluator.keep_and_evaluate(state, num_steps)
             progress.set_postfix(reward=f"{rows[-1]['rollout/reward']:.3f}")
         guard.stop_if_requested()
+
+
+@contextmanager
+def thread_pool(num_threads: int) -> Iterator[Executor]:
+    """Lend threads; unlike ThreadPoolExecutor's own `with`, an error does not wait for what is still queued."""
+    threads = ThreadPoolExecutor(num_threads)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
@@ -244,7 +259,7 @@ def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
         try:
             status = process.wait()
         except KeyboardInterrupt as interrupt:
-            if isinstance(interrupt, Stopped):  # Ctrl-C reaches both processes, another signal this one alone
+            if str(interrupt) == signal.SIGTERM.name:  # Ctrl-C and a closed terminal reach both processes, this one alone
                 process.terminate()
             process.wait()  # it finishes its step and saves
             raise

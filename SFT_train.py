@@ -156,6 +156,7 @@ def train(
                 }
             )
             run.complete_step(state, step)
+            guard.stop_if_requested()
             evaluator.keep_and_evaluate(state, num_steps)
             progress.set_postfix(loss=f"{metrics['train/loss_per_token']:.3f}")
         guard.stop_if_requested()

@@ -47,7 +47,7 @@ from run_config import (
     load_config,
     run_main,
 )
-from run_directory import RunDirectory
+from run_directory import EVALUATION, RunDirectory
 from SFT_helper import encode_prompt, get_masked_response_log_probs, join_prompt_and_response_ids, pad_token_id
 
 if TYPE_CHECKING:
@@ -318,6 +318,7 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
     """
     is_sleeping = llm.llm_engine.is_sleeping()
     if is_sleeping:
+        torch.cuda.empty_cache()  # what torch keeps for the policy is not there for the engine
         llm.wake_up(tags=["weights"])
     dtype = llm.llm_engine.vllm_config.model_config.dtype
     weights = ((name, tensor.detach().to(dtype)) for name, tensor in policy.state_dict().items())
@@ -714,7 +715,7 @@ def main(arguments: list[str]) -> None:
     examples = validation_subset(load_validation_set(config), config)
     policy, tokenizer = load_policy(config)
     encode_prompts(examples, tokenizer, config)  # too long a prompt is found before the engine starts
-    with RunDirectory.create(config, "evaluation") as run:
+    with RunDirectory.create(config, EVALUATION) as run:
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, examples)
         metrics = evaluator.evaluate(policy, eval_step=0)

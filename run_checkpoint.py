@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from run_config import UserError
@@ -74,7 +73,7 @@ class TrainingState:
     """What training changes: the policy, its optimizer, and how far they have come.
 
     `is_whole` says whether the weights are those after `step`. The first `optimizer.step()` of the next step makes
-    them something in between, until `complete_step` is called.
+    them something in between, until `complete_step` is called. `is_being_saved` holds while a checkpoint is written.
     """
 
     policy: "PreTrainedModel"
@@ -84,6 +83,7 @@ class TrainingState:
     step: int = 0
     metrics_bytes: int = 0
     is_whole: bool = True
+    is_being_saved: bool = False
     generators: dict[str, Any] = field(default_factory=random_states)
 
     def __post_init__(self) -> None:
@@ -93,6 +93,10 @@ class TrainingState:
     def complete_step(self, step: int, metrics_bytes: int) -> None:
         """Take note that a step is over and its metrics are written: from here on it can be saved."""
         self.step, self.metrics_bytes, self.generators, self.is_whole = step, metrics_bytes, random_states(), True
+
+    def can_be_saved(self) -> bool:
+        """Whether the weights are those after `step`, and all of them are numbers."""
+        return self.is_whole and all(bool(torch.isfinite(tensor).all()) for tensor in self.policy.parameters())
 
     def _weights_move(self, *_: object) -> None:
         self.is_whole = False
@@ -115,15 +119,21 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
         record: what else belongs to it, as JSON: configuration, wandb run.
 
     Raises:
-        UserError: the disk has no room; earlier checkpoints are left as they were.
+        UserError: the disk has no room, or weights are not finite; earlier checkpoints are left as they were.
     """
     if not state.is_whole:
         raise RuntimeError(f"the weights are between step {state.step} and the next: nothing to save")
+    if not state.can_be_saved():
+        raise UserError(
+            f"weights are infinite or no numbers after step {state.step}: they are not saved, earlier checkpoints are "
+            "as they were; start a new run with a lower learning_rate"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = checkpoint_bytes(state)
     _require_space(path, num_bytes)
     unfinished = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    state.is_being_saved = True
     try:
         state.policy.save_pretrained(unfinished / "model")
         state.tokenizer.save_pretrained(unfinished / "model")
@@ -135,12 +145,14 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
             flush_to_disk(file)
         unfinished.rename(path)
         flush_to_disk(path.parent)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # each library wraps the system's error in one of its own
         shutil.rmtree(unfinished, ignore_errors=True)
         if not is_disk_full(error):
             raise
         _require_space(path, num_bytes)
         raise UserError(f"the disk of {path.parent} is full: {error}") from error
+    finally:
+        state.is_being_saved = False
 
 
 def checkpoint_bytes(state: TrainingState) -> int:
@@ -167,11 +179,13 @@ def find_damage(path: Path) -> str | None:
         found = describe_files(path)
     except (OSError, ValueError, TypeError) as error:
         return f"{MANIFEST} or a file it names cannot be read: {error}"
-    for name, file in expected.items():
+    for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
-        if found[name] != file:
-            return f"{name} is not what was written: {found[name]} instead of {file}"
+        if name not in expected:
+            return f"{name} is not in {MANIFEST}"
+        if found[name] != expected[name]:
+            return f"{name} is not what was written: {found[name]} instead of {expected[name]}"
     return None
 
 
@@ -232,6 +246,15 @@ def load_optimizer_tensors(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file such that, whenever the process or the machine stops, it holds the old text or the new one."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    flush_to_disk(unfinished)
+    unfinished.replace(path)
+    flush_to_disk(path.parent)
+
+
 def flush_to_disk(path: Path) -> None:
     """Wait until the disk holds what was written to a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -242,12 +265,17 @@ def flush_to_disk(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process has left in a run's folder: halves of checkpoints, dumps that never came."""
+    """Remove what a killed process has left in a run's folder: halves of checkpoints, dumps that never came.
+
+    A dump that did come gets a name that the next phase to hang does not write to.
+    """
     for path in [*folder.glob("checkpoints/.step_*"), *folder.glob(".final.unfinished")]:
         shutil.rmtree(path)
     for path in folder.glob("stacks_*.txt"):
         if path.stat().st_size == 0:
             path.unlink()
+        else:
+            path.rename(path.with_name(f"earlier_{path.stem}_{int(path.stat().st_mtime)}.txt"))
 
 
 def remove_checkpoint(path: Path) -> None:

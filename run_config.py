@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DATA = "arithmetic"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -373,9 +374,14 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         print(help_text(schema, yaml_path))
         raise SystemExit(0)
     overrides = _parse_arguments(arguments, schema)
-    yaml_path = Path(overrides.pop("config", yaml_path))
     if overrides.get("resume", "auto") not in ("", "auto"):
+        if "config" in overrides:
+            raise UserError(
+                f"config = {overrides['config']}: {overrides['resume']} goes on with its own config.yaml; leave config "
+                "out, and name the keys that are to change"
+            )
         return resumed_config(schema, Path(overrides["resume"]), overrides)
+    yaml_path = Path(overrides.pop("config", yaml_path))
     yaml_values = read_yaml(yaml_path)
     presets = yaml_values.pop("presets", None) or {}
     if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
@@ -443,7 +449,7 @@ def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | 
         for path in Path(config.runs_dir).glob("*/config.yaml")
         if (path.parent / "checkpoints").is_dir() and not (path.parent / "final").is_dir()
     ]
-    own = [folder for folder in unfinished if _is_valid(schema, read_yaml(folder / "config.yaml"))]
+    own = [folder for folder in unfinished if _is_readable(schema, folder / "config.yaml")]
     return max(own, key=lambda folder: (folder / "config.yaml").stat().st_mtime, default=None)
 
 
@@ -494,12 +500,12 @@ def help_text(schema: type[RunConfig], yaml_path: str | Path) -> str:
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main(arguments)`: a UserError becomes one line and status 2, Ctrl-C 130, SIGTERM 143."""
+    """Run a script's `main(arguments)`: a UserError becomes one line and status 2, a signal 128 and its number."""
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
         raise Stopped(signal_number)
 
-    previous_handler = signal.signal(signal.SIGTERM, stop)
+    previous_handlers = handle_signals(stop)
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -512,7 +518,19 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         print("stopped by Ctrl-C; what was written so far is kept", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, previous_handler)
+        restore_handlers(previous_handlers)
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Handle the signals that ask a run to stop, those excepted that are ignored (as nohup does); return what did."""
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
+
+
+def restore_handlers(previous: Mapping[int, Any]) -> None:
+    """Undo what `handle_signals` did."""
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def _validate(
@@ -530,10 +548,10 @@ def _validate(
         raise UserError(_describe(error, schema, sources)) from None
 
 
-def _is_valid(schema: type[RunConfig], values: Mapping[str, Any]) -> bool:
+def _is_readable(schema: type[RunConfig], path: Path) -> bool:
     try:
-        schema.model_validate(values)
-    except ValidationError:
+        schema.model_validate(read_yaml(path))
+    except (UserError, ValidationError):
         return False
     return True
 

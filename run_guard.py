@@ -1,8 +1,8 @@
 """What ends a run before its time: signals, and phases that hang.
 
-SIGINT, SIGTERM   the phase in progress is finished, or given up after GRACE_SECONDS; the state is saved;
-                  exit status 130 or 143. A second signal stops at once
-a phase over its limit   where every thread stood is written to the run's folder; exit status 124
+SIGINT, SIGTERM, SIGHUP   the phase in progress is finished, or given up after GRACE_SECONDS; the state is saved; exit
+                          status 128 + the signal's number. A second signal ends the process at once
+a phase over its limit    where every thread stood is written to the run's folder; exit status 124
 """
 
 import faulthandler
@@ -18,40 +18,43 @@ from types import FrameType
 from typing import Self
 
 from run_checkpoint import TrainingState
-from run_config import Stopped
+from run_config import Stopped, first_line, handle_signals, restore_handlers
 
 GRACE_SECONDS = 20.0  # a signal's phase may go on for so long; then there is time to save within half a minute
 SECONDS_TO_GIVE_UP = 30.0  # beyond a phase's limit, for a hang in native code that holds the interpreter
 HUNG_STATUS = 124  # as of the command `timeout`
+STDERR = os.dup(2)  # file descriptor 2 may be turned elsewhere while native code is kept quiet
 
 
 class StopGuard:
-    """Holds SIGINT and SIGTERM back until the run can be saved, and saves it however it ends; a `with` statement.
+    """Holds signals back until the run can be saved, and saves it however it ends; a `with` statement.
 
     The first signal lets the phase in progress finish: `stop_if_requested`, called between phases, then raises Stopped.
-    A phase that goes on for longer than GRACE_SECONDS is given up, unless the weights are moving. On the way out the
-    state is saved if it is whole, also when an error ends the run. A second signal stops at once, saving nothing.
+    A phase that goes on for longer than GRACE_SECONDS is given up, unless the weights are moving or being saved. On the
+    way out the state is saved if it can be, also when an error ends the run; the error stays the error. A second signal
+    ends the process there and then, as kill -9 would.
     """
 
     def __init__(self, state: TrainingState, save: Callable[[TrainingState], Path], folder: Path) -> None:
         self._state, self._save, self._folder = state, save, folder
         self._requested: int | None = None
-        self._is_over = self._is_second = False
+        self._is_over = False
 
     def __enter__(self) -> Self:
-        handlers = {signal.SIGINT: self._remember, signal.SIGTERM: self._remember, signal.SIGALRM: self._give_up}
-        self._previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self._previous = handle_signals(self._remember)
+        self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         try:
-            if error is not None and not self._is_second:
+            if error is not None:
                 self._save_and_say_where()
         finally:
-            for number, handler in self._previous.items():
-                signal.signal(number, handler)
+            restore_handlers(self._previous)
+        if error is None:
+            self.stop_if_requested()  # by a signal that came after the last look
 
     def stop_if_requested(self) -> None:
         """Raise Stopped if a signal has come."""
@@ -59,25 +62,27 @@ class StopGuard:
             raise Stopped(self._requested)
 
     def _save_and_say_where(self) -> None:
-        if self._state.is_whole:
-            path = self._save(self._state)
-            print(f"\nstate after step {self._state.step} saved: {path}", file=sys.stderr)
-        else:
-            print("\nthe weights were moving: there is nothing newer than the last checkpoint to save", file=sys.stderr)
-        print(f"to go on: the same command with resume={self._folder}", file=sys.stderr)
+        message = "the weights were moving, or are no numbers: there is nothing newer than the last checkpoint to save"
+        try:
+            if self._state.can_be_saved():
+                message = f"state after step {self._state.step} saved: {self._save(self._state)}"
+        except Exception as failure:  # what ends the run is the error that is on its way, not this one
+            message = f"the state could not be saved: {first_line(failure)}"
+        print(f"\n{message}\nto go on: the same command with resume={self._folder}", file=sys.stderr)
 
     def _remember(self, signal_number: int, frame: FrameType | None) -> None:
         if self._requested is not None:
-            self._is_second = True
-            raise Stopped(signal_number)
+            os.write(STDERR, b"\nsecond signal: stopped at once; the last checkpoint is kept\n")
+            os._exit(128 + signal_number)
         self._requested = signal_number
         name = signal.Signals(signal_number).name
         print(f"\n{name}: stopping after this phase; a second signal stops at once", flush=True)
         if not self._is_over:
-            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS, 1.0)  # then every second: the weights may be moving
+            signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS, 1.0)  # then every second: it may not be possible yet
 
     def _give_up(self, signal_number: int, frame: FrameType | None) -> None:
-        if self._requested is not None and self._state.is_whole and not self._is_over:
+        can_give_up = self._state.is_whole and not self._state.is_being_saved and not self._is_over
+        if self._requested is not None and can_give_up:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise Stopped(self._requested)
 
@@ -101,7 +106,9 @@ def watched(phase: str, limit_seconds: float, folder: Path, seconds: dict[str, f
             f"\nerror: {phase} took longer than its limit of {limit_seconds:g} seconds; where every thread stood is in "
             f"{path}; raise the limit if it was only slow; to go on: the same command with resume={folder}\n"
         )
-        os.write(2, message.encode())
+        file.write(message)
+        file.flush()
+        os.write(STDERR, message.encode())
         os._exit(HUNG_STATUS)
 
     started = time.perf_counter()

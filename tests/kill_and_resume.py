@@ -8,10 +8,11 @@ start, between two steps after the start, while a checkpoint is being written.
 """
 
 import argparse
-import json
 import os
 import random
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny import REPOSITORY, grpo_arguments, make_answering_model, make_tiny_model, tiny_arguments
 
 from run_checkpoint import find_damage
+from run_directory import read_metrics
 
 SFT = {"max_steps": 30, "eval_interval": 5, "checkpoint_interval": 1}
 GRPO = {"n_grpo_steps": 20, "eval_interval": 5, "checkpoint_interval": 1, "sampling_max_tokens": 12}
@@ -110,18 +112,21 @@ def steps_of(folder: Path) -> list[int]:
     return [row["train_step"] for row in _comparable_metrics(folder) if "train_step" in row]
 
 
-def kill_and_resume(name: str, num_kills: int, model: str, folder: Path, chance: random.Random) -> list[str]:
+def kill_and_resume(
+    name: str, num_kills: int, model: str, folder: Path, chance: random.Random
+) -> tuple[list[str], int]:
     """Run once in peace and once with kills (starting over where a run ends before its last kill).
 
     Returns:
-        What is wrong: differences, torn checkpoints, steps that stand twice or are missing.
+        What is wrong: differences, torn checkpoints, steps that stand twice or are missing; and how many kills left a
+        checkpoint half written.
     """
     script, arguments_of, settings = RUNS[name]
     folder.mkdir()
     straight = start(script, arguments_of(model, folder, run_name="straight", **settings), folder / "straight.log")
     if straight.wait() != 0:
         raise RuntimeError(f"{name}: the run without kills failed; see {folder / 'straight.log'}")
-    wrong, num_done, num_runs = [], 0, 0
+    wrong, num_done, num_runs, num_halves = [], 0, 0, 0
     while num_done < num_kills:
         num_runs += 1
         run = folder / f"killed_{num_runs}"
@@ -139,6 +144,7 @@ def kill_and_resume(name: str, num_kills: int, model: str, folder: Path, chance:
             torn = find_torn(run)
             wrong += torn
             halves = len(list(run.glob("checkpoints/.step_*")))
+            num_halves += halves > 0
             saved = len(list(run.glob("checkpoints/step_*")))
             steps = steps_of(run) or [0]
             print(
@@ -153,20 +159,36 @@ def kill_and_resume(name: str, num_kills: int, model: str, folder: Path, chance:
             differences.append(f"steps in metrics.jsonl: {steps_of(run)}")
         print(f"{name}: {run.name} {'differs' if differences else 'equals the run without kills, bit for bit'}")
         wrong += differences
-    return wrong
+    return wrong, num_halves
 
 
 def soak(num_steps: int, model: str, folder: Path) -> list[str]:
-    """Run GRPO for many steps and return what is wrong with its memory at the end."""
+    """Run GRPO for many steps; return what is wrong with the memory and the open files of it and its processes."""
     settings = {"n_grpo_steps": num_steps, "eval_interval": 50, "checkpoint_interval": 50}
     process = start("GRPO_train.py", grpo_arguments(model, folder, run_name="soak", **settings), folder / "soak.log")
+    samples: list[tuple[int, float, int]] = []  # step, GiB, open files
+    while process.poll() is None:
+        steps = steps_of(folder / "soak")
+        try:
+            everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            gib = sum(one.memory_info().rss for one in everyone) / 2**30
+            samples.append((len(steps), gib, sum(one.num_fds() for one in everyone)))
+        except psutil.Error:
+            continue  # one of them ended meanwhile
+        time.sleep(0.5)
     if process.wait() != 0:
         raise RuntimeError(f"the run failed; see {folder / 'soak.log'}")
-    peaks = [row["memory/peak_gib"] for row in _metrics(folder / "soak") if "memory/peak_gib" in row]
-    at = [peaks[index * (len(peaks) - 1) // 4] for index in range(5)]
-    growth = at[4] / at[3] - 1
-    print(f"peak memory after each quarter, GiB: {', '.join(f'{gib:.4f}' for gib in at)}; last quarter {growth:+.3%}")
-    return [f"memory grows by {growth:.2%} in the last quarter"] if growth >= 0.01 else []
+    quarters = [
+        [sample for sample in samples if 0 < sample[0] < num_steps and 4 * sample[0] // num_steps == quarter]
+        for quarter in range(4)
+    ]
+    wrong = []
+    for what, index in (("memory of all its processes, GiB", 1), ("open files", 2)):
+        medians = [statistics.median(sample[index] for sample in quarter) for quarter in quarters]
+        growth = medians[3] / medians[2] - 1
+        print(f"{what}, median of each quarter: {', '.join(f'{m:.4g}' for m in medians)}; last {growth:+.3%}")
+        wrong += [f"{what}: {growth:+.2%} in the last quarter"] if growth >= 0.01 else []
+    return wrong
 
 
 def main() -> None:
@@ -178,34 +200,35 @@ def main() -> None:
     options = parser.parse_args()
     shared_memory = set(os.listdir("/dev/shm"))
     chance = random.Random(options.seed)
-    wrong = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_tiny_model(folder / "tiny")
-        make_answering_model(folder / "answering", folder / "tiny")
-        model = str(folder / "answering")
-        for index, name in enumerate(RUNS):
-            if num_kills := len(range(index, options.kills, len(RUNS))):
-                wrong += kill_and_resume(name, num_kills, model, folder / name.replace(" ", "_"), chance)
-        if options.soak:
-            wrong += soak(options.soak, model, folder)
+    wrong, num_halves = [], 0
+    folder = Path(tempfile.mkdtemp())
+    make_tiny_model(folder / "tiny")
+    make_answering_model(folder / "answering", folder / "tiny")
+    model = str(folder / "answering")
+    for index, name in enumerate(RUNS):
+        if num_kills := len(range(index, options.kills, len(RUNS))):
+            found, halves = kill_and_resume(name, num_kills, model, folder / name.replace(" ", "_"), chance)
+            wrong, num_halves = wrong + found, num_halves + halves
+    if options.kills:
+        print(f"{num_halves} of {options.kills} kills left a checkpoint half written")
+        wrong += ["no kill met a save: more kills are needed"] if options.kills >= 10 and not num_halves else []
+    if options.soak:
+        wrong += soak(options.soak, model, folder)
     left = set(os.listdir("/dev/shm")) - shared_memory
     wrong += [f"shared memory left behind: {left}"] if left else []
     print("\n".join(wrong) or "all well: nothing differs, torn 0, steps twice or missing 0, nothing left behind")
+    if wrong:
+        print(f"runs and logs: {folder}")
+    else:
+        shutil.rmtree(folder)
     sys.exit(1 if wrong else 0)
-
-
-def _metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _comparable_metrics(folder: Path) -> list[dict]:
     def is_time(name: str) -> bool:
         return name.startswith(("time/", "memory/")) or name.endswith(("seconds", "per_second"))
 
-    return [{name: value for name, value in row.items() if not is_time(name)} for row in _metrics(folder)]
+    return [{name: value for name, value in row.items() if not is_time(name)} for row in read_metrics(folder)]
 
 
 if __name__ == "__main__":

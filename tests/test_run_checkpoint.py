@@ -52,6 +52,7 @@ def saved(tiny_model, tokenizer, tmp_path):
         take_step(state, step)
     path = tmp_path / "checkpoints/step_000002"
     write_checkpoint(path, state, {"config": {"seed": 3}, "wandb_run_id": None})
+    assert not state.is_being_saved
     return path, state
 
 
@@ -100,7 +101,7 @@ def alter(path):
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "model/model.safetensors", "manifest.json"])
-@pytest.mark.parametrize("damage", [cut, alter, os.remove])
+@pytest.mark.parametrize("damage", [cut, alter, os.remove, lambda path: path.write_text("{}")])
 def test_a_damaged_checkpoint_is_passed_over_and_set_aside(saved, name, damage, capsys):
     newest = saved[0].with_name("step_000003")
     shutil.copytree(saved[0], newest)
@@ -124,6 +125,18 @@ def test_weights_in_motion_are_not_saved(tiny_model, tokenizer, tmp_path):
         write_checkpoint(tmp_path / "step_000001", state, {})
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(saved, bad):
+    """Else the next thing would be to remove the good checkpoint before them."""
+    path, state = saved
+    with torch.no_grad():
+        state.policy.get_input_embeddings().weight[3, 5] = bad
+    assert state.is_whole and not state.can_be_saved()
+    with pytest.raises(UserError, match="infinite or no numbers after step 2: they are not saved"):
+        write_checkpoint(path.with_name("step_000003"), state, {})
+    assert [file.name for file in path.parent.iterdir()] == ["step_000002"]
+
+
 def test_no_room_is_found_before_anything_is_written(saved, monkeypatch):
     """The earlier checkpoint stays, and the message says how much is missing."""
     path, state = saved
@@ -135,12 +148,13 @@ def test_no_room_is_found_before_anything_is_written(saved, monkeypatch):
     assert find_damage(path) is None
 
 
+@pytest.mark.parametrize("kind", [OSError, Exception])  # the tokenizers' library raises a bare Exception
 @pytest.mark.parametrize("fails_in", ["save_file", "flush_to_disk"])
-def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(saved, monkeypatch, fails_in):
+def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(saved, monkeypatch, fails_in, kind):
     path, state = saved
 
     def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise kind(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(run_checkpoint, fails_in, full)
     with pytest.raises(UserError, match=r"the disk of .*checkpoints is full"):
@@ -166,7 +180,10 @@ def test_what_a_killed_process_leaves_is_removed(saved):
     (run / "stacks_train.txt").touch()
     (run / "stacks_rollout.txt").write_text("Thread 0x1")
     remove_leftovers(run)
-    assert {file.name for file in run.iterdir()} == {"checkpoints", "stacks_rollout.txt"}
+    remove_leftovers(run)  # once more changes nothing
+    (earlier,) = run.glob("earlier_stacks_rollout_*.txt")
+    assert earlier.read_text() == "Thread 0x1"
+    assert {file.name for file in run.iterdir()} == {"checkpoints", earlier.name}
     assert [file.name for file in saved[0].parent.iterdir()] == ["step_000002"]
     remove_checkpoint(saved[0])
     assert list(saved[0].parent.iterdir()) == []

@@ -41,9 +41,24 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     with pytest.raises(UserError, match="run_name = mine: .* exists already"):
         RunDirectory.create(config, "sft")
     (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
     for name in ("other", "."):
         with pytest.raises(UserError, match="exists already"):
             RunDirectory.create(config_in(tmp_path, run_name=name), "sft")
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_whose_process_was_killed_before_it_was_a_run_is_taken_over(tmp_path):
+    config = config_in(tmp_path, run_name="mine")
+    with RunDirectory.create(config, "sft") as run:
+        (run.path / "config.yaml").rename(run.path / ".config.yaml.unfinished")
+    with RunDirectory.create(config, "sft") as run:
+        assert sorted(file.name for file in run.path.iterdir()) == [
+            "config.yaml",
+            "environment.json",
+            "lock",
+            "samples",
+        ]
 
 
 def test_an_unnamed_run_is_named_by_script_and_time_in_its_own_record(tmp_path):
@@ -139,9 +154,17 @@ def resumed(run, *changes):
     return RunDirectory.open(config, "sft")
 
 
-def test_a_resumed_run_has_no_step_twice(stopped_run, capsys):
+def go_on(run, model, tokenizer):
+    """Restore a run as the scripts do, when everything is loaded; return the state."""
+    state = new_state(model, tokenizer)
+    run.restore(state)
+    return state
+
+
+def test_a_resumed_run_has_no_step_twice(stopped_run, tiny_model, tokenizer, capsys):
     """metrics.jsonl is cut back to where the checkpoint was made, before its evaluation, which is done again."""
     with resumed(stopped_run) as run:
+        assert go_on(run, tiny_model, tokenizer).step == 3
         assert run.checkpoint == run.path / "checkpoints/step_000003"
         assert [row.get("train_step") for row in run.read_metrics()] == [1, None, 2, None, 3]
     assert "going on after step 3" in capsys.readouterr().out
@@ -149,20 +172,52 @@ def test_a_resumed_run_has_no_step_twice(stopped_run, capsys):
     assert environment["resumed_after_step"] == 3 and environment["changed_settings"] == []
 
 
-def test_a_torn_newest_checkpoint_is_reported_and_passed_over(stopped_run, capsys):
+def test_a_resumption_that_fails_before_it_begins_changes_nothing(stopped_run):
+    """The model may be gone, or the engine not start: the finished run must still be the finished run."""
+    stopped_run.finish()
+    names = ("config.yaml", "metrics.jsonl", "final/model.safetensors")
+    before = {name: (stopped_run.path / name).read_bytes() for name in names}
+    with (
+        pytest.raises(UserError, match="no model"),
+        resumed(stopped_run, "num_epochs=2", "resume_with_changes=true") as run,
+    ):
+        run.start_wandb()
+        raise UserError("no model")
+    assert before == {name: (stopped_run.path / name).read_bytes() for name in names}
+    assert not list(stopped_run.path.glob("environment_resumed_*"))
+
+
+def test_a_run_of_another_script_is_not_resumed(tmp_path):
+    with RunDirectory.create(config_in(tmp_path, run_name="mine"), "evaluation") as run:
+        run.log({"eval_step": 0, "eval/answer_reward": 0.5})
+    assert list_runs(tmp_path).splitlines()[1].split()[:2] == ["mine", "finished"]
+    with pytest.raises(UserError, match="this is a run of another script .evaluation, not sft"):
+        resumed(run)
+
+
+def test_another_configuration_file_is_not_ignored_on_resume(stopped_run):
+    with pytest.raises(UserError, match="config = config.yaml: .* goes on with its own config.yaml; leave config out"):
+        resumed(stopped_run, "config=config.yaml")
+
+
+def test_a_torn_newest_checkpoint_is_reported_and_passed_over(stopped_run, tiny_model, tokenizer, capsys):
     weights = stopped_run.path / "checkpoints/step_000003/optimizer.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     with resumed(stopped_run) as run:
+        go_on(run, tiny_model, tokenizer)
         assert run.checkpoint == run.path / "checkpoints/step_000002"
         assert [row["train_step"] for row in run.read_metrics() if "train_step" in row] == [1, 2]
     assert "step_000003 is damaged and passed over (optimizer.safetensors is not what" in capsys.readouterr().out
 
 
-def test_a_run_without_a_whole_checkpoint_starts_again(tmp_path, capsys):
+def test_a_run_without_a_whole_checkpoint_starts_again(tmp_path, tiny_model, tokenizer, capsys):
     with RunDirectory.create(config_in(tmp_path, run_name="mine"), "sft") as run:
         run.log({"train_step": 1})
-    with resumed(run) as again:
+    with pytest.raises(KeyboardInterrupt), resumed(run) as again:
+        go_on(again, tiny_model, tokenizer)
         assert again.checkpoint is None and again.read_metrics() == []
+        raise KeyboardInterrupt
+    assert (run.path / "config.yaml").exists()  # what was resumed is never removed
     assert f"starting {run.path} again" in capsys.readouterr().out
 
 
@@ -172,24 +227,27 @@ def test_metrics_that_were_lost_are_not_made_up(stopped_run):
         resumed(stopped_run)
 
 
-def test_changed_settings_are_shown_and_refused_unless_allowed(stopped_run, capsys):
+def test_changed_settings_are_shown_and_refused_unless_allowed(stopped_run, tiny_model, tokenizer, capsys):
     with pytest.raises(UserError, match=r"settings differ .*: seed 0 -> 3, learning_rate 1e-05 -> 0.5; leave them out"):
         resumed(stopped_run, "learning_rate=0.5", "seed=3")
     with resumed(stopped_run, "learning_rate=0.5", "seed=3", "resume_with_changes=true") as run:
+        go_on(run, tiny_model, tokenizer)
         assert run.config.learning_rate == 0.5
     assert "changed: seed 0 -> 3, learning_rate 1e-05 -> 0.5" in capsys.readouterr().out
     environment = json.loads((run.path / "environment_resumed_000003.json").read_text())
     assert environment["changed_settings"] == ["seed 0 -> 3", "learning_rate 1e-05 -> 0.5"]
     with resumed(stopped_run) as run:  # the changes are the run's own from here on
         assert run.config.learning_rate == 0.5
+    assert "changed since the checkpoint: seed 0 -> 3, learning_rate 1e-05 -> 0.5" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_not_resumed_unless_it_is_to_go_on_otherwise(stopped_run):
+def test_a_finished_run_is_not_resumed_unless_it_is_to_go_on_otherwise(stopped_run, tiny_model, tokenizer):
     final = stopped_run.finish()
     assert (final / "model.safetensors").samefile(stopped_run.path / "checkpoints/step_000003/model/model.safetensors")
     with pytest.raises(UserError, match=r"this run is finished; its policy is in .*final"):
         resumed(stopped_run)
-    with resumed(stopped_run, "num_epochs=2", "resume_with_changes=true"):
+    with resumed(stopped_run, "num_epochs=2", "resume_with_changes=true") as run:
+        go_on(run, tiny_model, tokenizer)
         assert not final.exists()
 
 
@@ -260,12 +318,19 @@ def test_two_runs_compared(stopped_run, tmp_path):
     assert (tmp_path / "compare_mine_other.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_out_of_memory_on_a_gpu_names_the_three_settings(tmp_path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("CUDA Error: out of memory. Tried to allocate 2.00 GiB."),  # as vLLM's sleep mode says it
+    ],
+)
+def test_out_of_memory_on_a_gpu_names_the_three_settings(tmp_path, error):
     with pytest.raises(UserError) as caught, RunDirectory.create(config_in(tmp_path), "sft") as run:
         run.log({"train_step": 1})
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        raise error
     message = str(caught.value)
-    for setting in ("gradient_accumulation_steps", "gradient_checkpointing=true", "gpu_memory_utilization"):
+    for setting in ("microbatch_tokens", "gradient_checkpointing=true", "gpu_memory_utilization"):
         assert setting in message
     assert "Tried to allocate 2.00 GiB" in message
 
@@ -287,20 +352,30 @@ def test_a_signal_before_the_first_metrics_keeps_a_state_that_was_saved(tmp_path
 
 
 class BrokenWandb:
+    """A wandb run of which one method fails."""
+
     id = "abc"
 
+    def __init__(self, method):
+        self.method = method
+
     def __getattr__(self, name):
-        raise ConnectionError(f"{name} failed\nmore")
+        def call(*_, **__):
+            if name == self.method:
+                raise ConnectionError(f"{name} failed\nmore")
+
+        return call
 
 
-def test_a_crash_in_wandb_never_stops_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_directory, "start_wandb", lambda *_: BrokenWandb())
-    with RunDirectory.create(config_in(tmp_path), "sft") as run:
+@pytest.mark.parametrize("method", ["define_metric", "log", "finish"])
+def test_a_crash_in_wandb_never_stops_training(tmp_path, capsys, monkeypatch, method):
+    monkeypatch.setattr("wandb.init", lambda **_: BrokenWandb(method))
+    with RunDirectory.create(config_in(tmp_path, wandb_mode="offline"), "sft") as run:
         run.start_wandb()
         for step in (1, 2):
             run.log({"train_step": step})
     assert [row["train_step"] for row in run.read_metrics()] == [1, 2]
-    assert capsys.readouterr().out.count("wandb failed (log failed) and is off from here on") == 1
+    assert capsys.readouterr().out.count(f"({method} failed) and is off") == 1
 
 
 def test_wandb_that_does_not_start_never_stops_training(tmp_path, capsys, monkeypatch):
@@ -326,6 +401,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, tiny_model, token
         run.save_checkpoint(state)
     with resumed(run) as run:
         run.start_wandb()
+        go_on(run, tiny_model, tokenizer)
         run.log({"train_step": 2})
     ids = {path.stem.removeprefix("run-") for path in run.path.glob("wandb/offline-run-*/*.wandb")}
     assert len(ids) == 1

@@ -13,14 +13,15 @@ import pytest
 from tiny import REPOSITORY
 
 import run_guard
-from run_config import Stopped
+from run_config import STOP_SIGNALS, Stopped
 from run_guard import StopGuard, watched
 
 
 @pytest.fixture
 def guarded(tmp_path):
     """A guard, what it saved, and the state that it saves."""
-    saved, state = [], SimpleNamespace(step=5, is_whole=True)
+    saved, state = [], SimpleNamespace(step=5, is_whole=True, is_being_saved=False)
+    state.can_be_saved = lambda: state.is_whole
 
     def save(state):
         saved.append(state.step)
@@ -29,10 +30,10 @@ def guarded(tmp_path):
     return StopGuard(state, save, tmp_path), saved, state
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_waits_for_the_phase_then_saves(guarded, number, status, capsys):
     guard, saved, state = guarded
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    before = {n: signal.getsignal(n) for n in (*STOP_SIGNALS, signal.SIGALRM)}
     with pytest.raises(Stopped) as caught, guard:
         os.kill(os.getpid(), number)
         state.step = 6  # the phase goes on to its end
@@ -57,25 +58,75 @@ def test_a_long_phase_is_given_up_after_the_grace_period(guarded, monkeypatch):
     assert saved == [5]
 
 
-def test_weights_in_motion_are_not_given_up_but_finished(guarded, monkeypatch):
+@pytest.mark.parametrize("change", [{"is_whole": False}, {"is_being_saved": True}])
+def test_weights_that_move_or_are_being_saved_are_not_given_up(guarded, monkeypatch, change):
     monkeypatch.setattr(run_guard, "GRACE_SECONDS", 0.05)
     guard, saved, state = guarded
-    state.is_whole = False
+    vars(state).update(change)
     with pytest.raises(Stopped), guard:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
-        state.step, state.is_whole = 6, True
+        state.step, state.is_whole, state.is_being_saved = 6, True, False
         guard.stop_if_requested()
     assert saved == [6]
 
 
-def test_a_second_signal_stops_at_once_and_saves_nothing(guarded):
+def test_a_signal_after_the_last_look_still_stops_the_run(guarded):
     guard, saved, _ = guarded
     with pytest.raises(Stopped), guard:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the second signal did not stop the phase")
-    assert saved == []
+    assert saved == []  # the loop was over: its last checkpoint is there
+
+
+def test_a_signal_that_is_ignored_stays_ignored(guarded):
+    """As nohup does it."""
+    guard, _, _ = guarded
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with guard:
+            os.kill(os.getpid(), signal.SIGHUP)
+            guard.stop_if_requested()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+SECOND_SIGNAL = """
+import concurrent.futures, os, signal, time
+from pathlib import Path
+from types import SimpleNamespace
+from run_guard import StopGuard
+state = SimpleNamespace(step=5, is_whole=True, is_being_saved=False, can_be_saved=lambda: True)
+threads = concurrent.futures.ThreadPoolExecutor(1)
+with StopGuard(state, lambda state: print("SAVED", flush=True), Path("runs/x")):
+    threads.submit(time.sleep, 60)  # at a usual exit the interpreter would wait for it
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("WENT ON", flush=True)
+"""
+
+
+def test_a_second_signal_stops_at_once_and_saves_nothing():
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", SECOND_SIGNAL], capture_output=True, text=True, cwd=REPOSITORY, timeout=60
+    )
+    assert result.returncode == 130
+    assert time.monotonic() - started < 45
+    assert "SAVED" not in result.stdout and "WENT ON" not in result.stdout
+    assert "second signal: stopped at once" in result.stderr
+
+
+def test_a_save_that_fails_does_not_hide_why_the_run_ended(guarded, capsys):
+    guard, _, _ = guarded
+
+    def full(state):
+        raise OSError(28, "No space left on device")
+
+    guard._save = full
+    with pytest.raises(ZeroDivisionError), guard:
+        print(1 / 0)
+    assert "could not be saved: [Errno 28] No space left" in capsys.readouterr().err
 
 
 def test_an_error_saves_what_is_whole_and_stays_the_error(guarded, capsys):
@@ -100,17 +151,18 @@ def test_a_phase_within_its_limit_is_timed_and_leaves_nothing(tmp_path):
 
 
 HANGS = {
-    "in Python": ("time.sleep(60)", 124, "a phase that hangs"),
-    "in a lock": ("threading.Lock().acquire() and threading.Event().wait()", 124, "a phase that hangs"),
-    "in native code that holds the interpreter": ("ctypes.PyDLL(None).sleep(60)", 1, None),
+    "in Python": ("time.sleep(60)", 124),
+    "in a lock": ("threading.Event().wait()", 124),
+    "while stderr is turned elsewhere": ("os.dup2(os.open(os.devnull, os.O_WRONLY), 2) and time.sleep(60)", 124),
+    "in native code that holds the interpreter": ("ctypes.PyDLL(None).sleep(60)", 1),
 }
 
 
 @pytest.mark.parametrize("case", HANGS)
 def test_a_phase_that_hangs_ends_the_process_and_leaves_its_stacks(case, tmp_path):
-    hang, status, _ = HANGS[case]
+    hang, status = HANGS[case]
     code = f"""
-        import ctypes, sys, threading, time
+        import ctypes, os, sys, threading, time
         from pathlib import Path
         import run_guard
         run_guard.SECONDS_TO_GIVE_UP = 0.5
@@ -126,8 +178,10 @@ def test_a_phase_that_hangs_ends_the_process_and_leaves_its_stacks(case, tmp_pat
     )  # fmt: skip
     assert time.monotonic() - started < 45
     assert result.returncode == status
-    assert "a_function_that_hangs" in (tmp_path / "stacks_rollout.txt").read_text()
+    stacks = (tmp_path / "stacks_rollout.txt").read_text()
+    assert "a_function_that_hangs" in stacks
     if status == 124:
+        assert "rollout took longer than its limit" in stacks
         (line,) = result.stderr.strip().splitlines()
         assert line.startswith("error: rollout took longer than its limit of 0.3 seconds")
         assert str(Path(tmp_path)) in line and "resume=" in line

@@ -226,6 +226,17 @@ def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_fo
     assert not (tmp_path / "bad/checkpoints").exists()
 
 
+def test_weights_that_are_no_numbers_never_become_a_checkpoint(without_engine, tiny_model_folder, tmp_path, capsys):
+    """Else the good one before them would be removed for it."""
+    arguments = tiny_arguments(
+        tiny_model_folder, tmp_path, run_name="bad", learning_rate="1e39", checkpoint_interval=1, eval_interval=50
+    )
+    with pytest.raises(UserError, match="infinite or no numbers after step 1: they are not saved"):
+        SFT_train.main(arguments)
+    assert "nothing newer than the last checkpoint" in capsys.readouterr().err
+    assert list((tmp_path / "bad").glob("checkpoints/*")) == []
+
+
 def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
     without_engine, tiny_model_folder, tokenizer, tmp_path, monkeypatch, capsys
 ):

@@ -15,15 +15,18 @@ Logged per optimizer step (axis `train_step`, counted in optimizer steps):
     train/learning_rate
 Measured in the first optimizer step of a rollout batch, before the policy moves (null in later ones):
     rollout/log_prob_gap_mean, rollout/log_prob_gap_max, rollout/log_prob_gap_multiplicative
-                               |engine - policy|, over the tokens trained on; multiplicative: exp(mean). The first
-                               sampling_min_tokens of a response are sampled without EOS, which shows here
+                               |engine - policy|, over the tokens trained on but the first sampling_min_tokens of each
+                               response, which are sampled without EOS; multiplicative: exp(mean). It proves that the
+                               engine sampled from the policy: above max_sync_error the policy is not moved
 Logged with the last optimizer step of a rollout batch:
     rollout/reward, rollout/format_reward, rollout/answer_reward   means over all responses
     rollout/reward_std_within_groups                               mean over groups of their sample std
     rollout/all_right_fraction, rollout/all_wrong_fraction         groups in which every answer is right, or none
     rollout/zero_advantage_fraction    responses with advantage exactly zero: they teach nothing
     rollout/response_length[_correct|_incorrect|_max], rollout/truncated_fraction
-    rollout/sync_multiplicative_error, rollout/sync_max_log_prob_difference    see policy_evaluation.check_policy_sync
+    rollout/sync_multiplicative_error, rollout/sync_max_log_prob_difference    see policy_evaluation.check_policy_sync;
+                               where responses are not sampled from the policy's own distribution, so that the gap above
+                               proves nothing
     reward/timeouts, reward/out_of_memory, reward/errors    answers that could not be compared; they count as wrong
     time/sync, time/rollout, time/grade, time/old_log_probs, time/train, time/step (their sum): seconds; responses are
                                        graded while others are sampled, grade is what remains of it afterwards
@@ -74,6 +77,7 @@ from policy_evaluation import (
     load_policy,
     mean,
     peak_memory_gib,
+    require_small_sync_error,
     sampling_params,
     score_responses,
     sleep_vllm_instance,
@@ -166,7 +170,7 @@ def train(
             guard.stop_if_requested()
             seconds: dict[str, float] = {}
             with run.watched("sync", seconds):
-                sync_metrics = evaluator.sync(policy)
+                sync_metrics = evaluator.sync(policy, with_probes=not config.samples_from_policy)
 
             first = (step - 1) * config.num_questions_per_step
             chosen = order[first : first + config.num_questions_per_step]
@@ -259,7 +263,7 @@ def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
         try:
             status = process.wait()
         except KeyboardInterrupt as interrupt:
-            if str(interrupt) == signal.SIGTERM.name:  # Ctrl-C and a closed terminal reach both processes, this one alone
+            if str(interrupt) == signal.SIGTERM.name:  # the other signals reach both processes
                 process.terminate()
             process.wait()  # it finishes its step and saves
             raise
@@ -363,6 +367,7 @@ def update_policy(
 
     Raises:
         UserError: loss or gradient is no number; the policy is left as it was before that optimizer step.
+        SyncError: the responses were not sampled from this policy, which is left as it was.
     """
     rows = []
     for epoch in range(config.epochs_per_rollout_batch):
@@ -378,11 +383,13 @@ def update_policy(
                     f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}; lower learning_rate, or set "
                     "loss_type=grpo_clip if the importance ratio exploded"
                 )
+            metrics = summarize_update(sums)
+            gap = metrics["rollout/log_prob_gap_multiplicative"]
+            if gap is not None:
+                require_small_sync_error(gap, config.max_sync_error)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rows.append(
-                summarize_update(sums) | {"train/grad_norm": grad_norm, "train/learning_rate": config.learning_rate}
-            )
+            rows.append(metrics | {"train/grad_norm": grad_norm, "train/learning_rate": config.learning_rate})
     return rows
 
 
@@ -392,7 +399,7 @@ def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
     def per_token(name: str) -> float | None:
         return sums[name] / sums["num_tokens"] if name in sums else None
 
-    gap_mean = per_token("gap_sum")
+    gap_mean = sums["gap_sum"] / sums["num_gap_tokens"] if sums.get("num_gap_tokens") else None
     return {
         "train/loss": sums["loss"],
         "train/num_trained_rows": sums["num_trained_rows"],
@@ -403,7 +410,7 @@ def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
         "train/clip_fraction_high": per_token("num_clipped_high"),
         "rollout/log_prob_gap_mean": gap_mean,
         "rollout/log_prob_gap_multiplicative": None if gap_mean is None else math.exp(gap_mean),
-        "rollout/log_prob_gap_max": sums.get("gap_max"),
+        "rollout/log_prob_gap_max": None if gap_mean is None else sums["gap_max"],
     }
 
 
@@ -463,8 +470,11 @@ def accumulate_gradients(
         microbatch = {"loss": loss, "entropy_sum": masked_normalize(scores["token_entropy"], mask, 1.0), **metadata}
         if measure_gap:
             engine = torch.tensor([value for rollout in part for value in rollout.response.log_probs])
-            gap = (engine - log_probs.detach()[mask].cpu()).abs()
-            microbatch |= {"gap_sum": gap.sum(), "gap_max": gap.max()}
+            is_free = torch.cat(
+                [torch.arange(len(rollout.response.token_ids)) >= config.sampling_min_tokens for rollout in part]
+            )
+            gap = (engine - log_probs.detach()[mask].cpu()).abs() * is_free
+            microbatch |= {"gap_sum": gap.sum(), "gap_max": gap.max(), "num_gap_tokens": is_free.sum()}
         for name, value in microbatch.items():
             number = float(value)
             sums[name] = max(sums.get(name, number), number) if name.endswith("_max") else sums.get(name, 0.0) + number
@@ -527,8 +537,6 @@ def diagnose(metrics: Mapping[str, float | int | None], config: GRPOConfig) -> l
         advice.append("every advantage is zero: within each group all are right or all are wrong, nothing is learnt")
     if value("train/clip_fraction_low") + value("train/clip_fraction_high") > 0.3:
         advice.append("over 30 % of the tokens are clipped: lower learning_rate or epochs_per_rollout_batch")
-    if value("rollout/log_prob_gap_multiplicative") > config.max_sync_error:
-        advice.append("engine and policy drift apart beyond max_sync_error: look at engine_dtype and the weight sync")
     if value("train/grad_norm") > 100 * config.max_grad_norm:
         advice.append("the gradient norm is over 100 times its clip: lower learning_rate, look at the ratio")
     return advice

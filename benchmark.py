@@ -23,6 +23,7 @@ Written to results_dir: benchmark.csv (one line per figure), benchmark.png, envi
 import csv
 import importlib.metadata
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -326,6 +327,7 @@ def work_logprob(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     def train(part: Sequence[GRPO_train.Rollout]) -> None:
         num_microbatches = max(len(part) // config.microbatch_size, 1)
         update = {"train_batch_size": len(part), "gradient_accumulation_steps": num_microbatches}
+        update |= {"max_sync_error": math.inf}  # no engine has sampled these responses
         GRPO_train.update_policy(policy, optimizer, part, padding_id, 1, config.model_copy(update=update))
 
     warm_up = rollouts if turn == "ours" else rollouts[: config.group_size]

@@ -399,13 +399,18 @@ def check_policy_sync(
     ]
     difference = torch.cat(differences).abs()
     error = difference.mean().exp().item()
+    require_small_sync_error(error, max_error)
+    return {"sync_multiplicative_error": error, "sync_max_log_prob_difference": difference.max().item()}
+
+
+def require_small_sync_error(error: float, max_error: float) -> None:
+    """Raise a SyncError if exp(mean |engine - policy log-prob|) of sampled tokens is over its limit, or no number."""
     if not error <= max_error:
         raise SyncError(
             f"after the weight sync, engine and policy disagree on sampled tokens by a factor of {error:.4f} "
             f"(max_sync_error = {max_error}): look for weights that did not arrive (tied output layer, renamed "
             "tensors), a prefix cache that was not reset, or an engine_dtype coarser than the limit allows"
         )
-    return {"sync_multiplicative_error": error, "sync_max_log_prob_difference": difference.max().item()}
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------
@@ -576,9 +581,11 @@ class Evaluator:
         )
         seed_everything(config.seed)  # the engine has reseeded with a seed of its own
 
-    def sync(self, policy: PreTrainedModel) -> dict[str, float]:
-        """Bring the engine up to date with the policy, and prove it."""
+    def sync(self, policy: PreTrainedModel, with_probes: bool = True) -> dict[str, float]:
+        """Bring the engine up to date with the policy; prove it on probe prompts, unless the caller proves it later."""
         load_policy_into_vllm_instance(policy, self.llm)
+        if not with_probes:
+            return {}
         return check_policy_sync(
             policy,
             self.llm,

@@ -30,11 +30,18 @@ from run_checkpoint import find_damage
 from run_directory import read_metrics
 
 SFT = {"max_steps": 30, "eval_interval": 5, "checkpoint_interval": 1}
-GRPO = {"n_grpo_steps": 20, "eval_interval": 5, "checkpoint_interval": 1, "sampling_max_tokens": 12}
+GRPO = {
+    "n_grpo_steps": 20,
+    "rollout_batch_size": 32,
+    "train_batch_size": 32,
+    "eval_interval": 5,
+    "checkpoint_interval": 1,
+    "sampling_max_tokens": 12,
+}
 RUNS = {
     "SFT": ("SFT_train.py", tiny_arguments, SFT),
     "GRPO on-policy": ("GRPO_train.py", grpo_arguments, GRPO),
-    "GRPO off-policy": ("GRPO_train.py", grpo_arguments, GRPO | {"loss_type": "grpo_clip", "train_batch_size": 4}),
+    "GRPO off-policy": ("GRPO_train.py", grpo_arguments, GRPO | {"loss_type": "grpo_clip", "train_batch_size": 16}),
 }
 
 

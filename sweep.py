@@ -286,7 +286,7 @@ def _note_end(run: Run, process: subprocess.Popen[bytes], started: float) -> str
     lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
     minutes = (time.monotonic() - started) / 60
     with run.log.open("a") as log:
-        log.write(f"\nsweep: ended with status {process.returncode} after {minutes:.3f} minutes\n")
+        log.write(f"\nsweep: ended with status {process.returncode} after {minutes:.4f} minutes\n")
     return lines[-1] if lines else f"status {process.returncode}"
 
 

@@ -261,7 +261,8 @@ def collect(run: Run, results: Path, order: Sequence[str], keep_weights: bool) -
     row = collect_run(run.folder, results, names, wall_minutes, order)
     for name in () if keep_weights else ("final", "checkpoints"):
         shutil.rmtree(run.folder / name, ignore_errors=True)
-    print(f"finished: {run.folder.name}, {wall_minutes:.1f} minutes, answer reward {row['last_answer_reward']}")
+    reward = row["last_answer_reward"]
+    print(f"finished: {run.folder.name}, {wall_minutes:.1f} minutes, answer reward {reward}", flush=True)
 
 
 def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:

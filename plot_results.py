@@ -6,7 +6,7 @@ results of the sweeps that ran with that preset.
 
 Figures: the line is the mean over seeds, the band its 95 % interval by Student's t,
 
-    m +- t_{0.975, n-1} s / sqrt(n),    s: sample standard deviation,    no band where n = 1
+    m +- t_{0.975, n-1} s / sqrt(n),    s: sample standard deviation,    no band where n < 3
 
 at the steps that all seeds of the variant have. A table, per variant: the validation answer reward after the last step,
 the best one, and the one on the whole validation set after the last step, each as mean +- that interval over seeds;
@@ -72,7 +72,7 @@ LEARNING_RATES = [
     Curve("grpo_learning_rate", f"learning_rate={rate}", f"learning rate {float(rate):g}")
     for rate in ("5e-06", "1e-05", "2e-05", "0.0001")
 ]
-BASELINE = Curve("grpo_learning_rate", "learning_rate=2e-05", "baseline (on-policy, masked_mean, std, group mean)")
+BASELINE = Curve("grpo_learning_rate", "learning_rate=2e-05", "baseline: masked_mean, std, on-policy")
 LENGTH_NORMALIZATION = [
     BASELINE,
     Curve("grpo_ablation", "masked_normalize", "masked_normalize"),
@@ -202,8 +202,10 @@ def draw(panels: Sequence[Panel], results: Path, path: Path, suffix: str = "") -
                     *((p.x, p.mean, p.mean - p.half, p.mean + p.half) for p in points), strict=True
                 )
                 marker = "o" if len(points) < 30 else None
-                plot.plot(x, mean, color=f"C{number}", marker=marker, markersize=3, label=f"{curve.label} (n = {n})")
-                plot.fill_between(x, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+                label = f"{curve.label} (n = {n}{', no band' * (n < FEWEST_SEEDS)})"
+                plot.plot(x, mean, color=f"C{number}", marker=marker, markersize=3, label=label)
+                if n >= FEWEST_SEEDS:
+                    plot.fill_between(x, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
         plot.grid(alpha=0.3)
         if plot.get_legend_handles_labels()[0]:
             plot.legend(fontsize="x-small")

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from run_checkpoint import fingerprint
 from run_config import (
@@ -60,7 +59,7 @@ class Sweep(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     script: Literal[tuple(SCRIPTS)] = Field(description="what is run")  # pyright: ignore[reportInvalidTypeForm]
-    seeds: list[int] = Field(min_length=1, description="of each variant")
+    seeds: list[NonNegativeInt] = Field(min_length=1, description="of each variant")
     minutes: float | dict[str, float] = Field(description="estimate per run on the laptop preset, or one per variant")
     settings: Settings = Field({}, description="of all runs")
     laptop: Settings = Field({}, description="of all runs, with the laptop preset alone")
@@ -135,25 +134,29 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
     """
     sweep = read_sweep(path)
     extra = dict(_split(override) for override in overrides)
-    seeds = yaml.safe_load(extra.pop("seeds", "null")) or sweep.seeds
-    if not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
-        raise UserError(f"seeds = {seeds}: write a list of whole numbers, like seeds=[0,1]")
+    seed_text = extra.pop("seeds", str(sweep.seeds))
+    if not re.fullmatch(r"\[\d+(, ?\d+)*\]", seed_text):
+        raise UserError(f"seeds = {seed_text}: write a list of whole numbers, like seeds=[0,1]")
+    seeds = json.loads(seed_text)
     preset = extra.get("preset") or str(sweep.settings.get("preset", preset))
     preset = choose_preset()[0] if preset == "auto" else preset
     name = path.stem if preset == "laptop" else f"{path.stem}-{preset}"
     shared = sweep.settings | (sweep.laptop if preset == "laptop" else {})
     runs = []
-    for seed, (variant, settings) in itertools.product(seeds, variants_of(sweep).items()):
+    for variant, settings in variants_of(sweep).items():
         texts = {key: _text(value) for key, value in (shared | settings).items()} | extra | {"preset": preset}
         own = {"seed", "run_name", "resume", "resume_with_changes", "config"} & set(texts)
         if own:
             raise UserError(f"{path}: {min(own)} is not among the settings of a sweep, which sets it itself")
-        folder = Path(texts.get("runs_dir", "runs")) / f"{name}-{variant}-seed{seed}"
-        arguments = [f"{key}={text}" for key, text in texts.items()] + [f"seed={seed}", f"run_name={folder.name}"]
+        arguments = [f"{key}={text}" for key, text in texts.items()]
         resolved = _resolve(sweep.script, arguments, f"{path}, {variant}")
         chosen = {key: resolved[key] for key in texts if key not in NOT_SETTINGS and not key.startswith("wandb_")}
         minutes = sweep.minutes[variant] if isinstance(sweep.minutes, dict) else sweep.minutes
-        runs.append(Run(sweep.script, variant, seed, folder, [*arguments, "resume=auto"], chosen, minutes))
+        for seed in seeds:
+            folder = Path(resolved["runs_dir"]) / f"{name}-{variant}-seed{seed}"
+            own_arguments = [f"seed={seed}", f"run_name={folder.name}", "resume=auto"]
+            runs.append(Run(sweep.script, variant, seed, folder, [*arguments, *own_arguments], chosen, minutes))
+    runs.sort(key=lambda run: seeds.index(run.seed))  # a sitting that ends early leaves whole seeds
     return Path("results") / name, runs
 
 

@@ -1,0 +1,327 @@
+"""Every figure and table of results/, again from the committed CSVs: `uv run python plot_results.py`.
+
+FIGURES and TABLES below say what there is; a curve is a variant of a sweep (sweep.py, run_results.py), and an
+experiment may borrow variants of another one's. What has no CSV yet is skipped, and named. `preset=one-gpu` draws the
+results of the sweeps that ran with that preset.
+
+Figures: the line is the mean over seeds, the band its 95 % interval by Student's t,
+
+    m +- t_{0.975, n-1} s / sqrt(n),    s: sample standard deviation,    no band where n < 3
+
+at the steps that all seeds of the variant have. A table, per variant: the validation answer reward after the last step,
+the best one, and the one on the whole validation set after the last step, each as mean +- that interval over seeds;
+the Wilson interval of seed 0 alone, of its value on the whole validation set, or else of its last one; the minutes that
+training steps and evaluations took. It is printed, and written between the two marks of results/<experiment>/README.md.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from run_config import UserError, run_main
+from run_directory import EVAL_SCORE
+from run_results import read_table
+
+T_QUANTILES = (  # 0.975 quantile of Student's t for 1 to 30 degrees of freedom
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
+)
+NORMAL_QUANTILE = 1.959964
+FEWEST_SEEDS = 3
+START_OF_TABLE, END_OF_TABLE = "<!-- table -->", "<!-- end of table -->"
+COLUMNS = (
+    *("variant", "last", "best", "last, all questions", "seeds", "questions", "all questions"),
+    *("one run (seed 0), Wilson", "minutes per run"),
+)
+
+
+class Curve(NamedTuple):
+    """A variant of a sweep, and what figures and tables call it."""
+
+    sweep: str
+    variant: str
+    label: str
+
+
+class Panel(NamedTuple):
+    """A metric over an axis; `minutes`: of the training steps so far, evaluations left out."""
+
+    title: str
+    axis: Literal["train_step", "eval_step", "minutes"]
+    metric: str
+    curves: Sequence[Curve]
+
+
+class Point(NamedTuple):
+    """Where a curve passes: mean over seeds, and half the width of its interval."""
+
+    x: float
+    mean: float
+    half: float
+
+
+SFT_EXAMPLES = [Curve("sft_examples", f"num_sft_examples={n}", f"{n} examples") for n in (128, 256, 512, 1024, "all")]
+SFT_FILTER = [
+    Curve("sft_filter", "filter_correct=false", "all traces"),
+    Curve("sft_filter", "filter_correct=true", "correct traces alone"),
+]
+LEARNING_RATES = [
+    Curve("grpo_learning_rate", f"learning_rate={rate}", f"learning rate {float(rate):g}")
+    for rate in ("5e-06", "1e-05", "2e-05", "0.0001")
+]
+BASELINE = Curve("grpo_learning_rate", "learning_rate=2e-05", "baseline: masked_mean, std, on-policy")
+LENGTH_NORMALIZATION = [
+    BASELINE,
+    Curve("grpo_ablation", "masked_normalize", "masked_normalize"),
+    Curve("grpo_ablation", "token_mean", "token_mean"),
+]
+ADVANTAGES = [
+    BASELINE,
+    Curve("grpo_ablation", "no_std_normalization", "without std normalization"),
+    Curve("grpo_ablation", "no_baseline", "without a baseline"),
+]
+CLIP = [
+    BASELINE,
+    Curve("grpo_ablation", "off_policy_clip", "4 updates per rollout batch, clip"),
+    Curve("grpo_ablation", "off_policy_no_clip", "4 updates per rollout batch, no clip"),
+]
+OFF_POLICY = [
+    BASELINE._replace(label="1 x 128 (on-policy)"),
+    Curve("grpo_ablation", "off_policy_clip", "1 x 32"),
+    Curve("grpo_off_policy", "2x64", "2 x 64"),
+    Curve("grpo_off_policy", "4x128", "4 x 128"),
+]
+PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
+METHODS = [
+    BASELINE._replace(label="GRPO"),
+    Curve("sft_continued", "default", "SFT continued"),
+    Curve("expert_iteration", "default", "expert iteration"),
+]
+FIGURES = {
+    "SFT-train-loss.png": [
+        Panel("training loss per token (nats)", "train_step", "train/loss_per_token", SFT_EXAMPLES),
+        Panel("validation answer reward", "eval_step", EVAL_SCORE, SFT_EXAMPLES),
+        Panel("training loss per token (nats), corrupted traces", "train_step", "train/loss_per_token", SFT_FILTER),
+        Panel("validation answer reward, corrupted traces", "eval_step", EVAL_SCORE, SFT_FILTER),
+    ],
+    "RL-eval-reward.png": [
+        Panel("validation answer reward", "eval_step", EVAL_SCORE, LEARNING_RATES),
+        Panel("token entropy on validation (nats)", "eval_step", "eval/token_entropy", LEARNING_RATES),
+    ],
+    "Module-ablation-eval.png": [
+        Panel("length normalization: validation answer reward", "eval_step", EVAL_SCORE, LENGTH_NORMALIZATION),
+        Panel("length normalization: gradient norm", "train_step", "train/grad_norm", LENGTH_NORMALIZATION),
+        Panel("advantages: validation answer reward", "eval_step", EVAL_SCORE, ADVANTAGES),
+        Panel("off-policy: validation answer reward", "eval_step", EVAL_SCORE, CLIP),
+    ],
+    "GRPO-eval-reward.png": [
+        Panel("validation answer reward, epochs x batch", "eval_step", EVAL_SCORE, OFF_POLICY),
+        Panel("by time", "minutes", EVAL_SCORE, OFF_POLICY),
+    ],
+    "prompt/prompts.png": [
+        Panel("validation answer reward", "eval_step", EVAL_SCORE, PROMPTS),
+        Panel("response length on validation (tokens)", "eval_step", "eval/response_length", PROMPTS),
+    ],
+    "expert_iteration/methods.png": [
+        Panel("validation answer reward", "minutes", EVAL_SCORE, METHODS),
+        Panel("token entropy on validation (nats)", "minutes", "eval/token_entropy", METHODS),
+    ],
+}
+TABLES = {
+    "sft_examples": SFT_EXAMPLES,
+    "sft_filter": SFT_FILTER,
+    "grpo_learning_rate": LEARNING_RATES,
+    "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
+    "grpo_off_policy": OFF_POLICY,
+    "prompt": PROMPTS,
+    "sft_continued": METHODS[:2],
+    "expert_iteration": METHODS,
+    "zero_shot": [Curve("zero_shot", "r1_zero", "as it is, r1_zero prompt")],
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Draw every figure, write every table."""
+    key, _, preset = (arguments or ["preset=laptop"])[0].partition("=")
+    if len(arguments) > 1 or key != "preset" or not preset:
+        raise UserError("usage: plot_results.py [preset=one-gpu]")
+    write_all(Path("results"), Path("results"), "" if preset == "laptop" else f"-{preset}")
+
+
+def write_all(results: Path, output: Path, suffix: str = "") -> None:
+    """Draw figures and write tables.
+
+    Args:
+        results: the folder with the sweeps' folders.
+        output: where the figures go, and where the READMEs are, in folders of the same names.
+        suffix: of the sweeps' folders, and then of figures and READMEs' folders.
+    """
+    for name, panels in FIGURES.items():
+        path = output / name
+        if draw(panels, results, path.with_stem(path.stem + suffix), suffix):
+            print(f"drawn: {path.with_stem(path.stem + suffix)}")
+    for experiment, curves in TABLES.items():
+        table = make_table(curves, results, suffix)
+        path = output / f"{experiment}{suffix}" / "README.md"
+        if table:
+            print(f"\n{experiment}{suffix}:\n{table}")
+        if table and path.exists():
+            path.write_text(put_table(path.read_text(), table))
+
+
+def draw(panels: Sequence[Panel], results: Path, path: Path, suffix: str = "") -> bool:
+    """Draw a figure of what there is; return whether there is anything."""
+    from matplotlib.figure import Figure
+
+    data = [[(curve, *read_curve(curve, panel, results, suffix)) for curve in panel.curves] for panel in panels]
+    num_seeds: dict[Curve, int] = {}
+    for curve, _, n in itertools.chain(*data):
+        num_seeds[curve] = max(n, num_seeds.get(curve, 0))
+    missing = [f"{curve.sweep}{suffix} {curve.variant}" for curve, n in num_seeds.items() if n == 0]
+    is_skipped = not any(num_seeds[curve] for curve in own_curves(list(num_seeds)))
+    if missing:
+        print(f"{path}: {'skipped, ' if is_skipped else ''}no results yet of {', '.join(missing)}")
+    if is_skipped:
+        return False
+    for curve, n in num_seeds.items():
+        if 0 < n < FEWEST_SEEDS:
+            print(f"{path}: {curve.sweep}{suffix} {curve.variant} has {n} of at least {FEWEST_SEEDS} seeds")
+    columns = 2 if len(panels) == 4 else len(panels)
+    num_rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.6 * columns, 3.8 * num_rows), layout="constrained")
+    figure.suptitle("lines: mean over n seeds; bands: 95 % t-interval of the mean", fontsize="small")
+    for index, (panel, row) in enumerate(zip(panels, data, strict=True)):
+        xlabel = "minutes of training steps" if panel.axis == "minutes" else panel.axis.replace("_", " ")
+        plot = figure.add_subplot(num_rows, columns, index + 1, title=panel.title, xlabel=xlabel)
+        for number, (curve, points, n) in enumerate(row):
+            if points:
+                x, mean, low, high = zip(
+                    *((p.x, p.mean, p.mean - p.half, p.mean + p.half) for p in points), strict=True
+                )
+                marker = "o" if len(points) < 30 else None
+                label = f"{curve.label} (n = {n}{', no band' * (n < FEWEST_SEEDS)})"
+                plot.plot(x, mean, color=f"C{number}", marker=marker, markersize=3, label=label)
+                if n >= FEWEST_SEEDS:
+                    plot.fill_between(x, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        plot.grid(alpha=0.3)
+        if plot.get_legend_handles_labels()[0]:
+            plot.legend(fontsize="x-small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def own_curves(curves: Sequence[Curve]) -> Sequence[Curve]:
+    """Return an experiment's curves without the baseline's sweep, unless it is about that sweep."""
+    return [curve for curve in curves if curve.sweep != BASELINE.sweep] or curves
+
+
+def read_curve(curve: Curve, panel: Panel, results: Path, suffix: str = "") -> tuple[list[Point], int]:
+    """Return a panel's points of a curve, and the number of seeds."""
+    rows = [
+        row for row in read_table(results / f"{curve.sweep}{suffix}" / "metrics.csv") if row["variant"] == curve.variant
+    ]
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    by_seed = [_by_step((row for row in rows if row["seed"] == seed), panel) for seed in seeds]
+    by_seed = [points for points in by_seed if points]
+    shared = [step for step in by_seed[0] if all(step in points for points in by_seed)] if by_seed else []
+    points = []
+    for step in shared:
+        x = [points[step][0] for points in by_seed]
+        points.append(Point(sum(x) / len(x), *mean_and_half_width([points[step][1] for points in by_seed])))
+    return points, len(by_seed)
+
+
+def make_table(curves: Sequence[Curve], results: Path, suffix: str = "") -> str:
+    """Return a Markdown table, one line per variant that has results; empty if none of the experiment's own has."""
+    found = {
+        curve: [
+            row
+            for row in read_table(results / f"{curve.sweep}{suffix}" / "runs.csv")
+            if row["variant"] == curve.variant
+        ]
+        for curve in curves
+    }
+    if not any(found[curve] for curve in own_curves(curves)):
+        return ""
+    lines = [f"| {' | '.join([curve.label, *_cells(rows)])} |" for curve, rows in found.items() if rows]
+    return "\n".join([f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines])
+
+
+def put_table(text: str, table: str) -> str:
+    """Return a README with the table between its two marks; as it was if it has none.
+
+    >>> put_table("a\\n<!-- table -->\\nold\\n<!-- end of table -->\\nb\\n", "new")
+    'a\\n<!-- table -->\\nnew\\n<!-- end of table -->\\nb\\n'
+    """
+    before, start, rest = text.partition(START_OF_TABLE)
+    _, end, after = rest.partition(END_OF_TABLE)
+    return f"{before}{start}\n{table}\n{end}{after}" if end else text
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % t-interval: 0 of one value, which has none.
+
+    More than 31 values take the quantile of 31, which is a little too wide.
+    """
+    n = len(values)
+    mean = sum(values) / n
+    if n == 1:
+        return mean, 0.0
+    sample_variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return mean, T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * math.sqrt(sample_variance / n)
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a probability, of which n trials gave a share of successes.
+
+        (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Source: Wilson, 1927.
+    """
+    z = NORMAL_QUANTILE
+    centre = share + z * z / (2 * n)
+    half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - half_width) / (1 + z * z / n), (centre + half_width) / (1 + z * z / n)
+
+
+def _cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return a variant's cells but for its name, from its runs."""
+
+    def over_seeds(name: str, digits: int = 3) -> str:
+        values = [float(row[name]) for row in rows if row[name]]
+        if not values:
+            return "-"
+        mean, half = mean_and_half_width(values)
+        interval = f" +- {half:.{digits}f}" if len(values) > 1 else ""
+        return f"{mean:.{digits}f}{interval}" + (f" (n = {len(values)})" if len(values) < len(rows) else "")
+
+    scores = [over_seeds(f"{kind}_answer_reward") for kind in ("last", "best", "final")]
+    counts = [
+        ", ".join(dict.fromkeys(row[f"num_{kind}_examples"] or "-" for row in rows)) for kind in ("eval", "final")
+    ]
+    wilson = "-"
+    for row in rows:
+        kind, subset = ("final", "final") if row["final_answer_reward"] else ("last", "eval")
+        if row["seed"] == "0" and row[f"{kind}_answer_reward"]:
+            low, high = wilson_interval(float(row[f"{kind}_answer_reward"]), int(row[f"num_{subset}_examples"]))
+            wilson = f"{low:.3f} to {high:.3f}"
+    return [*scores, str(len(rows)), *counts, wilson, over_seeds("minutes", digits=1)]
+
+
+def _by_step(rows: Iterable[Mapping[str, str]], panel: Panel) -> dict[int, tuple[float, float]]:
+    """Return x and y of one run's metric by step."""
+    points, minutes = {}, 0.0
+    for row in rows:
+        minutes += float(row["time/step"] or 0) / 60
+        if row[panel.metric]:
+            step = int(row["eval_step"] or row["train_step"])
+            points[step] = (minutes if panel.axis == "minutes" else step, float(row[panel.metric]))
+    return points
+
+
+if __name__ == "__main__":
+    run_main(main)

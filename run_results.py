@@ -1,0 +1,107 @@
+"""The committed figures of a sweep, results/<sweep>/: which columns there are, how a run comes in, how they are read.
+
+    runs.csv      one row per run, RUN_COLUMNS. A run that stands here is finished, also when its folder is gone
+    metrics.csv   what its metrics.jsonl held of METRICS, in the order in which it was logged
+
+    minutes        of training steps and evaluations, as logged: loading, saving and lost work are not in it
+    wall_minutes   of the run's processes, a warm start that was made first included
+    last_*, best_* over the evaluations on the validation subset; final_*: on the whole validation set, at the end
+    sampled_tokens in training
+A cell is blank where the run's metrics have nothing to say. Numbers have 5 significant digits.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from run_config import read_yaml
+from run_directory import EVAL_SCORE, read_metrics
+
+FINAL_SCORE = "eval_all/answer_reward"
+METRICS = (
+    *("train/loss_per_token", "train/loss", "train/token_entropy", "train/grad_norm"),
+    *("rollout/reward", "rollout/response_length", "rollout/zero_advantage_fraction", "time/step"),
+    *(EVAL_SCORE, "eval/format_reward", "eval/response_length", "eval/token_entropy", "eval/seconds"),
+    *("eval/num_format_1_answer_1", "eval/num_format_1_answer_0", "eval/num_format_0"),
+    *(FINAL_SCORE, "eval_all/num_examples"),
+)
+METRIC_COLUMNS = ("variant", "seed", "train_step", "eval_step", *METRICS)
+RUN_COLUMNS = (
+    *("variant", "seed", "fingerprint", "minutes", "wall_minutes", "train_steps"),
+    *("last_answer_reward", "best_answer_reward", "num_eval_examples", "final_answer_reward", "num_final_examples"),
+    *("sampled_tokens", "peak_memory_gib"),
+)
+
+
+def collect_run(
+    folder: Path, results: Path, names: Mapping[str, Any], wall_minutes: float, order: Sequence[str]
+) -> dict[str, Any]:
+    """Bring a run's figures into a sweep's results; return its row of runs.csv.
+
+    Args:
+        folder: the run's.
+        results: the sweep's, made if it is absent.
+        names: variant, seed and fingerprint.
+        wall_minutes: of its processes.
+        order: variants in the order of the sweep, by which (and by seed) the rows are sorted.
+    """
+    rows = read_metrics(folder)
+    summary = {**names, "wall_minutes": wall_minutes, **summarize_run(folder)}
+    results.mkdir(parents=True, exist_ok=True)
+    kept = [{**names, **row} for row in rows if any(row.get(name) is not None for name in METRICS)]
+    _replace_rows(results / "metrics.csv", METRIC_COLUMNS, kept, order)
+    _replace_rows(results / "runs.csv", RUN_COLUMNS, [summary], order)  # last: from here on it is finished
+    return summary
+
+
+def summarize_run(folder: Path) -> dict[str, Any]:
+    """Return what a run's metrics say for runs.csv, None where they say nothing."""
+    rows = read_metrics(folder)
+
+    def known(name: str) -> list[Any]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    def last(name: str) -> Any:
+        return known(name)[-1] if known(name) else None
+
+    lengths = known("rollout/response_length")
+    batch_size = read_yaml(folder / "config.yaml").get("rollout_batch_size")
+    return {
+        "minutes": sum(sum(known(name)) for name in ("time/step", "eval/seconds", "eval_all/seconds")) / 60,
+        "train_steps": last("train_step"),
+        "last_answer_reward": last(EVAL_SCORE),
+        "best_answer_reward": max(known(EVAL_SCORE), default=None),
+        "num_eval_examples": last("eval/num_examples"),
+        "final_answer_reward": last(FINAL_SCORE),
+        "num_final_examples": last("eval_all/num_examples"),
+        "sampled_tokens": round(sum(lengths) * batch_size) if lengths and batch_size else None,
+        "peak_memory_gib": max(known("memory/peak_gib"), default=None),
+    }
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
+    """Put a run's rows in the place of those it had; the file is the old one or the new one, never between."""
+    texts = [{column: _text(row.get(column)) for column in columns} for row in rows]
+    replaced = {(row["variant"], row["seed"]) for row in texts}
+    texts += [row for row in read_table(path) if (row["variant"], row["seed"]) not in replaced]
+    places = {variant: place for place, variant in enumerate(order)}
+    texts.sort(key=lambda row: (places.get(row["variant"], len(places)), row["variant"], int(row["seed"])))
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(texts)
+    unfinished.replace(path)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,245 @@
+"""The sweep: its files, and its states, collecting and stopping with a script that only writes what a run would."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import REPOSITORY
+
+import sweep
+from run_config import UserError
+from run_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
+
+# token_mean fails, masked_normalize waits for a signal in its first sitting, the others end well
+FAKE_SCRIPT = """
+import json, signal, sys, time
+from pathlib import Path
+import yaml
+values = dict(argument.split("=", 1) for argument in sys.argv[1:])
+assert values.pop("resume") == "auto"
+folder = Path(values.get("runs_dir", "runs")) / values["run_name"]
+if (folder / "final").is_dir():
+    sys.exit("error: finished already")
+is_resumed = (folder / "checkpoints").is_dir()
+(folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+settings = {key: yaml.safe_load(text) for key, text in values.items()} | {"rollout_batch_size": 16}
+(folder / "config.yaml").write_text(yaml.safe_dump(settings))
+print("a line of output")
+if values.get("length_normalization") == "token_mean":
+    sys.exit("error: it failed")
+if values.get("length_normalization") == "masked_normalize" and not is_resumed:
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "saved").write_text("once"), sys.exit(143)))
+    (folder / "ready").write_text("")
+    time.sleep(60)
+rows = [
+    {"eval_step": 0, "eval/answer_reward": 0.123456789, "eval/num_examples": 8, "eval/seconds": 30.0},
+    {"train_step": 1, "train/loss": None, "rollout/response_length": 10.5, "time/step": 60.0, "memory/peak_gib": 2.0},
+    {"train_step": 2, "train/loss": 0.5, "rollout/response_length": 11.0, "time/step": 60.0, "memory/peak_gib": 3.5},
+    {"train_step": 3, "train/learning_rate": 0.5},
+    {"eval_step": 1, "eval/answer_reward": 0.5, "eval/num_examples": 8, "eval/seconds": 30.0},
+    {"eval_step": 2, "eval/answer_reward": 0.25, "eval/num_examples": 8, "eval/seconds": 30.0},
+    {"eval_step": 2, "eval_all/answer_reward": 0.375, "eval_all/num_examples": 16, "eval_all/seconds": 30.0},
+]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+(folder / "final").mkdir()
+"""
+VARIANTS = {"b": {"epochs_per_rollout_batch": 2}, "a": {"use_std_normalization": False}}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a script that only looks like GRPO_train.py, and a sweep file of two variants and two seeds."""
+    (tmp_path / "GRPO_train.py").write_text(FAKE_SCRIPT)
+    shutil.copy(REPOSITORY / "grpo_train.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    write_sweep()
+    return tmp_path
+
+
+def write_sweep(variants=VARIANTS, **values):
+    values = {"script": "GRPO_train.py", "seeds": [0, 1], "minutes": 30, "variants": variants} | values
+    Path("mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def run_sweep(*arguments):
+    sweep.main(["mine.yaml", "preset=laptop", *arguments])
+
+
+def test_a_sweep_runs_collects_and_is_then_finished_without_its_runs(workplace, capsys):
+    run_sweep()
+    rows = read_table(Path("results/mine/runs.csv"))
+    assert [(row["variant"], row["seed"]) for row in rows] == [("b", "0"), ("b", "1"), ("a", "0"), ("a", "1")]
+    first = rows[0]
+    assert tuple(first) == RUN_COLUMNS
+    assert 0 < float(first.pop("wall_minutes")) < 0.5
+    assert len(first.pop("fingerprint")) == 12
+    assert first == {
+        **{"variant": "b", "seed": "0", "minutes": "4", "train_steps": "3", "peak_memory_gib": "3.5"},  # 240 seconds
+        **{"last_answer_reward": "0.25", "best_answer_reward": "0.5", "num_eval_examples": "8"},
+        **{"final_answer_reward": "0.375", "num_final_examples": "16", "sampled_tokens": "344"},  # 21.5 x 16
+    }
+    metrics = read_table(Path("results/mine/metrics.csv"))
+    assert tuple(metrics[0]) == METRIC_COLUMNS
+    assert len(metrics) == 4 * 6  # the row with a learning rate alone has nothing that a figure needs
+    assert (metrics[0]["eval_step"], metrics[0]["train_step"], metrics[0]["eval/answer_reward"]) == ("0", "", "0.12346")
+    assert not any(Path("runs").glob("*/final")) and not any(Path("runs").glob("*/checkpoints"))
+    assert Path("runs/mine-b-seed0.log").read_text().startswith("a line of output\n")
+
+    shutil.rmtree("runs")
+    before = Path("results/mine/metrics.csv").read_bytes()
+    capsys.readouterr()
+    run_sweep()
+    assert "0 of 4 runs to go" in capsys.readouterr().out
+    assert not Path("runs").exists() and Path("results/mine/metrics.csv").read_bytes() == before
+
+
+def test_dry_run_prints_states_and_time_and_runs_nothing(workplace, capsys):
+    run_sweep("seeds=[1]")
+    Path("runs/mine-a-seed0").mkdir()
+    Path("runs/mine-a-seed0/config.yaml").write_text("preset: laptop\nuse_std_normalization: false\n")
+    capsys.readouterr()
+    run_sweep("--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:4]] == [f"mine-{v}-seed{s}" for s in (0, 1) for v in ("b", "a")]
+    assert [line.split("  ")[0] for line in lines[:4]] == ["to do", "interrupted", "finished", "finished"]
+    assert "2 of 4 runs to go, about 1.0 hours" in lines[4]
+    assert not Path("runs/mine-b-seed0").exists()
+
+
+def test_weights_are_kept_where_asked_for(workplace):
+    run_sweep("--keep-weights", "seeds=[0]")
+    assert len(list(Path("runs").glob("*/final"))) == len(list(Path("runs").glob("*/checkpoints"))) == 2
+
+
+def test_a_run_that_ended_before_it_was_collected_is_collected_and_not_run_again(workplace, capsys):
+    run_sweep("--keep-weights", "seeds=[0]")
+    shutil.rmtree("results")
+    run_sweep("seeds=[0]")  # the script would fail: there is a final/
+    assert len(read_table(Path("results/mine/runs.csv"))) == 2
+
+
+def test_changed_settings_are_not_taken_for_the_same(workplace):
+    run_sweep("seeds=[0]", "--keep-weights")
+    write_sweep(VARIANTS | {"b": {"epochs_per_rollout_batch": 4}})
+    with pytest.raises(UserError, match=r"results/mine/runs.csv: b, seed 0 .* remove the row, and runs/mine-b-seed0,"):
+        run_sweep()
+    shutil.rmtree("results")
+    with pytest.raises(UserError, match="mine-b-seed0 was run with other settings: epochs_per_rollout_batch 2 -> 4"):
+        run_sweep()
+
+
+def test_a_fingerprint_follows_from_what_is_computed_alone(workplace):
+    def fingerprint(*overrides):
+        return sweep.plan(Path("mine.yaml"), ["preset=laptop", *overrides])[1][0].fingerprint
+
+    same = fingerprint("learning_rate=1e-5", "wandb_mode=offline")
+    assert same == fingerprint("learning_rate=0.00001", "runs_dir=elsewhere") != fingerprint("learning_rate=2e-5")
+
+
+def test_failures_are_listed_with_their_last_line_and_the_others_run(workplace, capsys):
+    write_sweep({"bad": {"length_normalization": "token_mean"}} | VARIANTS)
+    with pytest.raises(SystemExit) as caught:
+        run_sweep("seeds=[0]")
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "failed:\n  runs/mine-bad-seed0.log: error: it failed\n"
+    assert [row["variant"] for row in read_table(Path("results/mine/runs.csv"))] == ["b", "a"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number, status):
+    write_sweep({"slow": {"length_normalization": "masked_normalize"}, **VARIANTS})
+    code = "import pathlib, sweep, run_config\nsweep.REPOSITORY = pathlib.Path.cwd()\nrun_config.run_main(sweep.main)\n"
+    command = [sys.executable, "-c", code, "mine.yaml", "preset=laptop", "seeds=[0]"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    folder = Path("runs/mine-slow-seed0")
+    deadline = time.monotonic() + 60
+    while not (folder / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)  # as the terminal does
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert (folder / "saved").read_text() == "once"
+    assert "to go on: uv run python sweep.py mine.yaml preset=laptop seeds=[0]" in output.replace("'", "")
+    assert not Path("runs/mine-b-seed0").exists() and not Path("results").exists()
+
+    run_sweep("seeds=[0]")
+    slow = read_table(Path("results/mine/runs.csv"))[0]
+    ends = re.findall(r"status (-?\d+) after ([\d.]+) minutes", Path("runs/mine-slow-seed0.log").read_text())
+    assert [end[0] for end in ends] == ["143", "0"]
+    assert float(slow["wall_minutes"]) == pytest.approx(sum(float(end[1]) for end in ends), rel=1e-3)
+
+
+def test_one_run_at_a_time_on_each_gpu(workplace, monkeypatch):
+    seen = Path("seen.txt").resolve()
+    script = Path("GRPO_train.py")
+    prelude = (
+        "import os, time\n"
+        f"with open({str(seen)!r}, 'a') as file: file.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
+        "time.sleep(0.3)\n"
+    )
+    script.write_text(prelude + script.read_text())
+    run_sweep("--gpus", "0,3", "n_grpo_steps=2")
+    assert sorted(seen.read_text().split()) == ["0", "0", "3", "3"]
+    assert len(read_table(Path("results/mine/runs.csv"))) == 4
+
+
+def test_another_preset_has_results_of_its_own_and_no_laptop_settings(workplace):
+    write_sweep(laptop={"group_size": 4})
+    results, runs = sweep.plan(Path("mine.yaml"), ["preset=laptop"])
+    assert (str(results), runs[0].folder.name, runs[0].settings["group_size"]) == ("results/mine", "mine-b-seed0", 4)
+    results, runs = sweep.plan(Path("mine.yaml"), [], preset="one-gpu")
+    assert (str(results), runs[0].folder.name) == ("results/mine-one-gpu", "mine-one-gpu-b-seed0")
+    assert "group_size" not in runs[0].settings and runs[0].settings["preset"] == "one-gpu"
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "message"),
+    [
+        ({"gird": {}}, [], "mine.yaml: gird: Extra inputs are not permitted"),
+        ({"script": "train.py"}, [], "mine.yaml: script: Input should be 'SFT_train.py'"),
+        ({"seeds": []}, [], "mine.yaml: seeds: "),
+        ({"minutes": {"b": 1}}, [], "mine.yaml: minutes: give one number, or one for each of b, a"),
+        ({"variants": {"x/y": {}}}, [], "mine.yaml: variants: 'x/y' is to name a folder"),
+        ({"variants": {"x": {"lr": 1}}}, [], "mine.yaml, x: unknown key lr"),
+        ({"settings": {"seed": 1}}, [], "mine.yaml: seed is not among the settings of a sweep"),
+        ({}, ["seeds=0"], "seeds = 0: write a list"),
+        ({}, ["seeds=[0"], "seeds = [0: write a list"),
+        ({}, ["learning_rate"], "argument 'learning_rate': write key=value"),
+        ({}, ["learning_rate=fast"], "mine.yaml, b: learning_rate = 'fast'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(workplace, values, overrides, message):
+    write_sweep(**values)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        run_sweep(*overrides)
+    assert "\n" not in str(caught.value)
+    assert not Path("runs").exists()
+
+
+SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", ["laptop", "one-gpu"])
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_file_is_valid_for_its_script(path, preset):
+    _, runs = sweep.plan(path, [f"preset={preset}"])
+    assert len({run.folder for run in runs}) == len(runs)
+    trained = [run for run in runs if run.script != "policy_evaluation.py"]
+    assert len({run.seed for run in trained}) in (0, 3)
+    fingerprints = {run.fingerprint for run in runs}
+    assert len(fingerprints) == len({run.variant for run in runs}), "two variants have the same settings"

@@ -33,7 +33,7 @@ Logged with the last optimizer step of a rollout batch:
     time/tokens_per_second             sampled, of the rollout phase
     memory/peak_gib
 Logged per evaluation (axis `eval_step`, counted in rollout batches, as n_grpo_steps is): eval/*, see
-policy_evaluation.summarize_examples; eval_all/*: the same on the whole validation set, at the end.
+policy_evaluation.summarize_examples; eval_all/*: the same on num_final_eval_examples questions, at the end.
 Differences from the paper: no KL term (as in the assignment); responses of advantage zero are skipped in forward and
 backward, with all divisors unchanged, so that the gradient is the same.
 """
@@ -58,6 +58,7 @@ from GRPO_helper import compute_group_normalized_rewards, grpo_microbatch_train_
 from math_data import (
     Example,
     epoch_order,
+    final_validation_subset,
     hold_out,
     load_examples,
     load_validation_set,
@@ -73,6 +74,7 @@ from policy_evaluation import (
     check_devices,
     compile_blocks,
     derive_seed,
+    describe_evaluations,
     encode_prompts,
     load_policy,
     mean,
@@ -119,17 +121,19 @@ def main(arguments: list[str]) -> None:
     check_devices(config)
     validation_set = load_validation_set(config)
     validation_examples = validation_subset(validation_set, config)
+    final_examples = final_validation_subset(validation_set, config)
     questions = load_questions(validation_set, config)
     config = config if config.resume else apply_warm_start(config)
     with RunDirectory.open(config, "grpo") as run:
         print(f"run folder: {run.path}")
         policy, tokenizer = load_policy(config, run.checkpoint)
         prompt_ids = encode_prompts(questions, tokenizer, config)
-        encode_prompts(validation_set, tokenizer, config)  # too long a prompt is found before the engine starts
+        for examples_to_ask in (validation_examples, final_examples):  # too long: found before the engine starts
+            encode_prompts(examples_to_ask, tokenizer, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation_examples)
         train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
-        evaluator.evaluate(policy, config.n_grpo_steps, examples=validation_set, prefix="eval_all")
+        evaluator.evaluate_finally(policy, config.n_grpo_steps, final_examples)
         report(run, config)
         run.finish()
         print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
@@ -559,7 +563,7 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], config: GRPOConfig) 
 
 
 def report(run: RunDirectory, config: GRPOConfig) -> None:
-    """Draw the run's figures and print its last lines, the last score before the best."""
+    """Draw the run's figures and print its last lines."""
     rows = run.read_metrics()
     plot_metrics(
         {
@@ -573,17 +577,7 @@ def report(run: RunDirectory, config: GRPOConfig) -> None:
         },
         run.path / "training.png",
     )
-    evaluations = [row for row in rows if "eval/answer_reward" in row]
-    first, last = evaluations[0], evaluations[-1]
-    best = max(evaluations, key=lambda row: row["eval/answer_reward"])
-    whole = next(row for row in rows if "eval_all/answer_reward" in row)
-    print(
-        f"validation answer reward: last {last['eval/answer_reward']:.3f} (step {last['eval_step']}), best "
-        f"{best['eval/answer_reward']:.3f} (step {best['eval_step']}), before training "
-        f"{first['eval/answer_reward']:.3f}, on {last['eval/num_examples']} held-out questions; after the last step on "
-        f"all {whole['eval_all/num_examples']}: {whole['eval_all/answer_reward']:.3f} "
-        f"(temperature {config.sampling_temperature:g})"
-    )
+    print(describe_evaluations(rows, config.sampling_temperature))
 
 
 if __name__ == "__main__":

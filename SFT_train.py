@@ -11,7 +11,8 @@ Logged per optimizer step, over the response tokens of all its microbatches:
     train/grad_norm       before clipping
     train/learning_rate, train/num_response_tokens, train/epoch
     time/step, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
-Logged per evaluation: see policy_evaluation.summarize_examples and check_policy_sync.
+Logged per evaluation: eval/*, see policy_evaluation.summarize_examples and check_policy_sync; eval_all/*: the same on
+num_final_eval_examples questions, at the end.
 Differences from the paper: epochs follow each other without a gap, so that no example is left out of a batch; a
 response that does not end in `stop_string` is taught to end in EOS.
 """
@@ -30,6 +31,7 @@ from math_data import (
     Example,
     describe_sources,
     epoch_order,
+    final_validation_subset,
     hold_out,
     load_sft_examples,
     load_validation_set,
@@ -42,6 +44,7 @@ from policy_evaluation import (
     autocast,
     check_devices,
     compile_blocks,
+    describe_evaluations,
     encode_prompts,
     load_policy,
     peak_memory_gib,
@@ -76,15 +79,19 @@ def main(arguments: list[str]) -> None:
     check_devices(config)
     validation_set = load_validation_set(config)
     validation_examples = validation_subset(validation_set, config)
+    final_examples = final_validation_subset(validation_set, config)
     examples = select_examples(hold_out(load_sft_examples(config), validation_set, config), config)
     with RunDirectory.open(config, "sft") as run:
         print(f"run folder: {run.path}")
         policy, tokenizer = load_policy(config, run.checkpoint)
         train_set = tokenize_examples(examples, tokenizer, config)
-        encode_prompts(validation_examples, tokenizer, config)  # too long a prompt is found before the engine starts
+        for examples_to_ask in (validation_examples, final_examples):  # too long: found before the engine starts
+            encode_prompts(examples_to_ask, tokenizer, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation_examples)
-        train(policy, tokenizer, train_set, evaluator, run, config)
+        num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)
+        train(policy, tokenizer, train_set, num_steps, evaluator, run, config)
+        evaluator.evaluate_finally(policy, num_steps, final_examples)
         report(run, config)
         run.finish()
         print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
@@ -94,12 +101,12 @@ def train(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train_set: Sequence[TokenizedExample],
+    num_steps: int,
     evaluator: Evaluator,
     run: RunDirectory,
     config: SFTConfig,
 ) -> None:
     """Run all optimizer steps that are left, evaluating before the first, every `eval_interval` and after the last."""
-    num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)
     order = epoch_order(len(train_set), num_steps * config.train_batch_size, config.seed)
     optimizer = torch.optim.AdamW(
         policy.parameters(),
@@ -306,12 +313,7 @@ def report(run: RunDirectory, config: SFTConfig) -> None:
         },
         run.path / "training.png",
     )
-    last = [row for row in rows if "eval_step" in row][-1]
-    print(
-        f"validation after {last['eval_step']} steps: format reward {last['eval/format_reward']:.3f}, answer reward "
-        f"{last['eval/answer_reward']:.3f} on {last['eval/num_examples']} held-out questions "
-        f"at temperature {config.sampling_temperature:g}"
-    )
+    print(describe_evaluations(rows, config.sampling_temperature))
 
 
 if __name__ == "__main__":

@@ -646,6 +646,10 @@ class Evaluator:
         if is_kept or is_evaluated:
             self.run.prune_checkpoints(config.keep_last, config.keep_best)
 
+    def evaluate_finally(self, policy: PreTrainedModel, num_steps: int, examples: Sequence[Example]) -> None:
+        """Evaluate the trained policy on the questions of `num_final_eval_examples`, logged as eval_all/*."""
+        self.evaluate(policy, num_steps, examples, prefix="eval_all")
+
     def samples_path(self, eval_step: int, prefix: str = "eval") -> Path:
         """Return the file with the examples of an evaluation."""
         return self.run.path / "samples" / f"{prefix}_{eval_step:06d}.jsonl"
@@ -702,6 +706,20 @@ def print_evaluation(metrics: dict[str, float | None], step: int) -> None:
         f"{metrics['format_reward']:.3f}, response length {metrics['response_length']:.0f} tokens, "
         f"truncated {metrics['truncated_fraction']:.2f}",
         file=sys.stdout,
+    )
+
+
+def describe_evaluations(rows: Sequence[Mapping[str, Any]], temperature: float) -> str:
+    """Return one line about the evaluations in a run's metrics, the last score before the best."""
+    evaluations = [row for row in rows if "eval/answer_reward" in row]
+    first, last = evaluations[0], evaluations[-1]
+    best = max(evaluations, key=lambda row: row["eval/answer_reward"])
+    final = next(row for row in rows if "eval_all/answer_reward" in row)
+    return (
+        f"validation answer reward: last {last['eval/answer_reward']:.3f} (step {last['eval_step']}), best "
+        f"{best['eval/answer_reward']:.3f} (step {best['eval_step']}), before training "
+        f"{first['eval/answer_reward']:.3f}, on {last['eval/num_examples']} held-out questions; after the last step on "
+        f"{final['eval_all/num_examples']}: {final['eval_all/answer_reward']:.3f} (temperature {temperature:g})"
     )
 
 

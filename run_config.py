@@ -183,6 +183,9 @@ class TrainConfig(RunConfig):
     eval_interval: int = Field(
         50, ge=1, description="steps between evaluations (also before the first and after the last)"
     )
+    num_final_eval_examples: int | Literal["all"] = Field(
+        "all", description="validation questions of the evaluation at the end, eval_all/* (count, at most all; or all)"
+    )
 
     checkpoint_interval: int = Field(
         50, ge=1, description="steps between checkpoints, from which a run can be resumed (also after the last step)"
@@ -195,6 +198,8 @@ class TrainConfig(RunConfig):
     @model_validator(mode="after")
     def _check_train_fields(self) -> Self:
         self._require_multiple("train_batch_size", "gradient_accumulation_steps")
+        if isinstance(self.num_final_eval_examples, int) and self.num_final_eval_examples < 1:
+            raise ValueError(f"num_final_eval_examples = {self.num_final_eval_examples}: must be at least 1, or all")
         return self
 
     def _require_multiple(self, name: str, divisor_name: str) -> None:

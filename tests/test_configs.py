@@ -76,6 +76,7 @@ def test_order_of_precedence(tmp_path):
             "= 31 is not a multiple of gradient_accumulation_steps = 2: train_batch_size = 30 or train_batch_size = 32",
         ),
         (["num_sft_examples=many"], "num_sft_examples = 'many'"),
+        (["num_final_eval_examples=0"], "num_final_eval_examples = 0: must be at least 1, or all"),
         (["num_sft_examples=0"], "num_sft_examples = 0: must be at least 1, or all"),
         (["sampling_max_tokens=1024"], "sampling_max_tokens = 1024 leaves no room for a prompt"),
         (["sampling_min_tokens=65"], "sampling_min_tokens = 65 exceeds sampling_max_tokens = 64"),

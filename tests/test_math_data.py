@@ -9,6 +9,7 @@ from math_data import (
     arithmetic_records,
     epoch_order,
     fill_prompt,
+    final_validation_subset,
     hold_out,
     load_examples,
     load_prompt_template,
@@ -129,6 +130,9 @@ def test_arithmetic_is_deterministic_disjoint_and_right():
     assert (len(train), len(validation)) == (8192, 1024)
     train_questions, validation_questions = ({record.question for record in records} for records in (train, validation))
     assert len(train_questions) == 8192
+    small = [{record.question for record in arithmetic_records(split, (2, 3), 10)} for split in ("train", "validation")]
+    assert [len(questions) for questions in small] == [3154, 1024]
+    assert not small[0] & small[1]
     assert not train_questions & validation_questions
     for record in train[:500] + validation[:500]:
         expression = re.fullmatch(r"What is ([-+ \d]+)\?", record.question)[1]
@@ -150,6 +154,15 @@ def test_validation_subset_ignores_the_run_seed():
     assert subsets[0] == subsets[1]
     assert len({example.prompt for example in subsets[0]}) == 64
     assert len(validation_subset(whole, SFTConfig(num_eval_examples="all"))) == len(whole) == 1024
+
+
+def test_the_final_subset_is_fixed_and_a_smaller_set_is_used_whole():
+    whole = load_validation_set(SFTConfig())
+    subsets = [final_validation_subset(whole, SFTConfig(seed=seed, num_final_eval_examples=64)) for seed in (0, 1)]
+    assert subsets[0] == subsets[1]
+    assert len({example.prompt for example in subsets[0]}) == 64
+    assert final_validation_subset(whole[:63], SFTConfig(num_final_eval_examples=64)) == whole[:63]
+    assert final_validation_subset(whole, SFTConfig()) == whole
 
 
 def test_sft_examples_are_unique_and_follow_the_seed(tmp_path):

@@ -54,12 +54,14 @@ def test_sft_run_leaves_everything_in_its_folder(sft_run):
     path, result = sft_run
     lines = result.stdout.splitlines()
     assert "24 taken" in result.stdout
-    assert re.match(r"validation after 3 steps: format reward \d\.\d+, answer reward \d\.\d+ on 8 held-out", lines[-2])
+    assert re.match(r"validation answer reward: last \d\.\d+ \(step 3\), best .*, on 8 held-out questions; ", lines[-2])
+    assert re.search(r"; after the last step on 12: \d\.\d+ \(temperature 1\)$", lines[-2])
     assert str(path) in lines[-1]
     for name in ("config.yaml", "environment.json", "metrics.jsonl", "training.png"):
         assert (path / name).stat().st_size > 0
     assert sorted(file.name for file in (path / "samples").iterdir()) == [
-        f"eval_{step:06d}.jsonl" for step in (0, 2, 3)
+        *(f"eval_{step:06d}.jsonl" for step in (0, 2, 3)),
+        "eval_all_000003.jsonl",
     ]
     saved = SFTConfig.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
     assert (saved.learning_rate, saved.run_name) == (1e-3, "tiny")
@@ -69,14 +71,15 @@ def test_sft_run_logs_every_metric_at_every_step(sft_run):
     rows = [json.loads(line) for line in (sft_run[0] / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if "train_step" in row]
     assert [row["train_step"] for row in train] == [1, 2, 3]
-    assert [row["eval_step"] for row in rows if "eval_step" in row] == [0, 2, 3]
+    assert [row["eval_step"] for row in rows if "eval/num_examples" in row] == [0, 2, 3]
+    assert [row["eval_step"] for row in rows if "eval_all/num_examples" in row] == [3]
     documented = set(re.findall(r"(?:train|time|memory)/\w+", SFT_train.__doc__))
     for row in train:
         assert set(row) == documented | {"train_step"}
         assert all(value is not None for value in row.values())
     assert train[-1]["train/loss_per_token"] < train[0]["train/loss_per_token"]
     for row in rows:
-        if "eval_step" in row:
+        if "eval/num_examples" in row:
             assert 1 <= row["eval/sync_multiplicative_error"] < 1.001
             assert row["eval/num_examples"] == 8
 

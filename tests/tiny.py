@@ -89,6 +89,7 @@ def tiny_arguments(model, runs_dir, **overrides):
         "learning_rate": "1e-3",
         "eval_interval": 2,
         "num_eval_examples": 8,
+        "num_final_eval_examples": 12,
         "sampling_max_tokens": 16,
         "max_context_tokens": 384,
     }

@@ -1,6 +1,7 @@
 """A sweep file's variants and seeds become runs of a script, over as many sittings as it takes.
 
-    uv run python sweep.py sweeps/NAME.yaml [--dry-run] [--gpus 0,1] [--keep-weights] [seeds=[0]] [key=value ...]
+    uv run python sweep.py sweeps/NAME.yaml [--dry-run] [--variant NAME] [--gpus 0,1] [--keep-weights] [seeds=[0]]
+                           [key=value ...]
 
 Further `key=value` go to every run. A run is runs/<sweep>-<variant>-seed<k>, its output runs/<that>.log. When it ends
 well its figures go to results/<sweep>/ (run_results.py), which is committed: it is finished from then on, also when
@@ -96,12 +97,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("sweep", type=Path, help="sweeps/NAME.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run; seeds=[0]: these seeds alone")
     parser.add_argument("--dry-run", action="store_true", help="only print the runs, their states and estimated time")
+    parser.add_argument("--variant", action="append", default=[], help="this variant alone (may be given again)")
     parser.add_argument("--gpus", default="", help="0,1: one run at a time on each of these (CUDA_VISIBLE_DEVICES)")
     parser.add_argument("--keep-weights", action="store_true", help="leave final/ and checkpoints/ of finished runs")
     options = parser.parse_intermixed_args(arguments)
     gpus = options.gpus.split(",") if options.gpus else []
 
     results, runs = plan(options.sweep, options.overrides, "one-gpu" if gpus else "auto")
+    order = list(dict.fromkeys(run.variant for run in runs))
+    if unknown := set(options.variant) - set(order):
+        raise UserError(f"--variant {min(unknown)}: {options.sweep} has {' '.join(order)}")
+    runs = [run for run in runs if run.variant in (options.variant or order)]
     states = {run: state_of(run, results) for run in runs}
     for run, state in states.items():
         print(f"{state:<11}  {run.minutes:>5.0f} min  {run.folder.name}")
@@ -111,7 +117,6 @@ def main(arguments: list[str]) -> None:
     if options.dry_run:
         return
 
-    order = list(dict.fromkeys(run.variant for run in runs))
     for run, state in states.items():
         if state == "to collect":
             collect(run, results, order, options.keep_weights)

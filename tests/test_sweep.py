@@ -115,6 +115,16 @@ def test_dry_run_prints_states_and_time_and_runs_nothing(workplace, capsys):
     assert not Path("runs/mine-b-seed0").exists()
 
 
+def test_one_variant_alone_is_run(workplace, capsys):
+    run_sweep("--variant", "a")
+    assert [(row["variant"], row["seed"]) for row in read_table(Path("results/mine/runs.csv"))] == [
+        ("a", "0"),
+        ("a", "1"),
+    ]
+    with pytest.raises(UserError, match="--variant c: .*mine.yaml has b a"):
+        run_sweep("--variant", "c")
+
+
 def test_weights_are_kept_where_asked_for(workplace):
     run_sweep("--keep-weights", "seeds=[0]")
     assert len(list(Path("runs").glob("*/final"))) == len(list(Path("runs").glob("*/checkpoints"))) == 2

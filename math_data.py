@@ -15,7 +15,7 @@ import json
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,7 +48,8 @@ class Example(NamedTuple):
 class Record:
     """One record of a data set before prompt and answer format are applied.
 
-    `prompt`, where it is set, is already written out; `response` is complete, `reasoning` still lacks the answer.
+    `prompt`, where it is set, is already written out; `response` is complete, `reasoning` still lacks the answer,
+    which is `wrong_answer` where that is set, else the ground truth.
     """
 
     source: str
@@ -56,6 +57,7 @@ class Record:
     ground_truth: str | None
     prompt: str | None = None
     reasoning: str | None = None
+    wrong_answer: str | None = None
     response: str | None = None
 
 
@@ -65,7 +67,7 @@ def load_sft_examples(config: SFTConfig) -> list[Example]:
     Raises:
         UserError: the data cannot be read, or a record has no response.
     """
-    examples = load_examples(config.train_data, config, split="train")
+    examples = load_examples(config.train_data, config, "train", config.arithmetic_corrupt_fraction)
     without_response = [example.source for example in examples if not example.response]
     if without_response:
         raise UserError(
@@ -135,10 +137,16 @@ def require_ground_truths(examples: Sequence[Example], key: str, source: str) ->
         )
 
 
-def load_examples(source: str, config: RunConfig, split: Literal["train", "validation"]) -> list[Example]:
-    """Return all examples of a data source, prompts filled in and responses written out."""
+def load_examples(
+    source: str, config: RunConfig, split: Literal["train", "validation"], corrupt_fraction: float = 0.0
+) -> list[Example]:
+    """Return all examples of a data source, prompts filled in and responses written out.
+
+    `corrupt_fraction` is the share of embedded traces that are made wrong; see `corrupt_some`.
+    """
     if source == EMBEDDED_DATA:
         records = arithmetic_records(split, config.arithmetic_terms, config.arithmetic_max_term)
+        records = corrupt_some(records, corrupt_fraction)
     else:
         records = [parse_record(values, where) for values, where in read_records(source)]
     if not records:
@@ -149,7 +157,8 @@ def load_examples(source: str, config: RunConfig, split: Literal["train", "valid
             question=record.question,
             prompt=record.prompt if record.prompt is not None else fill_prompt(template, record.question),
             ground_truth=record.ground_truth,
-            response=record.response or format_response(record.reasoning, record.ground_truth, config.reward),
+            response=record.response
+            or format_response(record.reasoning, record.wrong_answer or record.ground_truth, config.reward),
             source=record.source,
         )
         for record in records
@@ -187,7 +196,7 @@ def fill_prompt(template: str, question: str) -> str:
 
 
 def format_response(
-    reasoning: str | None, ground_truth: str | None, reward: Literal["r1_zero", "question_only"]
+    reasoning: str | None, answer: str | None, reward: Literal["r1_zero", "question_only"]
 ) -> str | None:
     r"""Write reasoning and answer in the format that a reward function asks for.
 
@@ -196,11 +205,11 @@ def format_response(
     >>> format_response("1 + 2 = 3.", "3", "question_only")
     ' 1 + 2 = 3. The answer is \\boxed{3}.'
     """
-    if reasoning is None or ground_truth is None:
+    if reasoning is None or answer is None:
         return None
     if reward == "r1_zero":
-        return f" {reasoning} </think> <answer> {ground_truth} </answer>"
-    return f" {reasoning} The answer is \\boxed{{{ground_truth}}}."
+        return f" {reasoning} </think> <answer> {answer} </answer>"
+    return f" {reasoning} The answer is \\boxed{{{answer}}}."
 
 
 def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
@@ -310,6 +319,29 @@ def arithmetic_records(
             if len(records) == wanted:
                 break
     return list(records.values())
+
+
+def corrupt_some(records: Sequence[Record], fraction: float) -> list[Record]:
+    """Return arithmetic records, about this share of them with a wrong last sum and answer.
+
+    Which ones, and by how much (1 to 9, up or down), follows from a hash of the question alone: a larger share
+    contains the smaller one, and the same question is always wrong in the same way. The ground truth stays right.
+
+    >>> record = Record(source="s", question="q", reasoning="1 + 2 = 3. 3 + 4 = 7.", ground_truth="7")
+    >>> corrupt_some([record], 1.0)[0].reasoning
+    '1 + 2 = 3. 3 + 4 = 15.'
+    """
+    chosen = []
+    for record in records:
+        digest = hashlib.sha256(f"corrupt {record.question}".encode()).digest()
+        if int.from_bytes(digest[:4]) >= fraction * 2**32:
+            chosen.append(record)
+            continue
+        offset = (1 + digest[4] % 9) * (1 if digest[5] % 2 else -1)
+        wrong = str(int(record.ground_truth or "") + offset)
+        reasoning = (record.reasoning or "").removesuffix(f"{record.ground_truth}.") + f"{wrong}."
+        chosen.append(replace(record, reasoning=reasoning, wrong_answer=wrong))
+    return chosen
 
 
 def epoch_order(num_examples: int, num_draws: int, seed: int) -> list[int]:

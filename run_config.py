@@ -236,6 +236,12 @@ class SFTConfig(TrainConfig):
     num_sft_examples: int | Literal["all"] = Field(
         "all", description="unique training examples (the assignment: 128, 256, 512, 1024, all)"
     )
+    arithmetic_corrupt_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the embedded training traces with a wrong last sum and answer (ground truths stay right)",
+    )
     filter_correct: bool = Field(False, description="keep only traces that the reward function accepts")
     drop_long_examples: bool = Field(
         False, description="leave out (and count) examples over max_context_tokens instead of stopping"
@@ -253,6 +259,13 @@ class SFTConfig(TrainConfig):
         if isinstance(self.num_sft_examples, int) and self.num_sft_examples < 1:
             raise ValueError(f"num_sft_examples = {self.num_sft_examples}: must be at least 1, or all")
         return self
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and one for a share of traces that are not the embedded ones."""
+        found = super().warnings()
+        if self.arithmetic_corrupt_fraction and self.train_data != EMBEDDED_DATA:
+            found.append(f"arithmetic_corrupt_fraction has no effect with train_data = {self.train_data}")
+        return found
 
 
 class GRPOConfig(TrainConfig):

@@ -16,8 +16,8 @@ from tiny import REPOSITORY, grpo_arguments, run_script
 import GRPO_train
 import run_directory
 from GRPO_train import Rollout, accumulate_gradients, diagnose, make_rollouts, update_policy
-from math_data import Example
-from math_reward import Grade, grade_responses
+from math_data import Example, load_sft_examples
+from math_reward import Grade, grade_responses, question_only_reward_fn
 from policy_evaluation import (
     Response,
     SyncError,
@@ -26,7 +26,8 @@ from policy_evaluation import (
     sample_responses,
     score_responses,
 )
-from run_config import GRPOConfig, UserError, load_config, run_main
+from run_config import GRPOConfig, SFTConfig, UserError, load_config, run_main
+from SFT_train import tokenize_examples
 
 LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
 LENGTH_NORMALIZATIONS = ["masked_mean", "masked_normalize", "token_mean"]
@@ -514,3 +515,32 @@ def test_a_warm_start_that_is_not_there_is_run_first(tmp_path, monkeypatch):
     assert {"preset=warm-start", "model=mine", "prompt=r1_zero", f"runs_dir={tmp_path}"} <= set(commands[0])
     with pytest.raises(UserError, match="SFT_train.py ended with status 1"):
         GRPO_train.apply_warm_start(config)
+
+
+def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, monkeypatch):
+    """The child's settings resolve to the preset's own; its traces are right under its reward and end in EOS."""
+    arguments = ["prompt=question_only", "reward=question_only", "warm_start=warm-start-question-only"]
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *arguments])
+    assert config.warnings() == []
+    commands = []
+
+    class FakeProcess:
+        def __init__(self, command):
+            commands.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", FakeProcess)
+    config = config.model_copy(update={"runs_dir": str(tmp_path)})
+    assert GRPO_train.apply_warm_start(config).model == str(tmp_path / "warm-start-question-only" / "final")
+    sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", commands[0][2:])
+    assert sft_config.warnings() == []
+    preset = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=warm-start-question-only"])
+    given = {"run_name": "warm-start-question-only", "runs_dir": str(tmp_path)}
+    assert sft_config == preset.model_copy(update=given)
+    examples = load_sft_examples(sft_config)[:200]
+    assert all(example.prompt == example.question for example in examples)
+    assert all(question_only_reward_fn(example.response, example.ground_truth)["reward"] == 1 for example in examples)
+    rows = tokenize_examples(examples, tokenizer, sft_config)
+    assert all(row.response_ids[-1] == tokenizer.eos_token_id for row in rows)

@@ -19,7 +19,7 @@ from math_data import (
     read_records,
     validation_subset,
 )
-from math_reward import r1_zero_reward_fn
+from math_reward import REWARD_FUNCTIONS, r1_zero_reward_fn
 from run_config import SFTConfig, UserError
 from SFT_train import select_examples
 
@@ -146,6 +146,42 @@ def test_arithmetic_is_deterministic_disjoint_and_right():
 def test_every_embedded_trace_is_accepted_by_its_reward_function():
     for example in load_examples("arithmetic", SFTConfig(), "train")[:300]:
         assert r1_zero_reward_fn(example.response, example.ground_truth)["reward"] == 1
+
+
+@pytest.mark.parametrize("reward", ["r1_zero", "question_only"])
+def test_corrupted_traces_are_the_stated_share_and_those_that_the_reward_function_rejects(reward):
+    right, some, more = (
+        load_sft_examples(SFTConfig(prompt=reward, reward=reward, arithmetic_corrupt_fraction=share))
+        for share in (0.0, 0.25, 0.5)
+    )
+    changed = [example != clean for example, clean in zip(some, right, strict=True)]
+    assert abs(sum(changed) / len(changed) - 0.25) < 3 * (0.25 * 0.75 / len(changed)) ** 0.5
+    for example, clean, is_changed in list(zip(some, right, changed, strict=True))[:400]:
+        assert example._replace(response=clean.response) == clean  # the ground truth stays right
+        grade = REWARD_FUNCTIONS[reward](example.response, example.ground_truth)
+        assert (grade["format_reward"], grade["reward"]) == (1, 0 if is_changed else 1)
+        if is_changed:
+            *steps, last = re.findall(r"(-?\d+ [+-] \d+) = (-?\d+)\.", example.response)
+            assert all(eval(left) == int(result) for left, result in steps) and eval(last[0]) != int(last[1])
+            assert last[1] in example.response.partition(f" = {last[1]}.")[2]  # the answer is the wrong sum's
+    assert all(example == kept for example, kept, is_changed in zip(more, some, changed, strict=True) if is_changed)
+
+
+def test_validation_data_and_questions_of_rl_are_never_corrupted():
+    config = SFTConfig(arithmetic_corrupt_fraction=1.0)
+    assert load_validation_set(config) == load_validation_set(SFTConfig())
+    assert load_examples("arithmetic", config, "train") == load_examples("arithmetic", SFTConfig(), "train")
+
+
+def test_filter_correct_takes_the_corrupted_traces_out(capsys):
+    config = SFTConfig(arithmetic_corrupt_fraction=0.3, filter_correct=True)
+    right = set(load_sft_examples(SFTConfig()))
+    kept = select_examples(load_sft_examples(config)[:300], config)
+    assert 150 < len(kept) < 270 and set(kept) <= right
+    assert (
+        "arithmetic_corrupt_fraction has no effect"
+        in SFTConfig(arithmetic_corrupt_fraction=0.3, train_data="x.jsonl").warnings()[0]
+    )
 
 
 def test_validation_subset_ignores_the_run_seed():

@@ -34,6 +34,8 @@ MODULES = [
     "run_results",
     "sweep",
     "plot_results",
+    "prefix_tree",
+    "benchmark",
     "math_data",
     "math_equality",
     "math_estimate",

@@ -48,6 +48,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ from policy_evaluation import (
 )
 from prefix_tree import plan_microbatches, shares_prefixes
 from run_checkpoint import TrainingState, fingerprint
-from run_config import GRPOConfig, UserError, load_config, read_yaml, run_main
+from run_config import GRPOConfig, RolloutConfig, UserError, load_config, read_yaml, run_main
 from run_directory import Line, RunDirectory, plot_metrics
 from run_guard import StopGuard
 from SFT_helper import (
@@ -97,6 +98,8 @@ from SFT_helper import (
     pad_token_id,
 )
 
+RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
+
 
 @dataclass
 class Rollout:
@@ -105,7 +108,7 @@ class Rollout:
     example: Example
     response: Response
     rewards: dict[str, float]
-    advantage: float
+    advantage: float  # in expert iteration: 1 if the response is kept, else 0
     grading_failure: str | None = None
     old_log_probs: Tensor | None = None  # (number of response tokens,), of the policy that sampled
 
@@ -227,7 +230,7 @@ def thread_pool(num_threads: int) -> Iterator[Executor]:
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
+def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
     """Return the configuration with the warm start's final folder as the model; run SFT_train.py if it is absent.
 
     Raises:
@@ -279,7 +282,7 @@ def apply_warm_start(config: GRPOConfig) -> GRPOConfig:
     return config.model_copy(update={"model": str(folder / "final")})
 
 
-def load_questions(validation_set: Sequence[Example], config: GRPOConfig) -> list[Example]:
+def load_questions(validation_set: Sequence[Example], config: RolloutConfig) -> list[Example]:
     """Return the training questions, those of the validation set left out.
 
     Raises:
@@ -290,9 +293,9 @@ def load_questions(validation_set: Sequence[Example], config: GRPOConfig) -> lis
     questions = hold_out(questions, validation_set, config)
     if len(questions) < config.num_questions_per_step:
         raise UserError(
-            f"train_data = {config.train_data} has {len(questions)} questions, but a step takes rollout_batch_size / "
-            f"group_size = {config.rollout_batch_size} / {config.group_size} = {config.num_questions_per_step}; "
-            f"use rollout_batch_size = {len(questions) * config.group_size} or less"
+            f"train_data = {config.train_data} has {len(questions)} questions, but a step takes "
+            f"{config.num_questions_per_step}; let it take {len(questions)} or fewer: rollout_batch_size / group_size, "
+            "or ei_batch_size in expert iteration"
         )
     return questions
 
@@ -303,7 +306,7 @@ def sample_groups(
     prompt_ids: Sequence[list[int]],
     chosen: Sequence[int],
     step: int,
-    config: GRPOConfig,
+    config: RolloutConfig,
     grading_threads: Executor,
 ) -> tuple[list[Response], list[Future[Grade]]]:
     """Sample `group_size` responses to each chosen question, those of a group next to each other.
@@ -498,7 +501,7 @@ def old_log_probs_of(part: Sequence[Rollout], log_probs: Tensor, mask: Tensor) -
     return torch.zeros_like(log_probs).masked_scatter(mask, values.to(log_probs))
 
 
-def summarize_rollouts(rollouts: Sequence[Rollout], config: GRPOConfig) -> dict[str, float | None]:
+def summarize_rollouts(rollouts: Sequence[Rollout], config: RolloutConfig) -> dict[str, float | None]:
     """Return the metrics of a rollout batch, over all its responses."""
     groups = torch.tensor([rollout.rewards["reward"] for rollout in rollouts]).view(-1, config.group_size)
     failures = count_failures([rollout.grading_failure for rollout in rollouts])
@@ -546,7 +549,7 @@ def diagnose(metrics: Mapping[str, float | int | None], config: GRPOConfig) -> l
     return advice
 
 
-def write_rollouts(path: Path, rollouts: Sequence[Rollout], config: GRPOConfig) -> None:
+def write_rollouts(path: Path, rollouts: Sequence[Rollout], config: RolloutConfig) -> None:
     """Write the first groups of a rollout batch as JSON lines."""
     with path.open("w") as file:
         for rollout in rollouts[: config.num_logged_groups * config.group_size]:
@@ -562,7 +565,7 @@ def write_rollouts(path: Path, rollouts: Sequence[Rollout], config: GRPOConfig) 
             file.write(json.dumps(row) + "\n")
 
 
-def report(run: RunDirectory, config: GRPOConfig) -> None:
+def report(run: RunDirectory, config: RolloutConfig) -> None:
     """Draw the run's figures and print its last lines."""
     rows = run.read_metrics()
     plot_metrics(

@@ -51,7 +51,7 @@ from policy_evaluation import (
 )
 from prefix_tree import plan_microbatches, shares_prefixes
 from run_checkpoint import TrainingState, fingerprint
-from run_config import SFTConfig, UserError, load_config, run_main
+from run_config import ExpertIterationConfig, SFTConfig, UserError, load_config, run_main
 from run_directory import Line, RunDirectory, plot_metrics
 from run_guard import StopGuard
 from SFT_helper import (
@@ -170,7 +170,10 @@ def train(
 
 
 def accumulate_gradients(
-    policy: PreTrainedModel, batch: Sequence[TokenizedExample], padding_id: int, config: SFTConfig
+    policy: PreTrainedModel,
+    batch: Sequence[TokenizedExample],
+    padding_id: int,
+    config: SFTConfig | ExpertIterationConfig,
 ) -> dict[str, float]:
     """Add the gradient of a whole batch to the parameters, microbatch by microbatch; return its metrics."""
     plan = plan_microbatches(

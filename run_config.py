@@ -268,15 +268,52 @@ class SFTConfig(TrainConfig):
         return found
 
 
-class GRPOConfig(TrainConfig):
-    """Reinforcement learning with verified rewards (GRPO_train.py)."""
+class RolloutConfig(TrainConfig):
+    """What training on the policy's own graded responses shares: first policy, groups of responses."""
 
     warm_start: str = Field(
         "", description="preset of config.yaml whose SFT run gives the first policy (run first if absent); empty: none"
     )
+    group_size: int = Field(8, ge=1, description="responses sampled per question")
+    num_logged_groups: int = Field(2, ge=0, description="groups of rollouts written to samples/ per step")
+
+    @model_validator(mode="after")
+    def _check_rollout_fields(self) -> Self:
+        if self.sampling_temperature == 0:
+            raise ValueError(
+                "sampling_temperature = 0 samples the same response to a question each time, so that nothing can be "
+                "learnt: use a temperature above 0, 1 as a rule"
+            )
+        return self
+
+    @property
+    def num_questions_per_step(self) -> int:
+        """Questions per rollout batch."""
+        raise NotImplementedError
+
+
+class ExpertIterationConfig(RolloutConfig):
+    """Expert iteration: SFT on the policy's own correct responses (expert_iteration.py)."""
+
+    n_ei_steps: int = Field(5, ge=1, description="expert iteration steps")
+    ei_batch_size: int = Field(1024, ge=1, description="questions per expert iteration step (|D_b|)")
+    ei_epochs: int = Field(1, ge=1, description="passes over the responses that a step keeps")
+    keep_correct: Literal["distinct", "one"] = Field(
+        "distinct", description="correct responses kept per question: all that differ in their tokens, or the first"
+    )
+    normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
+
+    @property
+    def num_questions_per_step(self) -> int:
+        """Questions per rollout batch."""
+        return self.ei_batch_size
+
+
+class GRPOConfig(RolloutConfig):
+    """Reinforcement learning with verified rewards (GRPO_train.py)."""
+
     n_grpo_steps: int = Field(200, ge=1, description="rollout batches")
     rollout_batch_size: int = Field(256, ge=1, description="responses sampled per step")
-    group_size: int = Field(8, ge=1, description="responses sampled per question")
     epochs_per_rollout_batch: int = Field(1, ge=1, description="passes over each rollout batch")
     train_batch_size: int = Field(256, ge=1, description="responses per optimizer step")
     gradient_accumulation_steps: int = Field(
@@ -296,7 +333,6 @@ class GRPOConfig(TrainConfig):
         description="per response; by sampling_max_tokens (Dr. GRPO); over all tokens of the optimizer step (DAPO)",
     )
     mask_truncated_responses: bool = Field(False, description="leave responses cut at the length limit out of the loss")
-    num_logged_groups: int = Field(2, ge=0, description="groups of rollouts written to samples/ per step")
 
     @model_validator(mode="after")
     def _check_grpo_fields(self) -> Self:
@@ -306,11 +342,6 @@ class GRPOConfig(TrainConfig):
             raise ValueError(
                 f"train_batch_size = {self.train_batch_size} is smaller than group_size = {self.group_size}: "
                 f"use train_batch_size = {self.group_size} or more"
-            )
-        if self.sampling_temperature == 0:
-            raise ValueError(
-                "sampling_temperature = 0 samples the same response to a question each time, so that nothing can be "
-                "learnt: use a temperature above 0, 1 as a rule"
             )
         if self.group_size == 1 and self.loss_type != "no_baseline":
             raise ValueError(

@@ -66,7 +66,8 @@ def summarize_run(folder: Path) -> dict[str, Any]:
         return known(name)[-1] if known(name) else None
 
     lengths = known("rollout/response_length")
-    batch_size = read_yaml(folder / "config.yaml").get("rollout_batch_size")
+    settings = read_yaml(folder / "config.yaml")
+    batch_size = settings.get("rollout_batch_size") or settings.get("ei_batch_size", 0) * settings.get("group_size", 0)
     return {
         "minutes": sum(sum(known(name)) for name in ("time/step", "eval/seconds", "eval_all/seconds")) / 60,
         "train_steps": last("train_step"),

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from run_checkpoint import fingerprint
 from run_config import (
     NOT_SETTINGS,
+    ExpertIterationConfig,
     GRPOConfig,
     SFTConfig,
     UserError,
@@ -47,6 +48,7 @@ REPOSITORY = Path(__file__).parent
 SCRIPTS = {
     "SFT_train.py": (SFTConfig, "config.yaml"),
     "GRPO_train.py": (GRPOConfig, "grpo_train.yaml"),
+    "expert_iteration.py": (ExpertIterationConfig, "expert_iteration.yaml"),
     "policy_evaluation.py": (SFTConfig, "config.yaml"),
 }
 POLL_SECONDS = 0.5

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 import run_config
-from run_config import GRPOConfig, SFTConfig, UserError, load_config
+from run_config import ExpertIterationConfig, GRPOConfig, SFTConfig, UserError, load_config
 
 REPOSITORY = Path(__file__).parent.parent
-SCHEMAS = {"config.yaml": SFTConfig, "grpo_train.yaml": GRPOConfig}
+SCHEMAS = {"config.yaml": SFTConfig, "grpo_train.yaml": GRPOConfig, "expert_iteration.yaml": ExpertIterationConfig}
 
 
 def presets_of(path):

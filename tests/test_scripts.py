@@ -19,7 +19,7 @@ import benchmark
 import SFT_train
 from math_data import load_sft_examples
 from policy_evaluation import Evaluator
-from run_config import GRPOConfig, SFTConfig, UserError, load_config, run_main
+from run_config import ExpertIterationConfig, GRPOConfig, SFTConfig, UserError, load_config, run_main
 
 MODULES = [
     "SFT_helper",
@@ -27,6 +27,7 @@ MODULES = [
     "policy_evaluation",
     "SFT_train",
     "GRPO_train",
+    "expert_iteration",
     "run_checkpoint",
     "run_config",
     "run_directory",
@@ -502,7 +503,8 @@ def test_readme_commands_exist():
         assert (REPOSITORY / script).is_file(), command
         for argument in arguments:
             key = argument.partition("=")[0]
-            keys = {*SFTConfig.model_fields, *GRPOConfig.model_fields, "data", "config", "--help", "--report"}
+            schemas = (SFTConfig, GRPOConfig, ExpertIterationConfig)
+            keys = {"data", "config", "--help", "--report"}.union(*(schema.model_fields for schema in schemas))
             keys |= {"sweep.py": {"--dry-run"}, "benchmark.py": set(benchmark.TURNS) | {"all"}}.get(script, set())
             is_sweep = key.startswith("sweeps/") and (REPOSITORY / key).is_file()
             assert key in keys or is_sweep, command
@@ -513,7 +515,7 @@ def test_readme_sets_up_what_the_project_and_its_presets_name():
     text = (REPOSITORY / "README.md").read_text()
     groups = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["dependency-groups"]
     assert set(re.findall(r"--(?:no-)?group (\w+)", text)) == {"cpu", "gpu", "flash"} <= set(groups)
-    for file in ("config.yaml", "grpo_train.yaml"):
+    for file in ("config.yaml", "grpo_train.yaml", "expert_iteration.yaml"):
         for preset in ("one-gpu", "two-gpu"):
             values = yaml.safe_load((REPOSITORY / file).read_text())["presets"][preset]
             assert f"hf download {values['model']}\n" in text

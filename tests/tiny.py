@@ -112,6 +112,22 @@ def grpo_arguments(model, runs_dir, **overrides):
     return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
 
 
+def expert_iteration_arguments(model, runs_dir, **overrides):
+    """The arguments of a run of expert_iteration.py: 2 steps of 8 questions x 16 responses, 2 passes over the kept."""
+    values = {
+        "warm_start": "",
+        "n_ei_steps": 2,
+        "ei_batch_size": 8,
+        "group_size": 16,
+        "ei_epochs": 2,
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "eval_interval": 1,
+    }
+    arguments = tiny_arguments(model, runs_dir, **(values | overrides))
+    return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
+
+
 def run_script(name, *arguments, folder=REPOSITORY):
     """Run a script of the repository to its end."""
     return subprocess.run(

@@ -15,9 +15,10 @@ Logged per optimizer step (axis `train_step`, counted in optimizer steps):
     train/learning_rate
 Measured in the first optimizer step of a rollout batch, before the policy moves (null in later ones):
     rollout/log_prob_gap_mean, rollout/log_prob_gap_max, rollout/log_prob_gap_multiplicative
-                               |engine - policy|, over the tokens trained on but the first sampling_min_tokens of each
-                               response, which are sampled without EOS; multiplicative: exp(mean). It proves that the
-                               engine sampled from the policy: above max_sync_error the policy is not moved
+                               |engine - policy|, over the tokens trained on (off-policy: over all), but for the first
+                               sampling_min_tokens of a response, sampled without EOS; multiplicative: exp(mean). It
+                               proves that the engine sampled from the policy, given FEWEST_PROOF_TOKENS: above
+                               max_sync_error the policy is not moved
 Logged with the last optimizer step of a rollout batch:
     rollout/reward, rollout/format_reward, rollout/answer_reward   means over all responses
     rollout/reward_std_within_groups                               mean over groups of their sample std
@@ -25,8 +26,7 @@ Logged with the last optimizer step of a rollout batch:
     rollout/zero_advantage_fraction    responses with advantage exactly zero: they teach nothing
     rollout/response_length[_correct|_incorrect|_max], rollout/truncated_fraction
     rollout/sync_multiplicative_error, rollout/sync_max_log_prob_difference    see policy_evaluation.check_policy_sync;
-                               where responses are not sampled from the policy's own distribution, so that the gap above
-                               proves nothing
+                               where responses do not come from the policy's own distribution and prove nothing
     reward/timeouts, reward/out_of_memory, reward/errors    answers that could not be compared; they count as wrong
     time/sync, time/rollout, time/grade, time/old_log_probs, time/train, time/step (their sum): seconds; responses are
                                        graded while others are sampled, grade is what remains of it afterwards
@@ -40,7 +40,6 @@ backward, with all divisors unchanged, so that the gradient is the same.
 
 import json
 import math
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +47,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ from policy_evaluation import (
 )
 from prefix_tree import plan_microbatches, shares_prefixes
 from run_checkpoint import TrainingState, fingerprint
-from run_config import GRPOConfig, RolloutConfig, UserError, load_config, read_yaml, run_main
+from run_config import GRPOConfig, RolloutConfig, Stopped, UserError, load_config, read_yaml, run_main
 from run_directory import Line, RunDirectory, plot_metrics
 from run_guard import StopGuard
 from SFT_helper import (
@@ -99,6 +98,9 @@ from SFT_helper import (
 )
 
 RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
+
+
+FEWEST_PROOF_TOKENS = 128  # of fewer tokens the mean is not held against max_sync_error; evaluations prove the sync too
 
 
 @dataclass
@@ -166,9 +168,10 @@ def train(
     policy.train()
     padding_id = pad_token_id(tokenizer)
     order = epoch_order(len(questions), config.n_grpo_steps * config.num_questions_per_step, config.seed)
-    state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, questions, strict=True)))
-    run.restore(state)
+    truths = [question.ground_truth for question in questions]
+    state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, truths, strict=True)))
     num_steps = config.n_grpo_steps
+    run.restore(state, num_steps)
     train_step = max((row.get("train_step", 0) for row in run.read_metrics()), default=0)
     with StopGuard(state, run.save_checkpoint, run.path) as guard, thread_pool(NUM_WORKERS) as grading_threads:
         evaluator.keep_and_evaluate(state, num_steps)
@@ -177,7 +180,7 @@ def train(
             guard.stop_if_requested()
             seconds: dict[str, float] = {}
             with run.watched("sync", seconds):
-                sync_metrics = evaluator.sync(policy, with_probes=not config.samples_from_policy)
+                sync_metrics = evaluator.sync(policy, with_probes=not config.rollouts_prove_sync)
 
             first = (step - 1) * config.num_questions_per_step
             chosen = order[first : first + config.num_questions_per_step]
@@ -234,16 +237,24 @@ def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
     """Return the configuration with the warm start's final folder as the model; run SFT_train.py if it is absent.
 
     Raises:
-        UserError: the SFT run failed, or the one that is there started from another model, prompt or reward.
+        UserError: the SFT run failed, or the one that is there has another model, prompt, reward or task.
     """
     if not config.warm_start:
         return config
     folder = Path(config.runs_dir) / config.warm_start
-    shared = {"model": config.model, "prompt": config.prompt, "reward": config.reward}
+    shared = {
+        "model": config.model,
+        "prompt": config.prompt,
+        "reward": config.reward,
+        "train_data": config.train_data,
+        "validation_data": config.validation_data,
+        "arithmetic_terms": list(config.arithmetic_terms),
+        "arithmetic_max_term": config.arithmetic_max_term,
+    }
     if (folder / "final").is_dir():
         used = read_yaml(folder / "config.yaml")
         different = [
-            f"{name} = {used.get(name)}, not {value}" for name, value in shared.items() if used.get(name) != value
+            f"{name} = {used[name]}, not {value}" for name, value in shared.items() if used.get(name, value) != value
         ]
         if different:
             raise UserError(
@@ -259,10 +270,6 @@ def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
             "run_name": config.warm_start,
             "runs_dir": config.runs_dir,
             "wandb_mode": config.wandb_mode,
-            "train_data": config.train_data,
-            "validation_data": config.validation_data,
-            "arithmetic_terms": list(config.arithmetic_terms),
-            "arithmetic_max_term": config.arithmetic_max_term,
             "resume": "auto",
         }
         arguments = [f"{name}={value}" for name, value in settings.items()]
@@ -270,8 +277,8 @@ def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
         try:
             status = process.wait()
         except KeyboardInterrupt as interrupt:
-            if str(interrupt) == signal.SIGTERM.name:  # the other signals reach both processes
-                process.terminate()
+            if isinstance(interrupt, Stopped):  # it may have reached both processes, or this one alone
+                process.send_signal(interrupt.status - 128)
             process.wait()  # it finishes its step and saves
             raise
         if status != 0:
@@ -377,13 +384,17 @@ def update_policy(
         SyncError: the responses were not sampled from this policy, which is left as it was.
     """
     rows = []
+    gap: dict[str, float] = {}
+    if config.is_off_policy and config.rollouts_prove_sync:
+        gap = measure_gap(rollouts, torch.cat([cast(Tensor, rollout.old_log_probs) for rollout in rollouts]), config)
     for epoch in range(config.epochs_per_rollout_batch):
         order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(rollouts), config.train_batch_size):
             batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
-            sums = accumulate_gradients(
-                policy, batch, padding_id, config, measure_gap=not rows and config.samples_from_policy
-            )
+            proves_sync = config.rollouts_prove_sync and not config.is_off_policy
+            sums = accumulate_gradients(policy, batch, padding_id, config, with_gap=proves_sync)
+            if not rows:
+                sums |= gap
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
                 raise UserError(
@@ -391,9 +402,9 @@ def update_policy(
                     "loss_type=grpo_clip if the importance ratio exploded"
                 )
             metrics = summarize_update(sums)
-            gap = metrics["rollout/log_prob_gap_multiplicative"]
-            if gap is not None:
-                require_small_sync_error(gap, config.max_sync_error)
+            error = metrics["rollout/log_prob_gap_multiplicative"]
+            if error is not None and sums["num_gap_tokens"] >= FEWEST_PROOF_TOKENS:
+                require_small_sync_error(error, config.max_sync_error)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             rows.append(metrics | {"train/grad_norm": grad_norm, "train/learning_rate": config.learning_rate})
@@ -422,7 +433,7 @@ def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def accumulate_gradients(
-    policy: PreTrainedModel, batch: Sequence[Rollout], padding_id: int, config: GRPOConfig, measure_gap: bool = False
+    policy: PreTrainedModel, batch: Sequence[Rollout], padding_id: int, config: GRPOConfig, with_gap: bool = False
 ) -> dict[str, float]:
     """Add the gradient of one optimizer step to the parameters, microbatch by microbatch; return its sums.
 
@@ -475,17 +486,27 @@ def accumulate_gradients(
             num_step_rows=len(batch),
         )
         microbatch = {"loss": loss, "entropy_sum": masked_normalize(scores["token_entropy"], mask, 1.0), **metadata}
-        if measure_gap:
-            engine = torch.tensor([value for rollout in part for value in rollout.response.log_probs])
-            is_free = torch.cat(
-                [torch.arange(len(rollout.response.token_ids)) >= config.sampling_min_tokens for rollout in part]
-            )
-            gap = (engine - log_probs.detach()[mask].cpu()).abs() * is_free
-            microbatch |= {"gap_sum": gap.sum(), "gap_max": gap.max(), "num_gap_tokens": is_free.sum()}
+        if with_gap:
+            microbatch |= measure_gap(part, log_probs.detach()[mask].cpu(), config)
         for name, value in microbatch.items():
             number = float(value)
             sums[name] = max(sums.get(name, number), number) if name.endswith("_max") else sums.get(name, 0.0) + number
     return sums
+
+
+def measure_gap(rollouts: Sequence[Rollout], log_probs: Tensor, config: GRPOConfig) -> dict[str, float]:
+    """Return sum and maximum of |engine - policy log-prob|, and over how many tokens.
+
+    Args:
+        rollouts: with the engine's log-probs.
+        log_probs: the policy's, of all their response tokens one after the other, on the CPU.
+        config: `sampling_min_tokens`: the first tokens of a response, which are left out, for the engine samples them
+            from a distribution without EOS.
+    """
+    engine = torch.tensor([value for rollout in rollouts for value in rollout.response.log_probs])
+    counts = torch.cat([torch.arange(len(row.response.token_ids)) >= config.sampling_min_tokens for row in rollouts])
+    gap = (engine - log_probs).abs() * counts
+    return {"gap_sum": gap.sum().item(), "gap_max": gap.max().item(), "num_gap_tokens": counts.sum().item()}
 
 
 def loss_weight(rollout: Rollout, config: GRPOConfig) -> float:

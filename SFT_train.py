@@ -122,8 +122,8 @@ def train(
     policy.train()
     padding_id = pad_token_id(tokenizer)
     previous_batch: list[TokenizedExample] = []
-    state = TrainingState(policy, tokenizer, optimizer, fingerprint(train_set))
-    run.restore(state)
+    state = TrainingState(policy, tokenizer, optimizer, fingerprint(row[1:] for row in train_set))  # the token ids
+    run.restore(state, num_steps)
     with StopGuard(state, run.save_checkpoint, run.path) as guard:
         evaluator.keep_and_evaluate(state, num_steps)
         progress = tqdm(range(state.step + 1, num_steps + 1), "SFT", num_steps, unit="step", initial=state.step)

@@ -120,11 +120,12 @@ def train(
     policy.train()
     padding_id = pad_token_id(tokenizer)
     order = epoch_order(len(questions), config.n_ei_steps * config.ei_batch_size, config.seed)
-    state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, questions, strict=True)))
-    run.restore(state)
+    truths = [question.ground_truth for question in questions]
+    state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, truths, strict=True)))
+    num_steps = config.n_ei_steps
+    run.restore(state, num_steps)
     # how many there were follows from the responses kept, not from the step
     num_updates = max((row["train_step"] for row in run.read_metrics() if "train_step" in row), default=0)
-    num_steps = config.n_ei_steps
     with StopGuard(state, run.save_checkpoint, run.path) as guard, thread_pool(NUM_WORKERS) as grading_threads:
         evaluator.keep_and_evaluate(state, num_steps)
         progress = tqdm(range(state.step + 1, num_steps + 1), "EI", num_steps, unit="step", initial=state.step)

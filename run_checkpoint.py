@@ -96,7 +96,8 @@ class TrainingState:
 
     def can_be_saved(self) -> bool:
         """Whether the weights are those after `step`, and all of them are numbers."""
-        return self.is_whole and all(bool(torch.isfinite(tensor).all()) for tensor in self.policy.parameters())
+        extremes = (torch.stack(torch.aminmax(tensor.detach())) for tensor in self.policy.parameters())  # NaN wins
+        return self.is_whole and all(bool(torch.isfinite(pair).all()) for pair in extremes)
 
     def _weights_move(self, *_: object) -> None:
         self.is_whole = False
@@ -177,7 +178,7 @@ def find_damage(path: Path) -> str | None:
     try:
         expected = dict(json.loads((path / MANIFEST).read_text()))
         found = describe_files(path)
-    except (OSError, ValueError, TypeError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:  # another OSError says nothing of the checkpoint
         return f"{MANIFEST} or a file it names cannot be read: {error}"
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -288,7 +289,8 @@ def remove_checkpoint(path: Path) -> None:
 def is_disk_full(error: Exception) -> bool:
     """Whether an error says that there is no room left, or no quota."""
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return is_full or os.strerror(errno.ENOSPC) in str(error)  # safetensors wraps the system's error
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    return is_full or any(text in str(error) for text in texts)  # libraries wrap the system's error
 
 
 def _require_space(path: Path, num_bytes: int) -> None:

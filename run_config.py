@@ -6,6 +6,7 @@ properties. Every field carries its meaning and unit, which `--help` prints.
 """
 
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -381,6 +382,11 @@ class GRPOConfig(RolloutConfig):
         return self.rollout_batch_size // self.group_size
 
     @property
+    def rollouts_prove_sync(self) -> bool:
+        """Whether the engine's log-probs of its responses, but for the first tokens, are to be the policy's own."""
+        return self.samples_from_policy and self.sampling_min_tokens < self.sampling_max_tokens
+
+    @property
     def is_off_policy(self) -> bool:
         """Whether the policy moves while a rollout batch is trained on."""
         return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
@@ -454,7 +460,7 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         folder = newest_unfinished_run(schema, config)
         if folder is not None:
             return resumed_config(schema, folder, overrides)
-        print("resume = auto: there is no unfinished run, so that this is a new one")
+        print("resume = auto: there is no unfinished run with a checkpoint, so that this is a new one")
     for warning in config.warnings():
         print(f"warning: {warning}")
     return config
@@ -496,10 +502,13 @@ def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | 
     unfinished = [
         path.parent
         for path in Path(config.runs_dir).glob("*/config.yaml")
-        if (path.parent / "checkpoints").is_dir() and not (path.parent / "final").is_dir()
+        if (path.parent / "checkpoints").is_dir()
+        and (path.parent / "lock").is_file()
+        and not (path.parent / "final").is_dir()
     ]
     own = [folder for folder in unfinished if _is_readable(schema, folder / "config.yaml")]
-    return max(own, key=lambda folder: (folder / "config.yaml").stat().st_mtime, default=None)
+    # the lock is written whenever a process begins or goes on with a run
+    return max(own, key=lambda folder: (folder / "lock").stat().st_mtime, default=None)
 
 
 def choose_preset() -> tuple[str, str]:
@@ -558,16 +567,25 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     except Stopped as stopped:
-        print(f"stopped by {stopped}; what was written so far is kept", file=sys.stderr)
+        _say(f"stopped by {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; what was written so far is kept", file=sys.stderr)
+        _say("stopped by Ctrl-C")
         sys.exit(130)
     finally:
         restore_handlers(previous_handlers)
+
+
+def _say(text: str) -> None:
+    """Print a last line to stderr, if anybody is left to read it: a closed terminal is no error of its own."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # else the interpreter's exit status is 120
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:

@@ -142,6 +142,12 @@ class RunDirectory:
             raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
         remove_leftovers(path)
         checkpoint = newest_whole_checkpoint(_checkpoints(path))
+        damaged = sorted((path / "checkpoints").glob("damaged_*"))
+        if damaged and checkpoint is None:
+            raise UserError(
+                f"resume = {path}: every checkpoint is damaged ({', '.join(file.name for file in damaged)}); begin a "
+                "new run under another run_name"
+            )
         record: dict[str, Any] = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
         if checkpoint and record["config_sha256"] != _fingerprint(config):
             changes = describe_changes(record["config"], settings)
@@ -195,13 +201,22 @@ class RunDirectory:
         """Time a phase and hold it to its limit; see run_guard.watched."""
         return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds)
 
-    def restore(self, state: TrainingState) -> None:
+    def restore(self, state: TrainingState, num_steps: int) -> None:
         """Bring state and folder to where the run goes on from; a new run stays at step 0.
 
-        Only here does a resumed run change its folder: what fails before, the model or the engine, costs nothing.
+        Only here does a resumed run change metrics, configuration and policy in its folder: what fails before, the
+        model or the engine, costs nothing.
+
+        Raises:
+            UserError: the run is beyond `num_steps` already, or its data are not those of the checkpoint.
         """
         if self.checkpoint is not None:
             restore(self.checkpoint, state)
+        if state.step > num_steps:
+            raise UserError(
+                f"resume = {self.path}: the run is at step {state.step} already, {num_steps} are asked for; ask for "
+                f"more, or evaluate {self.checkpoint}/model"
+            )
         if self._resumption is not None:
             if (self.path / "metrics.jsonl").exists():
                 os.truncate(self.path / "metrics.jsonl", state.metrics_bytes)  # so that no step stands twice

@@ -1,7 +1,7 @@
 """What ends a run before its time: signals, and phases that hang.
 
 SIGINT, SIGTERM, SIGHUP   the phase in progress is finished, or given up after GRACE_SECONDS; the state is saved; exit
-                          status 128 + the signal's number. A second signal ends the process at once
+                          status 128 + the signal's number. A second request ends the process at once
 a phase over its limit    where every thread stood is written to the run's folder; exit status 124
 """
 
@@ -12,15 +12,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Self
+
+import torch
 
 from run_checkpoint import TrainingState
 from run_config import Stopped, first_line, handle_signals, restore_handlers
 
 GRACE_SECONDS = 20.0  # a signal's phase may go on for so long; then there is time to save within half a minute
+# One request may arrive several times: from `uv run`, which hands it on, and from the process group or the terminal.
+SAME_REQUEST_SECONDS = 1.0
 SECONDS_TO_GIVE_UP = 30.0  # beyond a phase's limit, for a hang in native code that holds the interpreter
 HUNG_STATUS = 124  # as of the command `timeout`
 STDERR = os.dup(2)  # file descriptor 2 may be turned elsewhere while native code is kept quiet
@@ -38,6 +42,7 @@ class StopGuard:
     def __init__(self, state: TrainingState, save: Callable[[TrainingState], Path], folder: Path) -> None:
         self._state, self._save, self._folder = state, save, folder
         self._requested: int | None = None
+        self._requested_at = 0.0
         self._is_over = False
 
     def __enter__(self) -> Self:
@@ -64,21 +69,29 @@ class StopGuard:
     def _save_and_say_where(self) -> None:
         message = "the weights were moving, or are no numbers: there is nothing newer than the last checkpoint to save"
         try:
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # the run may be ending because there was no memory left
             if self._state.can_be_saved():
                 message = f"state after step {self._state.step} saved: {self._save(self._state)}"
         except Exception as failure:  # what ends the run is the error that is on its way, not this one
             message = f"the state could not be saved: {first_line(failure)}"
-        print(f"\n{message}\nto go on: the same command with resume={self._folder}", file=sys.stderr)
+        with suppress(OSError):  # a terminal that is closed
+            print(f"\n{message}\nto go on: the same command with resume={self._folder}", file=sys.stderr, flush=True)
 
     def _remember(self, signal_number: int, frame: FrameType | None) -> None:
         if self._requested is not None:
-            os.write(STDERR, b"\nsecond signal: stopped at once; the last checkpoint is kept\n")
+            is_recent = time.monotonic() - self._requested_at < SAME_REQUEST_SECONDS
+            if signal_number == signal.SIGHUP or (signal_number == self._requested and is_recent):
+                return
+            with suppress(OSError):
+                os.write(STDERR, b"\nsecond signal: stopped at once; the last checkpoint is kept\n")
             os._exit(128 + signal_number)
-        self._requested = signal_number
-        name = signal.Signals(signal_number).name
-        print(f"\n{name}: stopping after this phase; a second signal stops at once", flush=True)
+        self._requested, self._requested_at = signal_number, time.monotonic()
         if not self._is_over:
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS, 1.0)  # then every second: it may not be possible yet
+        name = signal.Signals(signal_number).name
+        with suppress(OSError):  # and no print, which this handler may have interrupted
+            os.write(1, f"\n{name}: stopping after this phase; a second signal stops at once\n".encode())
 
     def _give_up(self, signal_number: int, frame: FrameType | None) -> None:
         can_give_up = self._state.is_whole and not self._state.is_being_saved and not self._is_over

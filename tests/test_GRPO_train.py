@@ -15,7 +15,14 @@ from tiny import REPOSITORY, grpo_arguments, run_script
 
 import GRPO_train
 import run_directory
-from GRPO_train import Rollout, accumulate_gradients, diagnose, make_rollouts, update_policy
+from GRPO_train import (
+    Rollout,
+    accumulate_gradients,
+    diagnose,
+    make_rollouts,
+    score_old_log_probs,
+    update_policy,
+)
 from math_data import Example, load_sft_examples
 from math_reward import Grade, grade_responses, question_only_reward_fn
 from policy_evaluation import (
@@ -248,9 +255,7 @@ def test_every_documented_metric_is_logged(grpo_run):
         assert set(first) | set(last) == documented | {"train_step"}
         assert "rollout/reward" not in first
         assert last["time/old_log_probs"] > 0
-        assert first["rollout/log_prob_gap_multiplicative"] is None or (
-            first["rollout/log_prob_gap_multiplicative"] < 1.001
-        )
+        assert 1 <= first["rollout/log_prob_gap_multiplicative"] < 1.001  # off-policy: over all responses
 
 
 def rollouts_of(engine, tokenizer, **sampling):
@@ -266,8 +271,9 @@ def rollouts_of(engine, tokenizer, **sampling):
     return rollouts, responses
 
 
-def test_the_policy_is_not_moved_by_responses_of_another_policy(engine, tiny_model, tokenizer):
+def test_the_policy_is_not_moved_by_responses_of_another_policy(engine, tiny_model, tokenizer, monkeypatch):
     """The rollouts themselves prove the weight sync, before the optimizer's first step on them."""
+    monkeypatch.setattr(GRPO_train, "FEWEST_PROOF_TOKENS", 32)
     load_policy_into_vllm_instance(tiny_model, engine)
     rollouts, _ = rollouts_of(engine, tokenizer)
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
@@ -280,14 +286,32 @@ def test_the_policy_is_not_moved_by_responses_of_another_policy(engine, tiny_mod
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
 
 
+def test_off_policy_all_rollouts_prove_the_sync(engine, tiny_model, tokenizer, monkeypatch):
+    """Also those of the later batches, and where the first batch has nothing to train on."""
+    monkeypatch.setattr(GRPO_train, "FEWEST_PROOF_TOKENS", 32)
+    load_policy_into_vllm_instance(tiny_model, engine)
+    rollouts, _ = rollouts_of(engine, tokenizer)
+    config = tiny_config(train_batch_size=4, loss_type="grpo_clip", max_sync_error=1.0001)
+    score_old_log_probs(tiny_model, rollouts, 0, config)
+    for rollout in rollouts:
+        rollout.advantage = 0.0
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
+    first, second = update_policy(tiny_model, optimizer, rollouts, 0, 1, config)
+    assert 1 <= first["rollout/log_prob_gap_multiplicative"] < 1.0001
+    assert second["rollout/log_prob_gap_multiplicative"] is None
+    rollouts[-1].response.log_probs[:] = [value - 1 for value in rollouts[-1].response.log_probs]
+    with pytest.raises(SyncError):
+        update_policy(tiny_model, optimizer, rollouts, 0, 1, config)
+
+
 def test_tokens_sampled_without_eos_prove_nothing_and_are_left_out(engine, tiny_model, tokenizer):
     """The engine renormalizes where EOS is forbidden: a difference to the policy that is none of the weights'."""
     with torch.no_grad():
         tiny_model.get_input_embeddings().weight[0] *= 3  # tied: makes EOS, token 0, likely
     load_policy_into_vllm_instance(tiny_model, engine)
     rollouts, _ = rollouts_of(engine, tokenizer, min_tokens=4)
-    with_all = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=0), measure_gap=True)
-    without = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=4), measure_gap=True)
+    with_all = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=0), with_gap=True)
+    without = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=4), with_gap=True)
     assert with_all["gap_max"] > 1e-3
     assert without["gap_max"] < 1e-4
     assert with_all["num_gap_tokens"] - without["num_gap_tokens"] == 4 * len(rollouts)
@@ -300,7 +324,7 @@ def test_rollouts_are_trained_on_the_sampled_ids(engine, tiny_model, tokenizer):
     ids = tokenizer.encode("What is 1 + 2?")
     assert any(tokenizer.encode(response.text) != response.token_ids for response in responses)
     assert [rollout.response.token_ids for rollout in rollouts] == [response.token_ids for response in responses]
-    sums = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(), measure_gap=True)
+    sums = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(), with_gap=True)
     assert sums["num_tokens"] == sum(len(response.token_ids) for response in responses)
     assert sums["gap_max"] < 1e-4  # another tokenization would be scored far from the engine's log-probs
     check_policy_sync(tiny_model, engine, [ids], 0, num_tokens=4, max_error=1.0001)
@@ -472,6 +496,24 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where_the_policy_is(
     assert (tmp_path / "x/checkpoints/step_000000/model/model.safetensors").exists()
 
 
+def test_a_run_whose_engine_is_not_the_policy_keeps_its_last_whole_step(
+    scripted_engine, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    """The scripted log-probs are not the model's, which shows as soon as there is something to learn from them."""
+    original = GRPO_train.make_rollouts
+
+    def with_advantages(*arguments):
+        rollouts = original(*arguments)
+        rollouts[0].advantage = 1.0
+        return rollouts
+
+    monkeypatch.setattr(GRPO_train, "make_rollouts", with_advantages)
+    monkeypatch.setattr(GRPO_train, "FEWEST_PROOF_TOKENS", 1)
+    with pytest.raises(SyncError, match="max_sync_error = 1.001"):
+        GRPO_train.main(grpo_arguments(tiny_model_folder, tmp_path, run_name="x", sampling_min_tokens=0))
+    assert re.search("state after step 0 saved: .*step_000000", capsys.readouterr().err)
+
+
 @pytest.fixture
 def scripted_engine(monkeypatch):
     """GRPO_train without vLLM: every response is the same two tokens."""
@@ -497,6 +539,10 @@ def test_a_warm_start_is_found_by_its_path(tmp_path, capsys):
     assert "warm start: " in capsys.readouterr().out
     with pytest.raises(UserError, match="was trained with model = smollm2-135m, not mine; remove it"):
         GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path), model="mine"))
+    with (tmp_path / "warm" / "config.yaml").open("a") as file:
+        file.write("arithmetic_terms: [2, 5]\n")
+    with pytest.raises(UserError, match=r"was trained with arithmetic_terms = \[2, 5\], not \[2, 4\]; remove it"):
+        GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path)))
 
 
 def test_a_warm_start_that_is_not_there_is_run_first(tmp_path, monkeypatch):

@@ -148,13 +148,14 @@ def test_no_room_is_found_before_anything_is_written(saved, monkeypatch):
     assert find_damage(path) is None
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("kind", [OSError, Exception])  # the tokenizers' library raises a bare Exception
 @pytest.mark.parametrize("fails_in", ["save_file", "flush_to_disk"])
-def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(saved, monkeypatch, fails_in, kind):
+def test_a_disk_that_fills_up_while_saving_keeps_the_checkpoint_before(saved, monkeypatch, fails_in, kind, number):
     path, state = saved
 
     def full(*_):
-        raise kind(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise kind(number, os.strerror(number))
 
     monkeypatch.setattr(run_checkpoint, fails_in, full)
     with pytest.raises(UserError, match=r"the disk of .*checkpoints is full"):

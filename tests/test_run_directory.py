@@ -157,7 +157,7 @@ def resumed(run, *changes):
 def go_on(run, model, tokenizer):
     """Restore a run as the scripts do, when everything is loaded; return the state."""
     state = new_state(model, tokenizer)
-    run.restore(state)
+    run.restore(state, num_steps=100)
     return state
 
 
@@ -185,6 +185,23 @@ def test_a_resumption_that_fails_before_it_begins_changes_nothing(stopped_run):
         raise UserError("no model")
     assert before == {name: (stopped_run.path / name).read_bytes() for name in names}
     assert not list(stopped_run.path.glob("environment_resumed_*"))
+
+
+def test_a_run_that_is_beyond_the_steps_asked_for_is_left_as_it_is(stopped_run, tiny_model, tokenizer):
+    before = (stopped_run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="the run is at step 3 already, 2 are asked for"), resumed(stopped_run) as run:
+        run.restore(new_state(tiny_model, tokenizer), num_steps=2)
+    assert (stopped_run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_by_itself(stopped_run):
+    for path in stopped_run.path.glob("checkpoints/*/optimizer.safetensors"):
+        path.unlink()
+    before = (stopped_run.path / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match="every checkpoint is damaged .damaged_step_000001, damaged_step_000002, "):
+            resumed(stopped_run)
+    assert (stopped_run.path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_of_another_script_is_not_resumed(tmp_path):
@@ -264,7 +281,8 @@ def test_auto_takes_the_newest_unfinished_run_of_the_same_kind(stopped_run, caps
             (run.path / "checkpoints").mkdir()
             run.log({"train_step": 1})
     (runs_dir / "done/final").mkdir()
-    os.utime(runs_dir / "older/config.yaml", (0, 0))
+    for age, name in enumerate(("mine", "grpo", "older"), start=1):  # by when they were last taken up
+        os.utime(runs_dir / name / "lock", (time.time() - age, time.time() - age))
     arguments = ["resume=auto", f"runs_dir={runs_dir}"]
     assert load_config(SFTConfig, REPOSITORY / "config.yaml", arguments).resume == str(stopped_run.path)
     assert load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, "run_name=older"]).run_name == "older"

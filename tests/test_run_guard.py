@@ -31,7 +31,7 @@ def guarded(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_signal_waits_for_the_phase_then_saves(guarded, number, status, capsys):
+def test_a_signal_waits_for_the_phase_then_saves(guarded, number, status, capfd):
     guard, saved, state = guarded
     before = {n: signal.getsignal(n) for n in (*STOP_SIGNALS, signal.SIGALRM)}
     with pytest.raises(Stopped) as caught, guard:
@@ -41,7 +41,7 @@ def test_a_signal_waits_for_the_phase_then_saves(guarded, number, status, capsys
         pytest.fail("the guard did not stop the loop")
     assert caught.value.status == status
     assert saved == [6]
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert "stopping after this phase" in out
     assert "state after step 6 saved" in err and "with resume=" in err
     assert before == {n: signal.getsignal(n) for n in before}
@@ -89,6 +89,50 @@ def test_a_signal_that_is_ignored_stays_ignored(guarded):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_one_request_that_arrives_several_times_is_one(guarded, number):
+    """As it does by way of `uv run`, of a process group, of a terminal."""
+    guard, saved, state = guarded
+    with pytest.raises(Stopped), guard:
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+            time.sleep(0.03)
+        state.step = 6
+        guard.stop_if_requested()
+    assert saved == [6]
+
+
+CLOSED_TERMINAL = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from run_config import run_main
+from run_guard import StopGuard
+state = SimpleNamespace(step=5, is_whole=True, is_being_saved=False, can_be_saved=lambda: True)
+def main(arguments):
+    with StopGuard(state, lambda state: Path(arguments[0]).touch(), Path("runs/x")) as guard:
+        print("ready", flush=True)
+        time.sleep(1)  # the terminal goes, and the signal comes
+        guard.stop_if_requested()
+run_main(main)
+"""
+
+
+def test_a_closed_terminal_does_not_keep_the_run_from_saving(tmp_path):
+    """What is printed then raises an error, which must not end the phase, nor change the exit status."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLOSED_TERMINAL, str(tmp_path / "saved")],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY, start_new_session=True,
+    )  # fmt: skip
+    os.close(theirs)
+    assert b"ready" in os.read(ours, 100)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129
+    assert (tmp_path / "saved").exists()
 
 
 SECOND_SIGNAL = """

@@ -72,13 +72,13 @@ from policy_evaluation import (
     Response,
     autocast,
     check_devices,
-    compile_blocks,
     derive_seed,
     describe_evaluations,
     encode_prompts,
     load_policy,
     mean,
     peak_memory_gib,
+    prepare_training,
     require_small_sync_error,
     sampling_params,
     score_responses,
@@ -154,18 +154,7 @@ def train(
     config: GRPOConfig,
 ) -> None:
     """Run all GRPO steps that are left, evaluating before the first, every `eval_interval` and after the last."""
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    if config.compile_policy:
-        compile_blocks(policy)
-    policy.train()
+    optimizer = prepare_training(policy, config)
     padding_id = pad_token_id(tokenizer)
     order = epoch_order(len(questions), config.n_grpo_steps * config.num_questions_per_step, config.seed)
     truths = [question.ground_truth for question in questions]

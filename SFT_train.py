@@ -43,11 +43,11 @@ from policy_evaluation import (
     Evaluator,
     autocast,
     check_devices,
-    compile_blocks,
     describe_evaluations,
     encode_prompts,
     load_policy,
     peak_memory_gib,
+    prepare_training,
 )
 from prefix_tree import plan_microbatches, shares_prefixes
 from run_checkpoint import TrainingState, fingerprint
@@ -108,18 +108,7 @@ def train(
 ) -> None:
     """Run all optimizer steps that are left, evaluating before the first, every `eval_interval` and after the last."""
     order = epoch_order(len(train_set), num_steps * config.train_batch_size, config.seed)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    if config.compile_policy:
-        compile_blocks(policy)
-    policy.train()
+    optimizer = prepare_training(policy, config)
     padding_id = pad_token_id(tokenizer)
     previous_batch: list[TokenizedExample] = []
     state = TrainingState(policy, tokenizer, optimizer, fingerprint(row[1:] for row in train_set))  # the token ids

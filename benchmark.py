@@ -39,7 +39,7 @@ import yaml
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config
 
 import GRPO_train
 import SFT_train
@@ -51,6 +51,7 @@ from policy_evaluation import (
     init_vllm,
     load_policy,
     peak_memory_gib,
+    prepare_training,
     resolve_model,
     sample_responses,
     sampling_params,
@@ -221,7 +222,7 @@ def work_sft(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     settings = sft_settings(config)
     policy, tokenizer = load_policy(settings)
     batch = SFT_train.tokenize_examples(sft_examples(settings), tokenizer, settings)
-    optimizer = make_optimizer(policy, settings)
+    optimizer = prepare_training(policy, settings)
 
     def step() -> None:
         SFT_train.accumulate_gradients(policy, batch, pad_token_id(tokenizer), settings)
@@ -319,7 +320,7 @@ def work_logprob(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
         question = index // config.group_size
         response = Response(prompt_ids[question], "", token_ids, [0.0] * length, "length")
         rollouts.append(GRPO_train.Rollout(questions[question], response, {"reward": 0.0}, 1.0 - 2 * (index % 2)))
-    optimizer, padding_id = make_optimizer(policy, config), pad_token_id(tokenizer)
+    optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
 
     def score(part: Sequence[GRPO_train.Rollout]) -> None:
         GRPO_train.score_old_log_probs(policy, part, padding_id, config)
@@ -444,20 +445,6 @@ def trl_task(name: str, config: BenchmarkConfig, folder: Path) -> dict[str, Any]
         "prompts": [example.prompt for example in chosen],
         "ground_truths": [example.ground_truth for example in chosen],
     }
-
-
-def make_optimizer(policy: PreTrainedModel, settings: SFTConfig | GRPOConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of both training scripts; the policy is in training mode from here on."""
-    policy.train()
-    if settings.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    return torch.optim.AdamW(
-        policy.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.adam_betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def choose_model(config: BenchmarkConfig) -> BenchmarkConfig:

@@ -57,11 +57,11 @@ from policy_evaluation import (
     Evaluator,
     Response,
     check_devices,
-    compile_blocks,
     derive_seed,
     encode_prompts,
     load_policy,
     peak_memory_gib,
+    prepare_training,
     sleep_vllm_instance,
 )
 from run_checkpoint import TrainingState, fingerprint
@@ -106,18 +106,7 @@ def train(
     config: ExpertIterationConfig,
 ) -> None:
     """Run all steps that are left, evaluating before the first, every `eval_interval` and after the last."""
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
-    if config.compile_policy:
-        compile_blocks(policy)
-    policy.train()
+    optimizer = prepare_training(policy, config)
     padding_id = pad_token_id(tokenizer)
     order = epoch_order(len(questions), config.n_ei_steps * config.ei_batch_size, config.seed)
     truths = [question.ground_truth for question in questions]

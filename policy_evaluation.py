@@ -145,6 +145,22 @@ def compile_blocks(policy: PreTrainedModel) -> None:
         block.compile(dynamic=True)
 
 
+def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """Put a policy into training mode, as configured, and return its optimizer."""
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    if config.compile_policy:
+        compile_blocks(policy)
+    policy.train()
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
 def choose_attention(config: RunConfig) -> str:
     """Return the attention implementation: as configured, or for `auto` flash-attention 2 where it can run, else sdpa.
 

@@ -21,7 +21,8 @@ from run_directory import EVAL_SCORE, read_metrics
 FINAL_SCORE = "eval_all/answer_reward"
 METRICS = (
     *("train/loss_per_token", "train/loss", "train/token_entropy", "train/grad_norm"),
-    *("rollout/reward", "rollout/response_length", "rollout/zero_advantage_fraction", "time/step"),
+    *("rollout/reward", "rollout/response_length", "rollout/zero_advantage_fraction"),
+    *("rollout/log_prob_gap_multiplicative", "time/sync", "time/rollout", "time/train", "time/step"),
     *(EVAL_SCORE, "eval/format_reward", "eval/response_length", "eval/token_entropy", "eval/seconds"),
     *("eval/num_format_1_answer_1", "eval/num_format_1_answer_0", "eval/num_format_0"),
     *(FINAL_SCORE, "eval_all/num_examples"),

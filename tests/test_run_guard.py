@@ -17,6 +17,14 @@ from run_config import STOP_SIGNALS, Stopped
 from run_guard import StopGuard, watched
 
 
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """Also where these tests are run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def guarded(tmp_path):
     """A guard, what it saved, and the state that it saves."""
@@ -114,8 +122,9 @@ state = SimpleNamespace(step=5, is_whole=True, is_being_saved=False, can_be_save
 def main(arguments):
     with StopGuard(state, lambda state: Path(arguments[0]).touch(), Path("runs/x")) as guard:
         print("ready", flush=True)
-        time.sleep(1)  # the terminal goes, and the signal comes
-        guard.stop_if_requested()
+        for _ in range(300):  # until the terminal has gone, and the signal has come
+            time.sleep(0.1)
+            guard.stop_if_requested()
 run_main(main)
 """
 

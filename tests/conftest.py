@@ -1,6 +1,7 @@
 """A tiny random model with tied embeddings, its tokenizer, and a real vLLM engine that runs it on the CPU."""
 
 import os
+import signal
 
 import pytest
 from jaxtyping import install_import_hook
@@ -8,6 +9,13 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads only slow a tiny model down
 # Whoever imports the helpers from here on gets them with their annotated shapes and dtypes checked.
 install_import_hook(["SFT_helper", "GRPO_helper"], "beartype.beartype")
+
+
+def pytest_configure():
+    """Ignore no signal, though the tests may run under nohup or in a script's background: scripts inherit that."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

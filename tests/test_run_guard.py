@@ -17,14 +17,6 @@ from run_config import STOP_SIGNALS, Stopped
 from run_guard import StopGuard, watched
 
 
-@pytest.fixture(autouse=True)
-def no_signal_is_ignored():
-    """Also where these tests are run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 @pytest.fixture
 def guarded(tmp_path):
     """A guard, what it saved, and the state that it saves."""

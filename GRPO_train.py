@@ -98,8 +98,6 @@ from SFT_helper import (
 )
 
 RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
-
-
 FEWEST_PROOF_TOKENS = 128  # of fewer tokens the mean is not held against max_sync_error; evaluations prove the sync too
 
 
@@ -161,7 +159,7 @@ def train(
     state = TrainingState(policy, tokenizer, optimizer, fingerprint(zip(prompt_ids, truths, strict=True)))
     num_steps = config.n_grpo_steps
     run.restore(state, num_steps)
-    train_step = max((row.get("train_step", 0) for row in run.read_metrics()), default=0)
+    train_step = run.last_train_step()
     with StopGuard(state, run.save_checkpoint, run.path) as guard, thread_pool(NUM_WORKERS) as grading_threads:
         evaluator.keep_and_evaluate(state, num_steps)
         progress = tqdm(range(state.step + 1, num_steps + 1), "GRPO", num_steps, unit="step", initial=state.step)
@@ -191,14 +189,7 @@ def train(
             with run.watched("train", seconds):
                 rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
 
-            num_tokens = sum(len(rollout.response.token_ids) for rollout in rollouts)
-            rows[-1] |= summarize_rollouts(rollouts, config)
-            rows[-1] |= {f"rollout/{name}": value for name, value in sync_metrics.items()}
-            rows[-1] |= seconds | {
-                "time/step": sum(seconds.values()),
-                "time/tokens_per_second": num_tokens / seconds["time/rollout"],
-                "memory/peak_gib": peak_memory_gib(config.policy_device),
-            }
+            rows[-1] |= summarize_step(rollouts, sync_metrics, seconds, config)
             for row in rows:
                 train_step += 1
                 run.log({"train_step": train_step, **row})
@@ -509,6 +500,21 @@ def old_log_probs_of(part: Sequence[Rollout], log_probs: Tensor, mask: Tensor) -
         return log_probs.detach()
     values = torch.cat([rollout.old_log_probs for rollout in part if rollout.old_log_probs is not None])
     return torch.zeros_like(log_probs).masked_scatter(mask, values.to(log_probs))
+
+
+def summarize_step(
+    rollouts: Sequence[Rollout], sync_metrics: Mapping[str, float], seconds: Mapping[str, float], config: RolloutConfig
+) -> dict[str, float | None]:
+    """Return what is logged once per rollout batch: its responses, the weight sync, the time of each phase, memory."""
+    num_tokens = sum(len(rollout.response.token_ids) for rollout in rollouts)
+    return {
+        **summarize_rollouts(rollouts, config),
+        **{f"rollout/{name}": value for name, value in sync_metrics.items()},
+        **seconds,
+        "time/step": sum(seconds.values()),
+        "time/tokens_per_second": num_tokens / seconds["time/rollout"],
+        "memory/peak_gib": peak_memory_gib(config.policy_device),
+    }
 
 
 def summarize_rollouts(rollouts: Sequence[Rollout], config: RolloutConfig) -> dict[str, float | None]:

@@ -46,7 +46,7 @@ from GRPO_train import (
     load_questions,
     report,
     sample_groups,
-    summarize_rollouts,
+    summarize_step,
     thread_pool,
     write_rollouts,
 )
@@ -60,7 +60,6 @@ from policy_evaluation import (
     derive_seed,
     encode_prompts,
     load_policy,
-    peak_memory_gib,
     prepare_training,
     sleep_vllm_instance,
 )
@@ -114,7 +113,7 @@ def train(
     num_steps = config.n_ei_steps
     run.restore(state, num_steps)
     # how many there were follows from the responses kept, not from the step
-    num_updates = max((row["train_step"] for row in run.read_metrics() if "train_step" in row), default=0)
+    num_updates = run.last_train_step()
     with StopGuard(state, run.save_checkpoint, run.path) as guard, thread_pool(NUM_WORKERS) as grading_threads:
         evaluator.keep_and_evaluate(state, num_steps)
         progress = tqdm(range(state.step + 1, num_steps + 1), "EI", num_steps, unit="step", initial=state.step)
@@ -145,16 +144,9 @@ def train(
             with run.watched("train", seconds):
                 rows = fine_tune(policy, optimizer, kept, padding_id, step, config)
             last_row = rows[-1] if rows else {}
-            last_row |= summarize_rollouts(rollouts, config)
-            last_row |= {
+            last_row |= summarize_step(rollouts, sync_metrics, seconds, config) | {
                 "rollout/num_kept": len(kept),
                 "rollout/num_questions_with_correct": len({rollout.example for rollout in kept}),
-            }
-            last_row |= {f"rollout/{name}": value for name, value in sync_metrics.items()}
-            last_row |= seconds | {
-                "time/step": sum(seconds.values()),
-                "time/tokens_per_second": sum(len(r.response.token_ids) for r in rollouts) / seconds["time/rollout"],
-                "memory/peak_gib": peak_memory_gib(config.policy_device),
             }
             for index, row in enumerate(rows or [last_row], start=1):
                 run.log({"train_step": num_updates + (index if rows else 0), "ei_step": step, **row})

@@ -192,6 +192,10 @@ class RunDirectory:
         """Return all rows logged so far."""
         return read_metrics(self.path)
 
+    def last_train_step(self) -> int:
+        """Return the last optimizer step logged so far, 0 before the first."""
+        return max((row["train_step"] for row in self.read_metrics() if "train_step" in row), default=0)
+
     def metrics_bytes(self) -> int:
         """Return the size of metrics.jsonl: what is behind it is not part of a checkpoint."""
         path = self.path / "metrics.jsonl"

@@ -108,8 +108,7 @@ def grpo_arguments(model, runs_dir, **overrides):
         "eval_interval": 1,
         "num_logged_groups": 1,
     }
-    arguments = tiny_arguments(model, runs_dir, **(values | overrides))
-    return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
+    return _without_sft_keys(tiny_arguments(model, runs_dir, **(values | overrides)))
 
 
 def expert_iteration_arguments(model, runs_dir, **overrides):
@@ -124,7 +123,10 @@ def expert_iteration_arguments(model, runs_dir, **overrides):
         "gradient_accumulation_steps": 2,
         "eval_interval": 1,
     }
-    arguments = tiny_arguments(model, runs_dir, **(values | overrides))
+    return _without_sft_keys(tiny_arguments(model, runs_dir, **(values | overrides)))
+
+
+def _without_sft_keys(arguments):
     return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
 
 

@@ -244,7 +244,8 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
             f"filter_correct: the reward function {config.reward} accepts none of the {len(examples)} traces of "
             f"{config.train_data}; check reward and data, or set filter_correct=false"
         )
-    chosen = random.Random(config.seed).sample(kept, len(kept))
+    seed = config.seed if config.examples_seed is None else config.examples_seed
+    chosen = random.Random(seed).sample(kept, len(kept))
     if config.num_sft_examples != "all":
         if config.num_sft_examples > len(kept):
             raise UserError(

@@ -97,7 +97,8 @@ OFF_POLICY = [
 PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
 METHODS = [
     BASELINE._replace(label="GRPO"),
-    Curve("sft_continued", "default", "SFT continued"),
+    Curve("sft_continued", "all_traces", "SFT continued, all traces"),
+    Curve("sft_continued", "same_traces", "SFT continued, the warm start's traces"),
     Curve("expert_iteration", "default", "expert iteration"),
 ]
 FIGURES = {
@@ -137,7 +138,7 @@ TABLES = {
     "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
     "grpo_off_policy": OFF_POLICY,
     "prompt": PROMPTS,
-    "sft_continued": METHODS[:2],
+    "sft_continued": METHODS[:3],
     "expert_iteration": METHODS,
     "zero_shot": [Curve("zero_shot", "r1_zero", "as it is, r1_zero prompt")],
 }

@@ -237,6 +237,7 @@ class SFTConfig(TrainConfig):
     num_sft_examples: int | Literal["all"] = Field(
         "all", description="unique training examples (the assignment: 128, 256, 512, 1024, all)"
     )
+    examples_seed: int | None = Field(None, ge=0, description="which examples num_sft_examples draws; none: by seed")
     arithmetic_corrupt_fraction: float = Field(
         0.0,
         ge=0,

@@ -209,6 +209,7 @@ def test_sft_examples_are_unique_and_follow_the_seed(tmp_path):
     assert sorted(drawn) == sorted(unique)
     assert select_examples(unique, SFTConfig(train_data=source, num_sft_examples=4)) == drawn[:4]
     assert select_examples(unique, SFTConfig(train_data=source, seed=1)) != drawn
+    assert select_examples(unique, SFTConfig(train_data=source, seed=1, examples_seed=0)) == drawn
     with pytest.raises(UserError, match="num_sft_examples = 7: .* has 6 unique"):
         select_examples(unique, SFTConfig(train_data=source, num_sft_examples=7))
 

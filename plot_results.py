@@ -12,10 +12,12 @@ at the steps that all seeds of the variant have. A table, per variant: the valid
 the best one, and the one on the whole validation set after the last step, each as mean +- that interval over seeds;
 the Wilson interval of seed 0 alone, of its value on the whole validation set, or else of its last one; the minutes that
 training steps and evaluations took. It is printed, and written between the two marks of results/<experiment>/README.md.
+The README's own table, of the laptop preset, has a line per method: the value on the whole validation set.
 """
 
 import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -47,10 +49,14 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A metric over an axis; `minutes`: of the training steps so far, evaluations left out."""
+    """A metric over an axis.
+
+    minutes: of the training steps so far, evaluations left out. sampled_tokens: so far, in training; a curve that
+    samples nothing is left out.
+    """
 
     title: str
-    axis: Literal["train_step", "eval_step", "minutes"]
+    axis: Literal["train_step", "eval_step", "minutes", "sampled_tokens"]
     metric: str
     curves: Sequence[Curve]
 
@@ -94,12 +100,24 @@ OFF_POLICY = [
     Curve("grpo_off_policy", "2x64", "2 x 64"),
     Curve("grpo_off_policy", "4x128", "4 x 128"),
 ]
+CHECKPOINTS = [
+    BASELINE._replace(label="from the early checkpoint (16 SFT steps)"),
+    Curve("sft_checkpoint", "final", "from the final one (64 SFT steps)"),
+]
 PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
 METHODS = [
     BASELINE._replace(label="GRPO"),
     Curve("sft_continued", "all_traces", "SFT continued, all traces"),
     Curve("sft_continued", "same_traces", "SFT continued, the warm start's traces"),
     Curve("expert_iteration", "default", "expert iteration"),
+]
+METHODS_TABLE = [
+    Curve("zero_shot", "r1_zero", "as it is"),
+    Curve("warm-start", "default", "warm start: 16 SFT steps on 256 traces"),
+    METHODS[0]._replace(label="GRPO from the warm start, 24 steps"),
+    METHODS[2]._replace(label="SFT from the warm start, 100 steps on its 256 traces"),
+    METHODS[1]._replace(label="the same, on the traces of all 3,154 training questions"),
+    METHODS[3]._replace(label="expert iteration from the warm start, 6 steps"),
 ]
 FIGURES = {
     "SFT-train-loss.png": [
@@ -121,6 +139,8 @@ FIGURES = {
     "GRPO-eval-reward.png": [
         Panel("validation answer reward, epochs x batch", "eval_step", EVAL_SCORE, OFF_POLICY),
         Panel("by time", "minutes", EVAL_SCORE, OFF_POLICY),
+        Panel("from two SFT checkpoints: validation answer reward", "eval_step", EVAL_SCORE, CHECKPOINTS),
+        Panel("from two SFT checkpoints: entropy (nats)", "eval_step", "eval/token_entropy", CHECKPOINTS),
     ],
     "prompt/prompts.png": [
         Panel("validation answer reward", "eval_step", EVAL_SCORE, PROMPTS),
@@ -128,6 +148,7 @@ FIGURES = {
     ],
     "expert_iteration/methods.png": [
         Panel("validation answer reward", "minutes", EVAL_SCORE, METHODS),
+        Panel("validation answer reward", "sampled_tokens", EVAL_SCORE, METHODS),
         Panel("token entropy on validation (nats)", "minutes", "eval/token_entropy", METHODS),
     ],
 }
@@ -137,6 +158,7 @@ TABLES = {
     "grpo_learning_rate": LEARNING_RATES,
     "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
     "grpo_off_policy": OFF_POLICY,
+    "sft_checkpoint": CHECKPOINTS,
     "prompt": PROMPTS,
     "sft_continued": METHODS[:3],
     "expert_iteration": METHODS,
@@ -150,6 +172,8 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1 or key != "preset" or not preset:
         raise UserError("usage: plot_results.py [preset=one-gpu]")
     write_all(Path("results"), Path("results"), "" if preset == "laptop" else f"-{preset}")
+    readme = Path("README.md")
+    readme.write_text(put_table(readme.read_text(), make_methods_table(Path("results"))))
 
 
 def write_all(results: Path, output: Path, suffix: str = "") -> None:
@@ -222,11 +246,8 @@ def own_curves(curves: Sequence[Curve]) -> Sequence[Curve]:
 
 def read_curve(curve: Curve, panel: Panel, results: Path, suffix: str = "") -> tuple[list[Point], int]:
     """Return a panel's points of a curve, and the number of seeds."""
-    rows = [
-        row for row in read_table(results / f"{curve.sweep}{suffix}" / "metrics.csv") if row["variant"] == curve.variant
-    ]
-    seeds = list(dict.fromkeys(row["seed"] for row in rows))
-    by_seed = [_by_step((row for row in rows if row["seed"] == seed), panel) for seed in seeds]
+    rows, runs = (rows_of(curve, results, suffix, name) for name in ("metrics.csv", "runs.csv"))
+    by_seed = [_by_step([row for row in rows if row["seed"] == run["seed"]], panel, run) for run in runs]
     by_seed = [points for points in by_seed if points]
     shared = [step for step in by_seed[0] if all(step in points for points in by_seed)] if by_seed else []
     points = []
@@ -238,18 +259,40 @@ def read_curve(curve: Curve, panel: Panel, results: Path, suffix: str = "") -> t
 
 def make_table(curves: Sequence[Curve], results: Path, suffix: str = "") -> str:
     """Return a Markdown table, one line per variant that has results; empty if none of the experiment's own has."""
-    found = {
-        curve: [
-            row
-            for row in read_table(results / f"{curve.sweep}{suffix}" / "runs.csv")
-            if row["variant"] == curve.variant
-        ]
-        for curve in curves
-    }
+    found = {curve: rows_of(curve, results, suffix, "runs.csv") for curve in curves}
     if not any(found[curve] for curve in own_curves(curves)):
         return ""
     lines = [f"| {' | '.join([curve.label, *_cells(rows)])} |" for curve, rows in found.items() if rows]
     return "\n".join([f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines])
+
+
+def make_methods_table(results: Path) -> str:
+    """Return the README's table: the answer reward on the whole validation set, and what it took.
+
+    After the mean stands its 95 % t-interval over seeds, after the value of a single run its Wilson interval. Minutes:
+    the median over seeds, of the whole process.
+    """
+    lines = ["| method | answer reward | seeds | questions | minutes |", "|---|---|---|---|---|"]
+    for curve in METHODS_TABLE:
+        rows = rows_of(curve, results, "", "runs.csv")
+        if not rows:
+            continue
+        subset = ("final", "final") if rows[0]["final_answer_reward"] else ("last", "eval")
+        scores = [float(row[f"{subset[0]}_answer_reward"]) for row in rows]
+        questions = rows[0][f"num_{subset[1]}_examples"]
+        mean, half = mean_and_half_width(scores)
+        interval = f"{mean:.3f} +- {half:.3f}"
+        if len(rows) == 1:
+            low, high = wilson_interval(mean, int(questions))
+            interval = f"{mean:.3f} ({low:.3f} to {high:.3f})"
+        minutes = statistics.median(float(row["wall_minutes"]) for row in rows)
+        lines.append(f"| {curve.label} | {interval} | {len(rows)} | {int(questions):,} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def rows_of(curve: Curve, results: Path, suffix: str, name: str) -> list[dict[str, str]]:
+    """Return a curve's rows of its sweep's runs.csv or metrics.csv."""
+    return [row for row in read_table(results / f"{curve.sweep}{suffix}" / name) if row["variant"] == curve.variant]
 
 
 def put_table(text: str, table: str) -> str:
@@ -313,14 +356,21 @@ def _cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
     return [*scores, str(len(rows)), *counts, wilson, over_seeds("minutes", digits=1)]
 
 
-def _by_step(rows: Iterable[Mapping[str, str]], panel: Panel) -> dict[int, tuple[float, float]]:
+def _by_step(
+    rows: Sequence[Mapping[str, str]], panel: Panel, run: Mapping[str, str]
+) -> dict[int, tuple[float, float]]:
     """Return x and y of one run's metric by step."""
-    points, minutes = {}, 0.0
+    total_length = sum(float(row["rollout/response_length"] or 0) for row in rows)
+    if panel.axis == "sampled_tokens" and not total_length:
+        return {}
+    points, minutes, length = {}, 0.0, 0.0
     for row in rows:
         minutes += float(row["time/step"] or 0) / 60
+        length += float(row["rollout/response_length"] or 0)
         if row[panel.metric]:
             step = int(row["eval_step"] or row["train_step"])
-            points[step] = (minutes if panel.axis == "minutes" else step, float(row[panel.metric]))
+            x = {"minutes": minutes, "sampled_tokens": length * float(run["sampled_tokens"] or 0) / (total_length or 1)}
+            points[step] = (x.get(panel.axis, step), float(row[panel.metric]))
     return points
 
 

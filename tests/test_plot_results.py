@@ -82,8 +82,38 @@ def test_a_curve_is_the_mean_over_seeds_where_all_have_the_step(results):
     assert [point.x for point in by_minutes] == [0, pytest.approx((2 + 4 + 6) / 3)]
     losses, _ = read_curve(BASELINE, Panel("", "train_step", "train/loss", []), results)
     assert losses == [Point(1, 1, 0), Point(2, 2, 0)]
+    by_tokens = Panel("", "sampled_tokens", "eval/answer_reward", [])
+    assert read_curve(BASELINE, by_tokens, results) == ([], 0)  # it has sampled nothing
     absent = BASELINE._replace(variant="learning_rate=3e-05")
     assert read_curve(absent, Panel("", "train_step", "train/loss", []), results) == ([], 0)
+
+
+def test_sampled_tokens_so_far_are_the_share_of_the_response_lengths_so_far():
+    rows = [{"train_step": step, "rollout/response_length": length} for step, length in ((1, 30), (2, 10))]
+    rows.insert(0, {"eval_step": 0, "eval/answer_reward": 0.1})
+    rows.insert(2, {"eval_step": 1, "eval/answer_reward": 0.2})
+    rows.append({"eval_step": 2, "eval/answer_reward": 0.4})
+    rows = [dict.fromkeys(METRIC_COLUMNS, "") | {key: str(value) for key, value in row.items()} for row in rows]
+    panel = Panel("", "sampled_tokens", "eval/answer_reward", [])
+    points = plot_results._by_step(rows, panel, {"sampled_tokens": "320"})
+    assert points == {0: (0, 0.1), 1: (240, 0.2), 2: (320, 0.4)}
+
+
+def test_the_methods_table_by_hand(results):
+    write_csv(
+        results / "zero_shot/runs.csv",
+        RUN_COLUMNS,
+        [{"variant": "r1_zero", "seed": 0, "last_answer_reward": 0, "num_eval_examples": 1024, "wall_minutes": 1.87}],
+    )
+    path = results / "grpo_learning_rate/runs.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    finals = {"final_answer_reward": 0.7, "num_final_examples": 1024}
+    write_csv(path, RUN_COLUMNS, [row | finals | {"wall_minutes": 5 + int(row["seed"]) ** 2} for row in rows])
+    assert plot_results.make_methods_table(results).splitlines()[2:] == [
+        "| as it is | 0.000 (0.000 to 0.004) | 1 | 1,024 | 1.9 |",
+        "| GRPO from the warm start, 24 steps | 0.700 +- 0.000 | 3 | 1,024 | 6.0 |",
+    ]
 
 
 def test_a_table_by_hand(results):
@@ -147,6 +177,12 @@ def test_committed_tables_agree_with_the_committed_results():
             experiment, dash, preset = path.parent.name.partition("-")
             table = make_table(plot_results.TABLES[experiment], RESULTS, dash + preset)
             assert table and put_table(text, table) == text, f"{path}: run plot_results.py"
+
+
+def test_the_committed_methods_table_agrees_with_the_committed_results():
+    text = (REPOSITORY / "README.md").read_text()
+    assert plot_results.START_OF_TABLE in text
+    assert put_table(text, plot_results.make_methods_table(RESULTS)) == text, "README.md: run plot_results.py"
 
 
 def test_committed_figures_are_those_that_have_results(tmp_path):

@@ -23,7 +23,8 @@ Logged with the last optimizer step of a rollout batch:
     rollout/reward, rollout/format_reward, rollout/answer_reward   means over all responses
     rollout/reward_std_within_groups                               mean over groups of their sample std
     rollout/all_right_fraction, rollout/all_wrong_fraction         groups in which every answer is right, or none
-    rollout/zero_advantage_fraction    responses with advantage exactly zero: they teach nothing
+    rollout/zero_advantage_fraction    responses with advantage exactly zero: they teach nothing (but for no_baseline,
+                               whose weight is the reward)
     rollout/response_length[_correct|_incorrect|_max], rollout/truncated_fraction
     rollout/sync_multiplicative_error, rollout/sync_max_log_prob_difference    see policy_evaluation.check_policy_sync;
                                where responses do not come from the policy's own distribution and prove nothing
@@ -226,7 +227,6 @@ def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
         "model": config.model,
         "prompt": config.prompt,
         "reward": config.reward,
-        "train_data": config.train_data,
         "validation_data": config.validation_data,
         "arithmetic_terms": list(config.arithmetic_terms),
         "arithmetic_max_term": config.arithmetic_max_term,
@@ -418,7 +418,8 @@ def accumulate_gradients(
     """Add the gradient of one optimizer step to the parameters, microbatch by microbatch; return its sums.
 
     Rows without anything to learn from are skipped: an advantage (for no_baseline: a reward) of exactly zero, or,
-    with `mask_truncated_responses`, a response that was cut. The divisors count the whole batch all the same.
+    with `mask_truncated_responses`, a response that was cut. The divisors count the whole batch all the same; that of
+    token_mean, the tokens of all responses that are not masked.
     """
     kept = [rollout for rollout in batch if not (config.mask_truncated_responses and rollout.is_truncated)]
     num_step_tokens = sum(len(rollout.response.token_ids) for rollout in kept)
@@ -556,7 +557,7 @@ def diagnose(metrics: Mapping[str, float | int | None], config: GRPOConfig) -> l
             advice.append("every reward is zero and no response keeps the format: start from a policy that knows it")
         else:
             advice.append("every reward is zero although the format is kept: the questions are too hard, or misgraded")
-    elif value("rollout/zero_advantage_fraction") == 1:
+    elif value("rollout/zero_advantage_fraction") == 1 and config.loss_type != "no_baseline":
         advice.append("every advantage is zero: within each group all are right or all are wrong, nothing is learnt")
     if value("train/clip_fraction_low") + value("train/clip_fraction_high") > 0.3:
         advice.append("over 30 % of the tokens are clipped: lower learning_rate or epochs_per_rollout_batch")

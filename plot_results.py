@@ -10,15 +10,16 @@ Figures: the line is the mean over seeds, the band its 95 % interval by Student'
 
 at the steps that all seeds of the variant have. A table, per variant: the validation answer reward after the last step,
 the best one, and the one on the whole validation set after the last step, each as mean +- that interval over seeds;
-the Wilson interval of seed 0 alone, of its value on the whole validation set, or else of its last one; the minutes that
-training steps and evaluations took. It is printed, and written between the two marks of results/<experiment>/README.md.
-The README's own table, of the laptop preset, has a line per method: the value on the whole validation set.
+the Wilson interval of seed 0 alone, of its value on the whole validation set, or else of its last one; the median
+minutes that training steps and evaluations took. It is printed, and written between the two marks of
+results/<experiment>/README.md. The README's own table, of the laptop preset, has a line per method: the value on the
+whole validation set.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,7 +37,7 @@ FEWEST_SEEDS = 3
 START_OF_TABLE, END_OF_TABLE = "<!-- table -->", "<!-- end of table -->"
 COLUMNS = (
     *("variant", "last", "best", "last, all questions", "seeds", "questions", "all questions"),
-    *("one run (seed 0), Wilson", "minutes per run"),
+    *("one run (seed 0), Wilson", "median minutes"),
 )
 
 
@@ -62,7 +63,7 @@ class Panel(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where a curve passes: mean over seeds, and half the width of its interval."""
+    """Where a curve passes: median x and mean y over seeds, and half the width of its interval."""
 
     x: float
     mean: float
@@ -87,22 +88,22 @@ LENGTH_NORMALIZATION = [
 ADVANTAGES = [
     BASELINE,
     Curve("grpo_ablation", "no_std_normalization", "without std normalization"),
-    Curve("grpo_ablation", "no_baseline", "without a baseline"),
+    Curve("grpo_ablation", "no_baseline", "without baseline and std"),
 ]
 CLIP = [
     BASELINE,
-    Curve("grpo_ablation", "off_policy_clip", "4 updates per rollout batch, clip"),
-    Curve("grpo_ablation", "off_policy_no_clip", "4 updates per rollout batch, no clip"),
+    Curve("grpo_ablation", "off_policy_clip", "off-policy, clip"),
+    Curve("grpo_ablation", "off_policy_no_clip", "off-policy, no clip"),
 ]
 OFF_POLICY = [
-    BASELINE._replace(label="1 x 128 (on-policy)"),
+    BASELINE._replace(label="on-policy"),
     Curve("grpo_ablation", "off_policy_clip", "1 x 32"),
     Curve("grpo_off_policy", "2x64", "2 x 64"),
     Curve("grpo_off_policy", "4x128", "4 x 128"),
 ]
 CHECKPOINTS = [
-    BASELINE._replace(label="from the early checkpoint (16 SFT steps)"),
-    Curve("sft_checkpoint", "final", "from the final one (64 SFT steps)"),
+    BASELINE._replace(label="from the early checkpoint"),
+    Curve("sft_checkpoint", "final", "from the final one"),
 ]
 PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
 METHODS = [
@@ -114,10 +115,10 @@ METHODS = [
 METHODS_TABLE = [
     Curve("zero_shot", "r1_zero", "as it is"),
     Curve("warm-start", "default", "warm start: 16 SFT steps on 256 traces"),
-    METHODS[0]._replace(label="GRPO from the warm start, 24 steps"),
-    METHODS[2]._replace(label="SFT from the warm start, 100 steps on its 256 traces"),
-    METHODS[1]._replace(label="the same, on the traces of all 3,154 training questions"),
-    METHODS[3]._replace(label="expert iteration from the warm start, 6 steps"),
+    METHODS[0]._replace(label="GRPO from the warm start, 24 steps, no traces"),
+    METHODS[3]._replace(label="expert iteration from the warm start, 6 steps, no traces"),
+    METHODS[2]._replace(label="SFT from the warm start, 100 steps on its own 256 traces"),
+    METHODS[1]._replace(label="SFT from the warm start, 100 steps on 1,600 traces"),
 ]
 FIGURES = {
     "SFT-train-loss.png": [
@@ -253,7 +254,7 @@ def read_curve(curve: Curve, panel: Panel, results: Path, suffix: str = "") -> t
     points = []
     for step in shared:
         x = [points[step][0] for points in by_seed]
-        points.append(Point(sum(x) / len(x), *mean_and_half_width([points[step][1] for points in by_seed])))
+        points.append(Point(statistics.median(x), *mean_and_half_width([points[step][1] for points in by_seed])))
     return points, len(by_seed)
 
 
@@ -335,13 +336,13 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 def _cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """Return a variant's cells but for its name, from its runs."""
 
-    def over_seeds(name: str, digits: int = 3) -> str:
+    def over_seeds(name: str) -> str:
         values = [float(row[name]) for row in rows if row[name]]
         if not values:
             return "-"
         mean, half = mean_and_half_width(values)
-        interval = f" +- {half:.{digits}f}" if len(values) > 1 else ""
-        return f"{mean:.{digits}f}{interval}" + (f" (n = {len(values)})" if len(values) < len(rows) else "")
+        interval = f" +- {half:.3f}" if len(values) > 1 else ""
+        return f"{mean:.3f}{interval}" + (f" (n = {len(values)})" if len(values) < len(rows) else "")
 
     scores = [over_seeds(f"{kind}_answer_reward") for kind in ("last", "best", "final")]
     counts = [
@@ -353,12 +354,11 @@ def _cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
         if row["seed"] == "0" and row[f"{kind}_answer_reward"]:
             low, high = wilson_interval(float(row[f"{kind}_answer_reward"]), int(row[f"num_{subset}_examples"]))
             wilson = f"{low:.3f} to {high:.3f}"
-    return [*scores, str(len(rows)), *counts, wilson, over_seeds("minutes", digits=1)]
+    minutes = [float(row["minutes"]) for row in rows if row["minutes"]]
+    return [*scores, str(len(rows)), *counts, wilson, f"{statistics.median(minutes):.1f}" if minutes else "-"]
 
 
-def _by_step(
-    rows: Sequence[Mapping[str, str]], panel: Panel, run: Mapping[str, str]
-) -> dict[int, tuple[float, float]]:
+def _by_step(rows: Sequence[Mapping[str, str]], panel: Panel, run: Mapping[str, str]) -> dict[int, tuple[float, float]]:
     """Return x and y of one run's metric by step."""
     total_length = sum(float(row["rollout/response_length"] or 0) for row in rows)
     if panel.axis == "sampled_tokens" and not total_length:

@@ -101,8 +101,8 @@ def resolve_model(model: str) -> str:
         return snapshot_download(model, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         raise UserError(
-            f"model = {model}: neither a folder nor a downloaded hub model; run `hf download {model}`, "
-            f"or use {EMBEDDED_MODEL}"
+            f"model = {model}: neither a folder nor a downloaded hub model; run `hf download {model}` if it is on the "
+            f"hub, make the run first that it is to come from, or use {EMBEDDED_MODEL}"
         ) from None
 
 
@@ -596,6 +596,8 @@ class Evaluator:
             enable_sleep_mode=config.shares_gpu,
         )
         seed_everything(config.seed)  # the engine has reseeded with a seed of its own
+        if config.shares_gpu:
+            sleep_vllm_instance(self.llm)  # a resumed SFT run may train before the first sync
 
     def sync(self, policy: PreTrainedModel, with_probes: bool = True) -> dict[str, float]:
         """Bring the engine up to date with the policy; prove it on probe prompts, unless the caller proves it later."""

@@ -30,7 +30,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME_PREFIX = "prefix_tree_"  # before the name of the kernel that serves it: sdpa or flash_attention_2
+NAME_PREFIX = "prefix_tree_"
+# The model's own attention -> what serves a tree in its place. Transformers takes whatever has "flash" in its name for
+# a kernel that it has to load itself.
+NAMES = {"sdpa": f"{NAME_PREFIX}sdpa", "flash_attention_2": f"{NAME_PREFIX}packed"}
 
 
 class PrefixTree(NamedTuple):
@@ -146,7 +149,7 @@ def share_prefixes(model: PreTrainedModel) -> bool:
 
     It can if it looks its attention up by name, and this attention is the plain one: causal over the whole context,
     by a kernel that is provided for here, without dropout, and without anything added to or clamped in its scores.
-    Whatever is run without a tree is computed by the implementation that the model had before.
+    Whatever is run without a tree is computed by sdpa from then on.
     """
     config = cast(Any, model.config.get_text_config())
     is_plain = (
@@ -158,9 +161,9 @@ def share_prefixes(model: PreTrainedModel) -> bool:
     kernel = config._attn_implementation
     if kernel.startswith(NAME_PREFIX):
         return True
-    if not is_plain or not model._supports_attention_backend or NAME_PREFIX + kernel not in ALL_ATTENTION_FUNCTIONS:
+    if not is_plain or not model._supports_attention_backend or kernel not in NAMES:
         return False
-    model.set_attn_implementation(NAME_PREFIX + kernel)
+    model.set_attn_implementation(NAMES[kernel])
     return True
 
 
@@ -189,7 +192,7 @@ def prefix_tree_attention(
     value: Float[Tensor, "..."],
     attention_mask: Tensor | None,
     *,
-    kernel: str,
+    is_packed: bool,
     scaling: float | None = None,
     prefix_tree: PrefixTree | None = None,
     **kwargs: Any,
@@ -201,7 +204,7 @@ def prefix_tree_attention(
         query: (1, H, N, D).
         key, value: (1, G, N, D).
         attention_mask: `can_see`, as (B, 1, Q, T).
-        kernel: what computes it, or a pass without a tree: sdpa or flash_attention_2.
+        is_packed: by flash-attention's kernel for sequences of unequal length, else as `_attend` does.
         scaling: factor of the scores.
         prefix_tree: None for a pass over whole rows.
 
@@ -209,11 +212,11 @@ def prefix_tree_attention(
         (1, N, H, D), in the value's dtype, and None.
     """
     if prefix_tree is None:
-        return ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     assert attention_mask is not None
     queries, keys, values = (tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if kernel == "flash_attention_2":
+    if is_packed:
         return _attend_packed(queries, keys, values, prefix_tree, factor)[None], None
     num_trunk = prefix_tree.num_trunk
     is_before = torch.ones(1, num_trunk, num_trunk, dtype=torch.bool, device=query.device).tril()
@@ -298,6 +301,6 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-for _kernel in ("sdpa", "flash_attention_2"):
-    AttentionInterface.register(NAME_PREFIX + _kernel, partial(prefix_tree_attention, kernel=_kernel))
-    AttentionMaskInterface.register(NAME_PREFIX + _kernel, ALL_MASK_ATTENTION_FUNCTIONS[_kernel])
+for _name in NAMES.values():
+    AttentionInterface.register(_name, partial(prefix_tree_attention, is_packed=_name == NAMES["flash_attention_2"]))
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

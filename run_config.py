@@ -72,8 +72,8 @@ class RunConfig(BaseModel):
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
-        description="auto: flash_attention_2 where installed and on CUDA, else sdpa; with either, a prefix that rows "
-        "share is computed once and without padding, eager is the plain computation",
+        description="auto: flash_attention_2 where installed, on CUDA and in bfloat16, else sdpa; with either, a "
+        "prefix that rows share is computed once and without padding, eager is the plain computation",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
     compile_policy: bool = Field(
@@ -237,7 +237,7 @@ class SFTConfig(TrainConfig):
     num_sft_examples: int | Literal["all"] = Field(
         "all", description="unique training examples (the assignment: 128, 256, 512, 1024, all)"
     )
-    examples_seed: int | None = Field(None, ge=0, description="which examples num_sft_examples draws; none: by seed")
+    examples_seed: int | None = Field(None, ge=0, description="which examples num_sft_examples draws; null: by seed")
     arithmetic_corrupt_fraction: float = Field(
         0.0,
         ge=0,

@@ -62,6 +62,7 @@ class Sweep(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     script: Literal[tuple(SCRIPTS)] = Field(description="what is run")  # pyright: ignore[reportInvalidTypeForm]
+    presets: list[str] = Field([], description="for which it is meant; none: for all")
     seeds: list[NonNegativeInt] = Field(min_length=1, description="of each variant")
     minutes: float | dict[str, float] = Field(description="estimate per run on the laptop preset, or one per variant")
     settings: Settings = Field({}, description="of all runs")
@@ -147,6 +148,10 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
     seeds = json.loads(seed_text)
     preset = extra.get("preset") or str(sweep.settings.get("preset", preset))
     preset = choose_preset()[0] if preset == "auto" else preset
+    if sweep.presets and preset not in sweep.presets:
+        raise UserError(
+            f"{path}: written for preset={' or '.join(sweep.presets)}, not {preset}: its settings are theirs"
+        )
     name = path.stem if preset == "laptop" else f"{path.stem}-{preset}"
     shared = sweep.settings | (sweep.laptop if preset == "laptop" else {})
     runs = []
@@ -281,7 +286,10 @@ def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:
     run.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(REPOSITORY / run.script), *run.arguments]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-    with run.log.open("a") as log:  # in a session of its own, so that Ctrl-C reaches it once, from here
+    is_resumed = (run.folder / "config.yaml").exists()  # else what the log says is of a run that was removed
+    with run.log.open(
+        "a" if is_resumed else "w"
+    ) as log:  # in a session of its own, so that Ctrl-C reaches it once, from here
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 

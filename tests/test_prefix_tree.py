@@ -1,9 +1,14 @@
 """Prefix trees: the same scores and gradients as row by row, for far fewer positions; division into microbatches."""
 
+import itertools
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import prefix_tree
 import SFT_helper
 from prefix_tree import (
     NAME_PREFIX,
@@ -96,9 +101,9 @@ def test_each_distinct_prefix_is_computed_once(sharing_model):
 
 
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_the_packed_sequences_are_the_same_attention(prompts):
+def test_the_packed_sequences_are_the_same_attention(prompts, monkeypatch):
     """What the kernel for sequences of unequal length is given, computed by a plain softmax per sequence."""
-    from prefix_tree import prefix_tree_attention
+    prefix_tree_attention = prefix_tree.prefix_tree_attention
 
     batch = join_prompt_and_response_ids(prompts, RESPONSES, padding_id=0)
     tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
@@ -106,18 +111,45 @@ def test_the_packed_sequences_are_the_same_attention(prompts):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, num_nodes, 8, generator=generator) for heads in (4, 2, 2))
     expected, _ = prefix_tree_attention(
-        torch.nn.Module(), query, key, value, tree.can_see[:, None], kernel="sdpa", scaling=0.5, prefix_tree=tree
+        torch.nn.Module(), query, key, value, tree.can_see[:, None], is_packed=False, scaling=0.5, prefix_tree=tree
     )
-    assert tree.added_starts[-1] == num_nodes
-    for first, last, start, end in zip(
-        tree.added_starts[:-1], tree.added_starts[1:], tree.path_starts[:-1], tree.path_starts[1:], strict=True
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    packed, _ = prefix_tree_attention(
+        torch.nn.Module(), query, key, value, tree.can_see[:, None], is_packed=True, scaling=0.5, prefix_tree=tree
+    )
+    torch.testing.assert_close(packed, expected, atol=1e-6, rtol=1e-6)
+
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+    """What the kernel of flash-attn computes, sequence by sequence: causal, aligned at the ends."""
+    assert causal and max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= cu_seqlens_k.diff().max()
+    outputs = []
+    for (first, last), (start, end) in zip(
+        itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist()), strict=True
     ):
-        nodes = tree.path_nodes[start:end]
-        scores = 0.5 * query[0, :, first:last] @ key[0][:, nodes].repeat_interleave(2, 0).mT
-        is_before = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
-        weights = scores.masked_fill(~is_before, -torch.inf).softmax(-1)
-        output = (weights @ value[0][:, nodes].repeat_interleave(2, 0)).transpose(0, 1)
-        torch.testing.assert_close(expected[0, first:last], output, atol=1e-6, rtol=1e-6)
+        keys, values = (x[start:end].repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = softmax_scale * torch.einsum("qhd,khd->hqk", q[first:last], keys)
+        is_seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(outputs)
+
+
+def test_a_model_with_flash_attention_computes_the_same_through_its_packed_kernel(monkeypatch):
+    """All of the path but the kernel itself, which only a GPU has."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    model = small(Qwen2Config, Qwen2ForCausalLM)
+    batch = join_prompt_and_response_ids([[5, 6 + index] for index in range(6)], RESPONSES, padding_id=0)
+    rows = [list(range(6))]
+    plain = model(batch["input_ids"]).logits
+    expected = scores_and_gradient(model, batch, rows)
+    model.config._attn_implementation_internal = "flash_attention_2"  # as if it had been loaded with it
+    assert share_prefixes(model) and shares_prefixes(model)
+    assert model.config._attn_implementation == prefix_tree.NAMES["flash_attention_2"]
+    scores, gradient = scores_and_gradient(model, batch, rows)
+    torch.testing.assert_close(scores, expected[0], atol=4e-6, rtol=2e-6)
+    assert (gradient - expected[1]).norm() < 4e-6 * expected[1].norm()
+    torch.testing.assert_close(model(batch["input_ids"]).logits, plain)  # without a tree
 
 
 def test_gathered_rows_get_the_sum_of_their_gradients():

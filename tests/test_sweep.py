@@ -247,6 +247,10 @@ SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
 @pytest.mark.parametrize("preset", ["laptop", "one-gpu"])
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_file_is_valid_for_its_script(path, preset):
+    if preset not in (sweep.read_sweep(path).presets or [preset]):
+        with pytest.raises(UserError, match="written for preset=laptop, not one-gpu"):
+            sweep.plan(path, [f"preset={preset}"])
+        return
     _, runs = sweep.plan(path, [f"preset={preset}"])
     assert len({run.folder for run in runs}) == len(runs)
     trained = [run for run in runs if run.script != "policy_evaluation.py"]

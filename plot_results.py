@@ -108,7 +108,7 @@ CHECKPOINTS = [
 PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
 METHODS = [
     BASELINE._replace(label="GRPO"),
-    Curve("sft_continued", "all_traces", "SFT continued, all traces"),
+    Curve("sft_continued", "all_traces", "SFT continued, 1,600 traces"),
     Curve("sft_continued", "same_traces", "SFT continued, the warm start's traces"),
     Curve("expert_iteration", "default", "expert iteration"),
 ]

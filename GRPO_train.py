@@ -227,6 +227,7 @@ def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
         "model": config.model,
         "prompt": config.prompt,
         "reward": config.reward,
+        "train_data": config.train_data,
         "validation_data": config.validation_data,
         "arithmetic_terms": list(config.arithmetic_terms),
         "arithmetic_max_term": config.arithmetic_max_term,

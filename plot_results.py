@@ -278,10 +278,8 @@ def make_methods_table(results: Path) -> str:
         rows = rows_of(curve, results, "", "runs.csv")
         if not rows:
             continue
-        subset = ("final", "final") if rows[0]["final_answer_reward"] else ("last", "eval")
-        scores = [float(row[f"{subset[0]}_answer_reward"]) for row in rows]
-        questions = rows[0][f"num_{subset[1]}_examples"]
-        mean, half = mean_and_half_width(scores)
+        questions = _final_score(rows[0])[1]
+        mean, half = mean_and_half_width([float(_final_score(row)[0]) for row in rows])
         interval = f"{mean:.3f} +- {half:.3f}"
         if len(rows) == 1:
             low, high = wilson_interval(mean, int(questions))
@@ -350,12 +348,18 @@ def _cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
     ]
     wilson = "-"
     for row in rows:
-        kind, subset = ("final", "final") if row["final_answer_reward"] else ("last", "eval")
-        if row["seed"] == "0" and row[f"{kind}_answer_reward"]:
-            low, high = wilson_interval(float(row[f"{kind}_answer_reward"]), int(row[f"num_{subset}_examples"]))
+        score, questions = _final_score(row)
+        if row["seed"] == "0" and score:
+            low, high = wilson_interval(float(score), int(questions))
             wilson = f"{low:.3f} to {high:.3f}"
     minutes = [float(row["minutes"]) for row in rows if row["minutes"]]
     return [*scores, str(len(rows)), *counts, wilson, f"{statistics.median(minutes):.1f}" if minutes else "-"]
+
+
+def _final_score(row: Mapping[str, str]) -> tuple[str, str]:
+    """Return a run's answer reward on the whole validation set, or else its last one, and of how many questions."""
+    kind, subset = ("final", "final") if row["final_answer_reward"] else ("last", "eval")
+    return row[f"{kind}_answer_reward"], row[f"num_{subset}_examples"]
 
 
 def _by_step(rows: Sequence[Mapping[str, str]], panel: Panel, run: Mapping[str, str]) -> dict[int, tuple[float, float]]:

@@ -301,6 +301,6 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-for _name in NAMES.values():
-    AttentionInterface.register(_name, partial(prefix_tree_attention, is_packed=_name == NAMES["flash_attention_2"]))
+for _kernel, _name in NAMES.items():
+    AttentionInterface.register(_name, partial(prefix_tree_attention, is_packed=_kernel == "flash_attention_2"))
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

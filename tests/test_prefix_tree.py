@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import prefix_tree
 import SFT_helper
 from prefix_tree import (
     NAME_PREFIX,
+    NAMES,
     build_prefix_tree,
     gather_rows,
     plan_microbatches,
+    prefix_tree_attention,
     share_prefixes,
     shares_prefixes,
 )
@@ -103,8 +104,6 @@ def test_each_distinct_prefix_is_computed_once(sharing_model):
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
 def test_the_packed_sequences_are_the_same_attention(prompts, monkeypatch):
     """What the kernel for sequences of unequal length is given, computed by a plain softmax per sequence."""
-    prefix_tree_attention = prefix_tree.prefix_tree_attention
-
     batch = join_prompt_and_response_ids(prompts, RESPONSES, padding_id=0)
     tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
     num_nodes = tree.token_ids.shape[1]
@@ -117,6 +116,7 @@ def test_the_packed_sequences_are_the_same_attention(prompts, monkeypatch):
     packed, _ = prefix_tree_attention(
         torch.nn.Module(), query, key, value, tree.can_see[:, None], is_packed=True, scaling=0.5, prefix_tree=tree
     )
+    assert tree.added_starts[-1] == num_nodes
     torch.testing.assert_close(packed, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_a_model_with_flash_attention_computes_the_same_through_its_packed_kerne
     expected = scores_and_gradient(model, batch, rows)
     model.config._attn_implementation_internal = "flash_attention_2"  # as if it had been loaded with it
     assert share_prefixes(model) and shares_prefixes(model)
-    assert model.config._attn_implementation == prefix_tree.NAMES["flash_attention_2"]
+    assert model.config._attn_implementation == NAMES["flash_attention_2"]
     scores, gradient = scores_and_gradient(model, batch, rows)
     torch.testing.assert_close(scores, expected[0], atol=4e-6, rtol=2e-6)
     assert (gradient - expected[1]).norm() < 4e-6 * expected[1].norm()

@@ -8,6 +8,7 @@ Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
 Logged per optimizer step (axis `train_step`, counted in optimizer steps):
     train/loss                 as differentiated, summed over the microbatches
     train/grad_norm            before clipping
+    train/loss_scale           see policy_evaluation.compute_clipped_gradient; 1 but in float16
     train/token_entropy        mean over the response tokens trained on, nats
     train/num_trained_rows     rows that passed through the policy: those with something to learn from
     train/ratio_mean, train/ratio_max, train/clip_fraction_low, train/clip_fraction_high
@@ -47,6 +48,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -73,6 +75,7 @@ from policy_evaluation import (
     Response,
     autocast,
     check_devices,
+    compute_clipped_gradient,
     derive_seed,
     describe_evaluations,
     encode_prompts,
@@ -96,6 +99,7 @@ from SFT_helper import (
     join_prompt_and_response_ids,
     masked_normalize,
     pad_token_id,
+    scale_gradient,
 )
 
 RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
@@ -373,10 +377,10 @@ def update_policy(
         for start in range(0, len(rollouts), config.train_batch_size):
             batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
             proves_sync = config.rollouts_prove_sync and not config.is_off_policy
-            sums = accumulate_gradients(policy, batch, padding_id, config, with_gap=proves_sync)
+            accumulate = partial(accumulate_gradients, policy, batch, padding_id, config, proves_sync)
+            sums, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
             if not rows:
                 sums |= gap
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
             if not math.isfinite(sums["loss"]) or not math.isfinite(grad_norm):
                 raise UserError(
                     f"step {step}: loss {sums['loss']}, gradient norm {grad_norm}; lower learning_rate, or set "
@@ -388,7 +392,8 @@ def update_policy(
                 require_small_sync_error(error, config.max_sync_error)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rows.append(metrics | {"train/grad_norm": grad_norm, "train/learning_rate": config.learning_rate})
+            metrics |= {"train/grad_norm": grad_norm, "train/loss_scale": loss_scale}
+            rows.append(metrics | {"train/learning_rate": config.learning_rate})
     return rows
 
 
@@ -414,9 +419,16 @@ def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def accumulate_gradients(
-    policy: PreTrainedModel, batch: Sequence[Rollout], padding_id: int, config: GRPOConfig, with_gap: bool = False
+    policy: PreTrainedModel,
+    batch: Sequence[Rollout],
+    padding_id: int,
+    config: GRPOConfig,
+    with_gap: bool = False,
+    loss_scale: float = 1.0,
 ) -> dict[str, float]:
-    """Add the gradient of one optimizer step to the parameters, microbatch by microbatch; return its sums.
+    """Add the gradient of one optimizer step, times loss_scale, to the parameters, microbatch by microbatch.
+
+    Returns its sums over response tokens; the loss is not scaled.
 
     Rows without anything to learn from are skipped: an advantage (for no_baseline: a reward) of exactly zero, or,
     with `mask_truncated_responses`, a response that was cut. The divisors count the whole batch all the same; that of
@@ -455,7 +467,7 @@ def accumulate_gradients(
         log_probs = scores["log_probs"]
         weights = torch.tensor([[loss_weight(rollout, config)] for rollout in part], device=policy.device)
         loss, metadata = grpo_microbatch_train_step(
-            log_probs,
+            scale_gradient(log_probs, loss_scale),
             mask,
             config.gradient_accumulation_steps,
             config.loss_type,

@@ -228,6 +228,20 @@ def masked_normalize(
     return (kept.sum() if dim is None else kept.sum(dim=dim)) / normalize_constant
 
 
+def scale_gradient(tensor: Float[Tensor, "..."], factor: float) -> Float[Tensor, "..."]:
+    """Return the tensor as it is; what flows back through it from there on is multiplied by the factor.
+
+    >>> x = torch.tensor(2.0, requires_grad=True)
+    >>> scale_gradient(x * 3, 10.0).backward()
+    >>> x.grad
+    tensor(30.)
+    """
+    same = tensor.view_as(tensor)
+    if factor != 1:
+        same.register_hook(lambda gradient: gradient * factor)
+    return same
+
+
 def sft_microbatch_train_step(
     policy_log_probs: Float[Tensor, "batch sequence"],
     response_mask: Bool[Tensor, "batch sequence"],

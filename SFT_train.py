@@ -9,6 +9,7 @@ Logged per optimizer step, over the response tokens of all its microbatches:
     train/loss_per_token  negative log-probability per response token, nats
     train/token_entropy   mean entropy of the policy's next-token distributions, nats
     train/grad_norm       before clipping
+    train/loss_scale      see policy_evaluation.compute_clipped_gradient; 1 but in float16
     train/learning_rate, train/num_response_tokens, train/epoch
     time/step, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
 Logged per evaluation: eval/*, see policy_evaluation.summarize_examples and check_policy_sync; eval_all/*: the same on
@@ -20,6 +21,7 @@ response that does not end in `stop_string` is taught to end in EOS.
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -43,6 +45,7 @@ from policy_evaluation import (
     Evaluator,
     autocast,
     check_devices,
+    compute_clipped_gradient,
     describe_evaluations,
     encode_prompts,
     load_policy,
@@ -61,6 +64,7 @@ from SFT_helper import (
     join_prompt_and_response_ids,
     masked_normalize,
     pad_token_id,
+    scale_gradient,
     sft_microbatch_train_step,
 )
 
@@ -126,8 +130,8 @@ def train(
 
             seconds: dict[str, float] = {}
             with run.watched("train", seconds):
-                metrics = accumulate_gradients(policy, batch, padding_id, config)
-                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+                accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)
+                metrics, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
                 if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
                     state.is_whole = is_good(policy, previous_batch, padding_id, config)
                     raise UserError(
@@ -144,6 +148,7 @@ def train(
                     "train_step": step,
                     **metrics,
                     "train/grad_norm": grad_norm,
+                    "train/loss_scale": loss_scale,
                     "train/learning_rate": learning_rate,
                     "train/epoch": step * config.train_batch_size / len(train_set),
                     "time/step": seconds["time/train"],
@@ -163,8 +168,13 @@ def accumulate_gradients(
     batch: Sequence[TokenizedExample],
     padding_id: int,
     config: SFTConfig | ExpertIterationConfig,
+    loss_scale: float = 1.0,
 ) -> dict[str, float]:
-    """Add the gradient of a whole batch to the parameters, microbatch by microbatch; return its metrics."""
+    """Add the gradient of a whole batch, times loss_scale, to the parameters, microbatch by microbatch.
+
+    Returns:
+        The metrics of the batch; the loss is not scaled.
+    """
     plan = plan_microbatches(
         [row.prompt_ids for row in batch],
         [row.response_ids for row in batch],
@@ -182,7 +192,7 @@ def accumulate_gradients(
         with autocast(policy, config.compute_dtype):
             scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
         microbatch_loss, metadata = sft_microbatch_train_step(
-            scores["log_probs"],
+            scale_gradient(scores["log_probs"], loss_scale),
             tensors["response_mask"],
             config.gradient_accumulation_steps,
             config.normalize_constant,

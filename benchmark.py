@@ -31,6 +31,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ from math_data import Example, epoch_order, load_prompt_template, load_sft_examp
 from math_reward import grade_responses
 from policy_evaluation import (
     Response,
+    compute_clipped_gradient,
     encode_prompts,
     init_vllm,
     load_policy,
@@ -223,10 +225,10 @@ def work_sft(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     policy, tokenizer = load_policy(settings)
     batch = SFT_train.tokenize_examples(sft_examples(settings), tokenizer, settings)
     optimizer = prepare_training(policy, settings)
+    accumulate = partial(SFT_train.accumulate_gradients, policy, batch, pad_token_id(tokenizer), settings)
 
     def step() -> None:
-        SFT_train.accumulate_gradients(policy, batch, pad_token_id(tokenizer), settings)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        compute_clipped_gradient(policy, accumulate, settings)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -34,6 +34,7 @@ sampled, with EOS only where it sampled EOS; one AdamW goes through all steps, i
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ from policy_evaluation import (
     Evaluator,
     Response,
     check_devices,
+    compute_clipped_gradient,
     derive_seed,
     encode_prompts,
     load_policy,
@@ -208,15 +210,22 @@ def fine_tune(
         order = epoch_order(len(kept), len(kept), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(kept), config.train_batch_size):
             batch = [examples[index] for index in order[start : start + config.train_batch_size]]
-            metrics = accumulate_gradients(policy, batch, padding_id, config)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+            accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)
+            metrics, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
             if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
                 raise UserError(
                     f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; lower learning_rate"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            rows.append({**metrics, "train/grad_norm": grad_norm, "train/learning_rate": config.learning_rate})
+            rows.append(
+                {
+                    **metrics,
+                    "train/grad_norm": grad_norm,
+                    "train/loss_scale": loss_scale,
+                    "train/learning_rate": config.learning_rate,
+                }
+            )
     return rows
 
 

@@ -15,15 +15,16 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -59,6 +60,7 @@ NUM_PROBE_PROMPTS = 8
 # The same questions are sampled with the same seeds at every evaluation of every run, so that curves differ by
 # their policies alone.
 VALIDATION_SAMPLING_SEED = 0
+Metrics = TypeVar("Metrics", bound=Mapping[str, float])
 
 
 class SyncError(UserError):
@@ -169,7 +171,7 @@ def choose_attention(config: RunConfig) -> str:
     """
     obstacles = {
         "a CUDA policy_device": config.policy_device == "cpu",
-        "compute_dtype = bfloat16": config.compute_dtype != "bfloat16",
+        "compute_dtype = bfloat16 or float16": config.compute_dtype == "float32",
         "the package flash-attn (`uv sync --no-group cpu --group gpu --group flash`)": not _has_module("flash_attn"),
     }
     missing = [need for need, is_missing in obstacles.items() if is_missing]
@@ -181,8 +183,48 @@ def choose_attention(config: RunConfig) -> str:
 
 
 def autocast(policy: PreTrainedModel, compute_dtype: str) -> torch.autocast:
-    """Return the context in which the policy computes: bfloat16 matrix products, or plain float32."""
-    return torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=compute_dtype == "bfloat16")
+    """Return the context in which the policy computes: matrix products of 16 bits, or plain float32."""
+    dtype = torch.float16 if compute_dtype == "float16" else torch.bfloat16
+    return torch.autocast(policy.device.type, dtype=dtype, enabled=compute_dtype != "float32")
+
+
+def compute_clipped_gradient(
+    policy: PreTrainedModel, accumulate: Callable[[float], Metrics], config: TrainConfig
+) -> tuple[Metrics, float, float]:
+    """Compute the gradient of an optimizer step, and clip its norm to `max_grad_norm`.
+
+    In float16 numbers below 6e-8 are zero and those above 65,504 infinite. There the gradient is computed times a loss
+    scale and divided by it in float32, where it is accumulated. If it overflows, the whole gradient is computed again
+    with half the scale: no batch is skipped, and the scale starts anew at each step, so that nothing of it has to be
+    kept for a resumed run.
+
+    Args:
+        policy: without gradients.
+        accumulate: adds loss_scale times the step's gradient to the parameters', and returns the step's metrics.
+        config: `compute_dtype`, `loss_scale`, `max_grad_norm`.
+
+    Returns:
+        What `accumulate` returned, the norm before clipping, and the scale that was used, 1 but in float16. The norm
+        may not be finite: where a metric is not, the fault is in the forward pass, and no scale mends it.
+
+    Source of the scale: Micikevicius et al., Mixed Precision Training, 2018, section 3.2, which skips the step instead.
+    """
+    loss_scale = config.loss_scale if config.compute_dtype == "float16" else 1.0
+    while True:
+        metrics = accumulate(loss_scale)
+        gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+        if loss_scale != 1:
+            torch._foreach_div_(gradients, loss_scale)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+        if math.isfinite(grad_norm) or loss_scale == 1 or not all(map(math.isfinite, metrics.values())):
+            return metrics, grad_norm, loss_scale
+        smaller = max(loss_scale / 2, 1.0)
+        tqdm.write(
+            f"the gradient overflows float16 times loss_scale = {loss_scale:g}; computed again with {smaller:g}",
+            file=sys.stdout,
+        )
+        loss_scale = smaller
+        policy.zero_grad(set_to_none=True)
 
 
 def score_responses(

@@ -64,7 +64,7 @@ class RunConfig(BaseModel):
         pattern=r"^(cpu|cuda:0)$",
         description="device of vLLM: cpu or cuda:0 (vLLM takes the first visible GPU; order CUDA_VISIBLE_DEVICES)",
     )
-    compute_dtype: Literal["float32", "bfloat16"] = Field(
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="autocast dtype of the policy; its weights stay float32"
     )
     engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -72,7 +72,7 @@ class RunConfig(BaseModel):
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
-        description="auto: flash_attention_2 where installed, on CUDA and in bfloat16, else sdpa; with either, a "
+        description="auto: flash_attention_2 where installed, on CUDA and not in float32, else sdpa; with either, a "
         "prefix that rows share is computed once and without padding, eager is the plain computation",
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, to save memory")
@@ -181,6 +181,12 @@ class TrainConfig(RunConfig):
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient norm above which gradients are scaled down")
+    loss_scale: float = Field(
+        65536.0,
+        ge=1,
+        description="with compute_dtype=float16 gradients are computed times this, so that small ones do not vanish; "
+        "where they overflow the step's gradient is computed again with half of it",
+    )
     eval_interval: int = Field(
         50, ge=1, description="steps between evaluations (also before the first and after the last)"
     )

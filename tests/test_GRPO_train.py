@@ -1,17 +1,20 @@
 """The GRPO loop: equal gradients however computed, a reward that rises, real rollouts, mistakes in one line."""
 
 import json
+import math
 import os
 import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_scripts import FakeEvaluator
 from tiny import REPOSITORY, grpo_arguments, run_script
+from transformers import AutoModelForCausalLM
 
 import GRPO_train
 import run_directory
@@ -29,6 +32,7 @@ from policy_evaluation import (
     Response,
     SyncError,
     check_policy_sync,
+    compute_clipped_gradient,
     load_policy_into_vllm_instance,
     sample_responses,
     score_responses,
@@ -174,6 +178,69 @@ def test_a_loss_that_is_no_number_leaves_the_policy_alone(tiny_model):
     with pytest.raises(UserError, match="step 7: loss nan"):
         update_policy(tiny_model, optimizer, rollouts, 0, 7, tiny_config())
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
+
+
+def flat_gradient(model, rollouts, config):
+    """The gradient as the loop clips it (never, here), and the loss scale it was computed with."""
+    model.zero_grad()
+    accumulate = partial(accumulate_gradients, model, rollouts, 0, config, False)
+    sums, _, loss_scale = compute_clipped_gradient(model, accumulate, config)
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), loss_scale, sums
+
+
+def test_small_gradients_do_not_vanish_in_float16(tiny_model):
+    """A loss of 1e-8 of the usual size: its gradient lies below float16's smallest number, but not times 2^24."""
+    rollouts = ragged_rollouts(tiny_model)
+    for rollout in rollouts:
+        rollout.advantage *= 1e-8
+    plain, scale, sums = flat_gradient(tiny_model, rollouts, tiny_config(max_grad_norm=1e9))
+    assert scale == 1
+    unscaled, _, _ = flat_gradient(
+        tiny_model, rollouts, tiny_config(compute_dtype="float16", loss_scale=1, max_grad_norm=1e9)
+    )
+    scaled, scale, scaled_sums = flat_gradient(
+        tiny_model, rollouts, tiny_config(compute_dtype="float16", loss_scale=2**24, max_grad_norm=1e9)
+    )
+    assert scale == 2**24
+    assert (unscaled - plain).norm() > 0.5 * plain.norm()
+    assert (scaled - plain).norm() < 0.02 * plain.norm()  # rounding to 11 bits
+    assert scaled_sums["loss"] == pytest.approx(sums["loss"], rel=0.01)
+
+
+def test_a_gradient_that_overflows_float16_is_computed_again_with_half_the_scale(tiny_model, capsys):
+    rollouts = ragged_rollouts(tiny_model)
+    plain, _, _ = flat_gradient(tiny_model, rollouts, tiny_config(max_grad_norm=1e9))
+    scaled, scale, _ = flat_gradient(
+        tiny_model, rollouts, tiny_config(compute_dtype="float16", loss_scale=2**30, max_grad_norm=1e9)
+    )
+    assert 1 < scale < 2**30
+    assert capsys.readouterr().out.count("computed again with") == math.log2(2**30 / scale)
+    assert (scaled - plain).norm() < 0.02 * plain.norm()
+
+
+def test_a_step_in_float16_moves_the_policy_as_in_float32(tiny_model_folder):
+    moved = []
+    for dtype in ("float32", "float16"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+        before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        rollouts = ragged_rollouts(model, with_old_log_probs=False)
+        (row,) = update_policy(model, optimizer, rollouts, 0, 1, tiny_config(compute_dtype=dtype))
+        assert row["train/loss_scale"] == (65536 if dtype == "float16" else 1)
+        moved.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) - before)
+    assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
+
+
+def test_no_scale_mends_a_forward_pass_that_overflows(tiny_model):
+    rollouts = ragged_rollouts(tiny_model)
+    with torch.no_grad():
+        tiny_model.model.layers[0].mlp.down_proj.weight.mul_(1e6)
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
+    passes = []
+    tiny_model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with pytest.raises(UserError, match="step 3: loss nan"):
+        update_policy(tiny_model, optimizer, rollouts, 0, 3, tiny_config(compute_dtype="float16"))
+    assert len(passes) == 1
 
 
 def learn_to_say_a_token(model, sign):

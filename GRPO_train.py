@@ -31,7 +31,8 @@ Logged with the last optimizer step of a rollout batch:
                                where responses do not come from the policy's own distribution and prove nothing
     reward/timeouts, reward/out_of_memory, reward/errors    answers that could not be compared; they count as wrong
     time/sync, time/rollout, time/grade, time/old_log_probs, time/train, time/step (their sum): seconds; responses are
-                                       graded while others are sampled, grade is what remains of it afterwards
+                                       graded while others are sampled, grade is what remains of it afterwards, and
+                                       on one GPU the engine's going to sleep meanwhile
     time/tokens_per_second             sampled, of the rollout phase
     memory/peak_gib
 Logged per evaluation (axis `eval_step`, counted in rollout batches, as n_grpo_steps is): eval/*, see
@@ -180,10 +181,9 @@ def train(
                 responses, gradings = sample_groups(
                     evaluator, questions, prompt_ids, chosen, step, config, grading_threads
                 )
-            if config.shares_gpu:
-                sleep_vllm_instance(evaluator.llm)
-
             with run.watched("grade", seconds):
+                if config.shares_gpu:
+                    sleep_vllm_instance(evaluator.llm)
                 grades = [grading.result() for grading in gradings]
                 rollouts = make_rollouts([questions[index] for index in chosen], responses, grades, config)
             with run.watched("old_log_probs", seconds):
@@ -307,7 +307,10 @@ def sample_groups(
         The responses, and the grade to come of each: grading begins when a response is finished, while the engine
         goes on with the others.
     """
-    requests = [(index, sample) for index in chosen for sample in range(config.group_size)]
+    requests: list[tuple[int, int]] = []
+    for place, index in enumerate(chosen):  # where the order starts again a question may come twice: with new samples
+        first = list(chosen[:place]).count(index) * config.group_size
+        requests += [(index, sample) for sample in range(first, first + config.group_size)]
     responses: dict[int, Response] = {}
     gradings: dict[int, Future[Grade]] = {}
     for position, response in stream_responses(

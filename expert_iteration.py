@@ -130,10 +130,9 @@ def train(
                 responses, gradings = sample_groups(
                     evaluator, questions, prompt_ids, chosen, step, config, grading_threads
                 )
-            if config.shares_gpu:
-                sleep_vllm_instance(evaluator.llm)
-
             with run.watched("grade", seconds):
+                if config.shares_gpu:
+                    sleep_vllm_instance(evaluator.llm)
                 grades = [grading.result() for grading in gradings]
                 rollouts = keep_correct([questions[index] for index in chosen], responses, grades, config)
             kept = [rollout for rollout in rollouts if rollout.advantage]

@@ -106,19 +106,19 @@ CHECKPOINTS = [
     Curve("sft_checkpoint", "final", "from the final one"),
 ]
 PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
-METHODS = [
+SFT_CONTINUED = [
     BASELINE._replace(label="GRPO"),
     Curve("sft_continued", "all_traces", "SFT continued, 1,600 traces"),
     Curve("sft_continued", "same_traces", "SFT continued, the warm start's traces"),
-    Curve("expert_iteration", "default", "expert iteration"),
 ]
+METHODS = [*SFT_CONTINUED, Curve("expert_iteration", "default", "expert iteration")]
 METHODS_TABLE = [
     Curve("zero_shot", "r1_zero", "as it is"),
     Curve("warm-start", "default", "warm start: 16 SFT steps on 256 traces"),
-    METHODS[0]._replace(label="GRPO from the warm start, 24 steps, no traces"),
-    METHODS[3]._replace(label="expert iteration from the warm start, 6 steps, no traces"),
-    METHODS[2]._replace(label="SFT from the warm start, 100 steps on its own 256 traces"),
-    METHODS[1]._replace(label="SFT from the warm start, 100 steps on 1,600 traces"),
+    BASELINE._replace(label="GRPO from the warm start, 24 steps, no traces"),
+    Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no traces"),
+    Curve("sft_continued", "same_traces", "SFT from the warm start, 100 steps on its own 256 traces"),
+    Curve("sft_continued", "all_traces", "SFT from the warm start, 100 steps on 1,600 traces"),
 ]
 FIGURES = {
     "SFT-train-loss.png": [
@@ -161,7 +161,7 @@ TABLES = {
     "grpo_off_policy": OFF_POLICY,
     "sft_checkpoint": CHECKPOINTS,
     "prompt": PROMPTS,
-    "sft_continued": METHODS[:3],
+    "sft_continued": SFT_CONTINUED,
     "expert_iteration": METHODS,
     "zero_shot": [Curve("zero_shot", "r1_zero", "as it is, r1_zero prompt")],
 }

@@ -424,6 +424,22 @@ def test_responses_are_graded_while_others_are_sampled(monkeypatch):
     assert [grading.result().rewards["reward"] for grading in gradings] == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
+def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
+    seeds_used = []
+
+    def stream_responses(llm, prompt_ids, sampling_params, seeds):
+        seeds_used.extend(seeds)
+        yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
+
+    monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
+    questions, evaluator = [Example("q", "p", "6", None, "s")] * 2, SimpleNamespace(llm=None)
+    with ThreadPoolExecutor(1) as threads:
+        for chosen in ([0, 1], [0, 1, 0]):
+            GRPO_train.sample_groups(evaluator, questions, [[0], [1]], chosen, 1, tiny_config(), threads)
+    assert seeds_used[:8] == seeds_used[8:16]  # those of the first time are as ever
+    assert len(set(seeds_used[8:])) == 12
+
+
 def test_grading_keeps_rewards_groups_and_order():
     answers = ["1", "2", "1", "1", "4", "4", "4", "4"]
     responses = [Response([1], f"</think> <answer> {answer} </answer>", [2], [0.0], "stop") for answer in answers]

@@ -96,7 +96,7 @@ CLIP = [
     Curve("grpo_ablation", "off_policy_no_clip", "off-policy, no clip"),
 ]
 OFF_POLICY = [
-    BASELINE._replace(label="on-policy"),
+    Curve("grpo_off_policy", "on_policy", "on-policy"),
     Curve("grpo_ablation", "off_policy_clip", "1 x 32"),
     Curve("grpo_off_policy", "2x64", "2 x 64"),
     Curve("grpo_off_policy", "4x128", "4 x 128"),

@@ -137,7 +137,7 @@ def test_all_is_drawn_and_written_that_has_results_and_the_rest_is_named(results
     assert drawn == {"RL-eval-reward.png"}  # what only borrows the baseline waits for its own
     output = capsys.readouterr().out
     assert "grpo_learning_rate:\n| variant |" in output and "\ngrpo_ablation:" not in output
-    assert "GRPO-eval-reward.png: skipped, no results yet of grpo_ablation off_policy_clip, " in output
+    assert "GRPO-eval-reward.png: skipped, no results yet of grpo_off_policy on_policy, " in output
     assert "SFT-train-loss.png: skipped, no results yet of sft_examples num_sft_examples=128, " in output
     assert "RL-eval-reward.png: no results yet of grpo_learning_rate learning_rate=5e-06, " in output
     plot_results.write_all(results, results)

@@ -36,8 +36,8 @@ Logged with the last optimizer step of a rollout batch:
     time/tokens_per_second             sampled, of the rollout phase
     memory/peak_gib
 Logged per evaluation (axis `eval_step`, counted in rollout batches, as n_grpo_steps is): eval/*, see
-policy_evaluation.summarize_examples; eval_all/*: the same on num_final_eval_examples questions, at the end.
-Differences from the paper: no KL term (as in the assignment); responses of advantage zero are skipped in forward and
+policy_evaluation.evaluate_vllm; eval_all/*: the same on num_final_eval_examples questions, at the end.
+As in the assignment there is no KL term. Difference from it: responses of advantage zero are skipped in forward and
 backward, with all divisors unchanged, so that the gradient is the same.
 """
 

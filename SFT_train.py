@@ -12,9 +12,9 @@ Logged per optimizer step, over the response tokens of all its microbatches:
     train/loss_scale      see policy_evaluation.compute_clipped_gradient; 1 but in float16
     train/learning_rate, train/num_response_tokens, train/epoch
     time/step, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
-Logged per evaluation: eval/*, see policy_evaluation.summarize_examples and check_policy_sync; eval_all/*: the same on
+Logged per evaluation: eval/*, see policy_evaluation.evaluate_vllm; eval_all/*: the same on
 num_final_eval_examples questions, at the end.
-Differences from the paper: epochs follow each other without a gap, so that no example is left out of a batch; a
+Differences from the assignment: epochs follow each other without a gap, so that no example is left out of a batch; a
 response that does not end in `stop_string` is taught to end in EOS.
 """
 

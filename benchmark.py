@@ -373,10 +373,12 @@ WORKERS: dict[str, Callable[[BenchmarkConfig, str], dict[str, Figures]]] = {
 
 
 def sft_settings(config: BenchmarkConfig) -> SFTConfig:
-    """Return SFT_train.py's settings for the preset, with the benchmark's model, data and batch size."""
-    arguments = [f"preset={config.preset}", f"model={config.model}", f"train_data={EMBEDDED_DATA}", "keep_best=false"]
+    """Return SFT_train.py's settings for the preset, with what differs from it here, and the benchmark's batch size."""
+    arguments = [f"preset={config.preset}", f"train_data={EMBEDDED_DATA}", "keep_best=false"]
     settings = load_config(SFTConfig, HERE / "config.yaml", arguments)
-    update = {
+    preset = load_config(BenchmarkConfig, HERE / "grpo_train.yaml", [f"preset={config.preset}"])
+    changed = {name: value for name, value in config if value != getattr(preset, name)}
+    update = {name: value for name, value in changed.items() if name in SFTConfig.model_fields} | {
         "train_batch_size": config.sft_batch_size,
         "max_context_tokens": config.max_context_tokens,
     }

@@ -10,6 +10,7 @@ Logged per optimizer step (axis `train_step`, counted in optimizer steps), over 
     train/loss_per_token   negative log-probability per response token, nats
     train/token_entropy    mean entropy of the policy's next-token distributions, nats
     train/grad_norm        before clipping
+    train/loss_scale       see policy_evaluation.compute_clipped_gradient; 1 but in float16
     train/learning_rate, train/num_response_tokens
 Logged with the last optimizer step of an expert iteration step, or on a line of their own where nothing was kept:
     rollout/num_kept                       responses trained on
@@ -25,10 +26,10 @@ Logged with the last optimizer step of an expert iteration step, or on a line of
     time/tokens_per_second                 sampled, of the rollout phase
     memory/peak_gib
 Each of these lines also has `ei_step`. Logged per evaluation (axis `eval_step`, counted in expert iteration steps):
-eval/*, see policy_evaluation.summarize_examples; eval_all/*: the same on num_final_eval_examples questions, at the end.
-Differences from the paper: the questions of the steps follow each other in a random order that is run through, instead
-of being drawn anew; of equal correct responses to a question one is kept; the policy is trained on the tokens that it
-sampled, with EOS only where it sampled EOS; one AdamW goes through all steps, its moments are kept.
+eval/*, see policy_evaluation.evaluate_vllm; eval_all/*: the same on num_final_eval_examples questions, at the end.
+Differences from the assignment: the questions of the steps follow each other in a random order that is run through,
+instead of being drawn anew; of equal correct responses to a question one is kept; the policy is trained on the tokens
+that it sampled, with EOS only where it sampled EOS; one AdamW goes through all steps, its moments are kept.
 """
 
 import math

@@ -9,11 +9,11 @@ Figures: the line is the mean over seeds, the band its 95 % interval by Student'
     m +- t_{0.975, n-1} s / sqrt(n),    s: sample standard deviation,    no band where n < 3
 
 at the steps that all seeds of the variant have. A table, per variant: the validation answer reward after the last step,
-the best one, and the one on the whole validation set after the last step, each as mean +- that interval over seeds;
-the Wilson interval of seed 0 alone, of its value on the whole validation set, or else of its last one; the median
-minutes that training steps and evaluations took. It is printed, and written between the two marks of
-results/<experiment>/README.md. The README's own table, of the laptop preset, has a line per method: the value on the
-whole validation set.
+the best one (that before the first step included), and the one on the whole validation set after the last step, each as
+mean +- that interval over seeds; the Wilson interval of seed 0 alone, of its value on the whole validation set, or else
+of its last one; the median minutes that training steps and evaluations took. It is printed, and written between the two
+marks of results/<experiment>/README.md. The README's own table, of the laptop preset, has a line per method: the value
+on the whole validation set.
 """
 
 import itertools
@@ -37,7 +37,7 @@ FEWEST_SEEDS = 3
 START_OF_TABLE, END_OF_TABLE = "<!-- table -->", "<!-- end of table -->"
 COLUMNS = (
     *("variant", "last", "best", "last, all questions", "seeds", "questions", "all questions"),
-    *("one run (seed 0), Wilson", "median minutes"),
+    *("one run (seed 0), Wilson", "median minutes, steps and evaluations"),
 )
 
 

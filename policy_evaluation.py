@@ -60,6 +60,7 @@ NUM_PROBE_PROMPTS = 8
 # The same questions are sampled with the same seeds at every evaluation of every run, so that curves differ by
 # their policies alone.
 VALIDATION_SAMPLING_SEED = 0
+MOST_LOSS_SCALE_REDUCTION = 1024  # a gradient that still overflows then is none that a scale mends
 Metrics = TypeVar("Metrics", bound=Mapping[str, float])
 
 
@@ -125,7 +126,7 @@ def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreT
             folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:  # files that are missing or unreadable
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # files, or the attention's package
         raise UserError(
             f"model = {config.model}: {folder} could not be loaded ({first_line(error)}); it needs config, weights "
             "and tokenizer in Transformers format"
@@ -136,6 +137,8 @@ def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreT
             f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
             "lower it to that"
         )
+    if config.policy_device != "cpu":  # with a mask, cuDNN's backward pass can give NaN (PyTorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
     share_prefixes(policy)
     return policy.eval(), tokenizer
@@ -210,15 +213,16 @@ def compute_clipped_gradient(
     Source of the scale: Micikevicius et al., Mixed Precision Training, 2018, section 3.2, which skips the step instead.
     """
     loss_scale = config.loss_scale if config.compute_dtype == "float16" else 1.0
+    smallest = max(loss_scale / MOST_LOSS_SCALE_REDUCTION, 1.0)
     while True:
         metrics = accumulate(loss_scale)
-        gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
         if loss_scale != 1:
-            torch._foreach_div_(gradients, loss_scale)
+            torch._foreach_div_([p.grad for p in policy.parameters() if p.grad is not None], loss_scale)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if math.isfinite(grad_norm) or loss_scale == 1 or not all(map(math.isfinite, metrics.values())):
+        is_mendable = all(map(math.isfinite, metrics.values())) and loss_scale > smallest
+        if math.isfinite(grad_norm) or not is_mendable:
             return metrics, grad_norm, loss_scale
-        smaller = max(loss_scale / 2, 1.0)
+        smaller = max(loss_scale / 2, smallest)
         tqdm.write(
             f"the gradient overflows float16 times loss_scale = {loss_scale:g}; computed again with {smaller:g}",
             file=sys.stdout,
@@ -384,7 +388,11 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if is_sleeping:
         llm.wake_up(tags=["kv_cache"])
-    llm.reset_prefix_cache()
+    if not llm.reset_prefix_cache():
+        raise SyncError(
+            "vLLM did not give up its prefix cache: keys and values of the old weights would meet the new "
+            "ones; let no request be unfinished when the weights change"
+        )
 
 
 def sleep_vllm_instance(llm: "LLM") -> None:
@@ -503,8 +511,10 @@ def evaluate_vllm(
         output_path: JSON-lines file for every example.
 
     Returns:
-        Metrics (see `summarize_examples`; and reward_timeouts, reward_out_of_memory, reward_errors: answers that
-        could not be compared and count as wrong), and one dictionary per example (see `log_generations`).
+        Metrics, and one dictionary per example (see `log_generations`). The metrics are those of
+        `summarize_examples`; reward_timeouts, reward_out_of_memory, reward_errors: answers that could not be compared
+        and count as wrong; sampled_tokens_per_second: of the responses, while they were sampled. `Evaluator.evaluate`
+        adds those of `check_policy_sync`, and `seconds`, the whole evaluation's with the weight sync.
     """
     if len(prompts) != len(ground_truths) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give as many, at least one")
@@ -688,8 +698,6 @@ class Evaluator:
                 seed=VALIDATION_SAMPLING_SEED,
                 output_path=self.samples_path(eval_step, prefix),
             )
-            if config.shares_gpu:
-                sleep_vllm_instance(self.llm)
         metrics |= sync_metrics | {"seconds": seconds["time/evaluate"]}
         self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
         return metrics
@@ -703,6 +711,9 @@ class Evaluator:
             self.run.save_checkpoint(state)
         if is_evaluated:
             print_evaluation(self.evaluate(state.policy, state.step), state.step)
+            if config.shares_gpu and state.step < num_steps:
+                with self.run.watched("evaluate"):
+                    sleep_vllm_instance(self.llm)
         if is_kept or is_evaluated:
             self.run.prune_checkpoints(config.keep_last, config.keep_best)
 
@@ -752,7 +763,10 @@ def encode_prompts(
 
 
 def peak_memory_gib(device: str) -> float:
-    """Return the peak memory so far, in GiB: of the GPU on CUDA, else of this process."""
+    """Return the peak memory so far, in GiB: of the GPU on CUDA, else of this process.
+
+    On a GPU that policy and engine share, it may count the memory that the sleeping engine has given back.
+    """
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

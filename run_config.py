@@ -108,7 +108,7 @@ class RunConfig(BaseModel):
     max_sync_error: float = Field(
         1.1,
         gt=1,
-        description="limit on exp(mean |engine - policy log-prob|) after a weight sync; 1.001 suits float32",
+        description="limit on exp(mean |engine - policy log-prob|) after a weight sync; 1.0001 suits float32",
     )
     num_sync_tokens: int = Field(16, ge=1, description="sampled tokens per probe prompt for that check")
     scoring_batch_size: int = Field(16, ge=1, description="responses per forward pass when scoring without gradients")

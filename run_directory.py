@@ -3,7 +3,7 @@
     runs/<name>/  config.yaml       resolved configuration
                   environment*.json versions, git commit and diff, hardware, command line; one more for each resumption
                   metrics.jsonl     one object per logged step, as it happened
-                  samples/          graded responses of each evaluation, JSON lines
+                  samples/          graded responses: of each evaluation, and the first groups of each rollout batch
                   checkpoints/      step_*/: the whole state of the run, see run_checkpoint.py
                   final/            the trained policy: model and tokenizer, Transformers format
                   *.png             figures, drawn from metrics.jsonl

@@ -7,7 +7,7 @@ import pytest
 
 import benchmark
 from benchmark import BenchmarkConfig, Row, Summary
-from run_config import UserError
+from run_config import SFTConfig, UserError, load_config
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmark"
 ROWS = [
@@ -86,3 +86,15 @@ def test_mistakes_are_named():
     for arguments in ([], ["speed"]):
         with pytest.raises(UserError, match="usage: benchmark.py sft"):
             benchmark.main(arguments)
+
+
+def test_sft_is_measured_with_the_keys_that_are_given():
+    def settings(*arguments):
+        path = benchmark.HERE / "grpo_train.yaml"
+        return benchmark.sft_settings(load_config(BenchmarkConfig, path, ["preset=laptop", *arguments]))
+
+    preset = load_config(SFTConfig, benchmark.HERE / "config.yaml", ["preset=laptop"])
+    assert settings().microbatch_tokens == preset.microbatch_tokens
+    assert settings().learning_rate == preset.learning_rate
+    changed = settings("compute_dtype=float32", "microbatch_tokens=512", "compile_policy=true")
+    assert (changed.compute_dtype, changed.microbatch_tokens, changed.compile_policy) == ("float32", 512, True)

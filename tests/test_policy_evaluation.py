@@ -92,7 +92,7 @@ def test_sync_check_fails_without_resetting_the_prefix_cache(engine, tiny_model_
     load_policy_into_vllm_instance(before, engine)
     check(before, engine, prompt_ids)  # leaves the probe prompts in the cache
     policy = changed_policy(tiny_model_folder, 6)
-    monkeypatch.setattr(engine, "reset_prefix_cache", lambda: None)
+    monkeypatch.setattr(engine, "reset_prefix_cache", lambda: True)
     load_policy_into_vllm_instance(policy, engine)
     with pytest.raises(SyncError, match="prefix cache that was not reset"):
         check(policy, engine, prompt_ids)
@@ -298,6 +298,7 @@ class RecordingEngine:
     def __init__(self):
         self.calls = []
         self.is_asleep = False
+        self.gives_up_its_cache = True
         self.llm_engine = self
         self.vllm_config = self.model_config = self
         self.dtype = torch.bfloat16
@@ -320,6 +321,7 @@ class RecordingEngine:
 
     def reset_prefix_cache(self):
         self.calls.append("reset_prefix_cache")
+        return self.gives_up_its_cache
 
 
 def test_a_sleeping_engine_is_woken_in_the_right_order(tiny_model):
@@ -329,3 +331,10 @@ def test_a_sleeping_engine_is_woken_in_the_right_order(tiny_model):
     load_policy_into_vllm_instance(tiny_model, engine)
     woken = ["wake weights", "reload_weights", "wake kv_cache", "reset_prefix_cache"]
     assert engine.calls == ["reload_weights", "reset_prefix_cache", "sleep 2", *woken]
+
+
+def test_a_prefix_cache_that_stays_is_an_error(tiny_model):
+    engine = RecordingEngine()
+    engine.gives_up_its_cache = False
+    with pytest.raises(SyncError, match="did not give up its prefix cache"):
+        load_policy_into_vllm_instance(tiny_model, engine)

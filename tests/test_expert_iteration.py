@@ -56,9 +56,9 @@ def record(monkeypatch):
         batches.append([])
         return result
 
-    def accumulate_gradients(policy, batch, padding_id, config):
+    def accumulate_gradients(policy, batch, *arguments):
         batches[-1].append(batch)
-        return original_train(policy, batch, padding_id, config)
+        return original_train(policy, batch, *arguments)
 
     monkeypatch.setattr(expert_iteration, "sample_groups", sample_groups)
     monkeypatch.setattr(expert_iteration, "accumulate_gradients", accumulate_gradients)

@@ -396,7 +396,8 @@ def update_policy(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics |= {"train/grad_norm": grad_norm, "train/loss_scale": loss_scale}
-            rows.append(metrics | {"train/learning_rate": config.learning_rate})
+            metrics["train/learning_rate"] = config.learning_rate
+            rows.append(metrics)
     return rows
 
 

@@ -287,7 +287,8 @@ def test_attention_choice(monkeypatch):
     assert policy_evaluation.choose_attention(on_gpu) == "flash_attention_2"
     assert policy_evaluation.choose_attention(RunConfig(policy_device="cuda:0", compute_dtype="float32")) == "sdpa"
     assert policy_evaluation.choose_attention(RunConfig()) == "sdpa"
-    with pytest.raises(UserError, match="CUDA policy_device and compute_dtype = bfloat16 or float16; or"):
+    needs = "needs a CUDA policy_device and compute_dtype = bfloat16 or float16; or use auto"
+    with pytest.raises(UserError, match=needs):
         policy_evaluation.choose_attention(RunConfig(attn_implementation="flash_attention_2", compute_dtype="float32"))
     assert policy_evaluation.choose_attention(RunConfig(attn_implementation="eager")) == "eager"
 

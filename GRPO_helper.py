@@ -39,19 +39,12 @@ def compute_group_normalized_rewards(
     advantage_eps: float,
     normalize_by_std: bool,
 ) -> tuple[Float[Tensor, " rollouts"], Float[Tensor, " rollouts"], dict[str, float]]:
-    """Grade the responses and subtract from each reward the mean of its group.
+    """Grade the responses, and normalize the rewards as `normalize_within_groups` does.
 
-        A_i = R_i - mean(R_group),    divided by (std(R_group) + advantage_eps) if `normalize_by_std`
-
-    The std is the sample std (divisor G - 1). A group of equal rewards has advantages of exactly zero.
-
-    Args:
+    Args: group_size, advantage_eps, normalize_by_std: as there.
         reward_fn: maps (response, ground truth) to a dictionary with `reward`.
         rollout_responses: N responses, those to the same question next to each other.
         repeated_ground_truths: N answers, each repeated `group_size` times.
-        group_size: responses per question, G >= 2 if `normalize_by_std`.
-        advantage_eps: added to the std.
-        normalize_by_std: divide by the std.
 
     Returns:
         Advantages (N,), raw rewards (N,), both float32; and metadata: mean, std (sample), min and max of the
@@ -62,30 +55,56 @@ def compute_group_normalized_rewards(
 
     Source: CS336 Assignment 5, problem compute_group_normalized_rewards.
     """
-    num_rollouts = len(rollout_responses)
-    if num_rollouts != len(repeated_ground_truths):
-        raise ValueError(f"{num_rollouts} responses and {len(repeated_ground_truths)} ground truths: give as many")
+    if len(rollout_responses) != len(repeated_ground_truths):
+        raise ValueError(
+            f"{len(rollout_responses)} responses and {len(repeated_ground_truths)} ground truths: give as many"
+        )
+    pairs = zip(rollout_responses, repeated_ground_truths, strict=True)
+    raw_rewards = torch.tensor([float(reward_fn(response, truth)["reward"]) for response, truth in pairs])
+    advantages = normalize_within_groups(raw_rewards, group_size, advantage_eps, normalize_by_std)
+    metadata = {
+        "reward_mean": raw_rewards.mean().item(),
+        "reward_std": raw_rewards.std().item() if len(raw_rewards) > 1 else 0.0,
+        "reward_min": raw_rewards.min().item(),
+        "reward_max": raw_rewards.max().item(),
+        "zero_advantage_fraction": (advantages == 0).float().mean().item(),
+    }
+    return advantages, raw_rewards, metadata
+
+
+def normalize_within_groups(
+    raw_rewards: Float[Tensor, " rollouts"], group_size: int, advantage_eps: float, normalize_by_std: bool
+) -> Float[Tensor, " rollouts"]:
+    """Subtract from each reward the mean of its group.
+
+        A_i = R_i - mean(R_group),    divided by (std(R_group) + advantage_eps) if `normalize_by_std`
+
+    The std is the sample std (divisor G - 1). A group of equal rewards has advantages of exactly zero.
+
+    Args:
+        raw_rewards: (N,), those of a group next to each other.
+        group_size: responses per question, G >= 2 if `normalize_by_std`.
+        advantage_eps: added to the std.
+        normalize_by_std: divide by the std.
+
+    Raises:
+        ValueError: N is not a multiple of G, or the std is asked of groups of one.
+
+    >>> normalize_within_groups(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2, 1e-6, normalize_by_std=False)
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    num_rollouts = len(raw_rewards)
     if group_size < 1 or num_rollouts == 0 or num_rollouts % group_size:
         raise ValueError(f"{num_rollouts} responses do not make whole groups of group_size = {group_size}")
     if normalize_by_std and group_size == 1:
         raise ValueError("group_size = 1 has no standard deviation: use groups of 2 or more")
-    pairs = zip(rollout_responses, repeated_ground_truths, strict=True)
-    raw_rewards = torch.tensor([float(reward_fn(response, truth)["reward"]) for response, truth in pairs])
     groups = raw_rewards.view(-1, group_size)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
     # The mean of equal numbers can differ from them by rounding: such a group teaches nothing, exactly.
     is_uniform = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    advantages = advantages.masked_fill(is_uniform, 0.0).flatten()
-    metadata = {
-        "reward_mean": raw_rewards.mean().item(),
-        "reward_std": raw_rewards.std().item() if num_rollouts > 1 else 0.0,
-        "reward_min": raw_rewards.min().item(),
-        "reward_max": raw_rewards.max().item(),
-        "zero_advantage_fraction": (advantages == 0).float().mean().item(),
-    }
-    return advantages, raw_rewards, metadata
+    return advantages.masked_fill(is_uniform, 0.0).flatten()
 
 
 def compute_naive_policy_gradient_loss(

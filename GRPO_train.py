@@ -51,22 +51,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from GRPO_helper import compute_group_normalized_rewards, grpo_microbatch_train_step
+from GRPO_helper import grpo_microbatch_train_step, normalize_within_groups
 from math_data import (
     Example,
     epoch_order,
     final_validation_subset,
     hold_out,
+    keep_answered,
     load_examples,
     load_validation_set,
-    require_ground_truths,
     validation_subset,
 )
 from math_reward import Grade, count_failures, grade_response
@@ -102,6 +102,9 @@ from SFT_helper import (
     pad_token_id,
     scale_gradient,
 )
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
 FEWEST_PROOF_TOKENS = 128  # of fewer tokens the mean is not held against max_sync_error; evaluations prove the sync too
@@ -179,7 +182,7 @@ def train(
             chosen = order[first : first + config.num_questions_per_step]
             with run.watched("rollout", seconds):
                 responses, gradings = sample_groups(
-                    evaluator, questions, prompt_ids, chosen, step, config, grading_threads
+                    evaluator.llm, questions, prompt_ids, chosen, step, config, grading_threads
                 )
             with run.watched("grade", seconds):
                 if config.shares_gpu:
@@ -278,10 +281,9 @@ def load_questions(validation_set: Sequence[Example], config: RolloutConfig) -> 
     """Return the training questions, those of the validation set left out.
 
     Raises:
-        UserError: a question has no answer to grade against, or there are fewer questions than a step needs.
+        UserError: no question has an answer to grade against, or there are fewer questions than a step needs.
     """
-    questions = load_examples(config.train_data, config, split="train")
-    require_ground_truths(questions, "train_data", config.train_data)
+    questions = keep_answered(load_examples(config.train_data, config, split="train"), config)
     questions = hold_out(questions, validation_set, config)
     if len(questions) < config.num_questions_per_step:
         raise UserError(
@@ -293,7 +295,7 @@ def load_questions(validation_set: Sequence[Example], config: RolloutConfig) -> 
 
 
 def sample_groups(
-    evaluator: Evaluator,
+    llm: "LLM",
     questions: Sequence[Example],
     prompt_ids: Sequence[list[int]],
     chosen: Sequence[int],
@@ -314,7 +316,7 @@ def sample_groups(
     responses: dict[int, Response] = {}
     gradings: dict[int, Future[Grade]] = {}
     for position, response in stream_responses(
-        evaluator.llm,
+        llm,
         [prompt_ids[index] for index, _ in requests],
         sampling_params(config),
         [derive_seed(config.seed, "rollout", step, index, sample) for index, sample in requests],
@@ -331,12 +333,8 @@ def make_rollouts(
 ) -> list[Rollout]:
     """Normalize the rewards within groups, and join everything that the update needs of a response."""
     repeated = [question for question in questions for _ in range(config.group_size)]
-    truths = [question.ground_truth or "" for question in repeated]
-    remaining = iter(grades)
-    advantages, _, _ = compute_group_normalized_rewards(
-        lambda response, truth: next(remaining).rewards,
-        [response.text for response in responses],
-        truths,
+    advantages = normalize_within_groups(
+        torch.tensor([grade.rewards["reward"] for grade in grades]),
         config.group_size,
         config.advantage_eps,
         config.use_std_normalization and config.group_size > 1,
@@ -374,7 +372,7 @@ def update_policy(
     rows = []
     gap: dict[str, float] = {}
     if config.is_off_policy and config.rollouts_prove_sync:
-        gap = measure_gap(rollouts, torch.cat([cast(Tensor, rollout.old_log_probs) for rollout in rollouts]), config)
+        gap = measure_gap(rollouts, old_log_probs_in(rollouts), config)
     for epoch in range(config.epochs_per_rollout_batch):
         order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(rollouts), config.train_batch_size):
@@ -417,7 +415,7 @@ def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
         "train/clip_fraction_low": per_token("num_clipped_low"),
         "train/clip_fraction_high": per_token("num_clipped_high"),
         "rollout/log_prob_gap_mean": gap_mean,
-        "rollout/log_prob_gap_multiplicative": None if gap_mean is None else math.exp(gap_mean),
+        "rollout/log_prob_gap_multiplicative": None if gap_mean is None else torch.tensor(gap_mean).exp().item(),
         "rollout/log_prob_gap_max": None if gap_mean is None else sums["gap_max"],
     }
 
@@ -469,14 +467,15 @@ def accumulate_gradients(
         with autocast(policy, config.compute_dtype):
             scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
         log_probs = scores["log_probs"]
-        weights = torch.tensor([[loss_weight(rollout, config)] for rollout in part], device=policy.device)
+        raw_rewards = torch.tensor([[rollout.rewards["reward"]] for rollout in part], device=policy.device)
+        advantages = torch.tensor([[rollout.advantage] for rollout in part], device=policy.device)
         loss, metadata = grpo_microbatch_train_step(
             scale_gradient(log_probs, loss_scale),
             mask,
-            config.gradient_accumulation_steps,
+            config.gradient_accumulation_steps,  # num_step_rows stands in for it in the divisor
             config.loss_type,
-            raw_rewards=weights,
-            advantages=weights,
+            raw_rewards,
+            advantages,
             old_log_probs=old_log_probs_of(part, log_probs, mask),
             cliprange=config.cliprange,
             length_normalization=config.length_normalization,
@@ -516,8 +515,12 @@ def old_log_probs_of(part: Sequence[Rollout], log_probs: Tensor, mask: Tensor) -
     """Return the old log-probs in the shape of the new ones; on-policy they are the new ones, held fixed."""
     if part[0].old_log_probs is None:
         return log_probs.detach()
-    values = torch.cat([rollout.old_log_probs for rollout in part if rollout.old_log_probs is not None])
-    return torch.zeros_like(log_probs).masked_scatter(mask, values.to(log_probs))
+    return torch.zeros_like(log_probs).masked_scatter(mask, old_log_probs_in(part).to(log_probs))
+
+
+def old_log_probs_in(rollouts: Sequence[Rollout]) -> Tensor:
+    """Return the old log-probs of all response tokens, one response after the other."""
+    return torch.cat([cast(Tensor, rollout.old_log_probs) for rollout in rollouts])
 
 
 def summarize_step(

@@ -186,7 +186,8 @@ def get_masked_response_log_probs(
             raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
     if shares_prefixes(model):
         tree = build_prefix_tree(input_ids, response_mask)
-        hidden_states = gather_rows(compute_hidden_states(model, tree), tree.paths[response_mask])
+        mask = response_mask[:, : tree.paths.shape[1]]  # paths end with the last response token
+        hidden_states = gather_rows(compute_hidden_states(model, tree), tree.paths[mask])
     else:
         outputs = model.base_model(input_ids=input_ids, use_cache=False)
         hidden_states = outputs.last_hidden_state[response_mask]

@@ -35,9 +35,9 @@ from math_data import (
     epoch_order,
     final_validation_subset,
     hold_out,
+    keep_answered,
     load_sft_examples,
     load_validation_set,
-    require_ground_truths,
     validation_subset,
 )
 from math_reward import grade_responses
@@ -114,7 +114,6 @@ def train(
     order = epoch_order(len(train_set), num_steps * config.train_batch_size, config.seed)
     optimizer = prepare_training(policy, config)
     padding_id = pad_token_id(tokenizer)
-    previous_batch: list[TokenizedExample] = []
     state = TrainingState(policy, tokenizer, optimizer, fingerprint(row[1:] for row in train_set))  # the token ids
     run.restore(state, num_steps)
     with StopGuard(state, run.save_checkpoint, run.path) as guard:
@@ -133,12 +132,10 @@ def train(
                 accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)
                 metrics, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
                 if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
-                    state.is_whole = is_good(policy, previous_batch, padding_id, config)
                     raise UserError(
                         f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; lower learning_rate, "
                         f"or look at the batch: {describe_sources([row.example for row in batch])}"
                     )
-                previous_batch = batch
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
@@ -194,7 +191,7 @@ def accumulate_gradients(
         microbatch_loss, metadata = sft_microbatch_train_step(
             scale_gradient(scores["log_probs"], loss_scale),
             tensors["response_mask"],
-            config.gradient_accumulation_steps,
+            config.gradient_accumulation_steps,  # num_step_rows stands in for it in the divisor
             config.normalize_constant,
             num_step_rows=len(batch),
         )
@@ -208,15 +205,6 @@ def accumulate_gradients(
         "train/token_entropy": (sum_entropy / num_tokens).item(),
         "train/num_response_tokens": int(num_tokens.item()),
     }
-
-
-def is_good(
-    policy: PreTrainedModel, previous_batch: Sequence[TokenizedExample], padding_id: int, config: SFTConfig
-) -> bool:
-    """Whether a loss that is no number comes from the batch and not from the weights: the batch before tells."""
-    if not previous_batch:
-        return False
-    return math.isfinite(accumulate_gradients(policy, previous_batch, padding_id, config)["train/loss"])
 
 
 def learning_rate_at(step: int, num_steps: int, config: SFTConfig) -> float:
@@ -244,10 +232,10 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
     """
     kept = examples
     if config.filter_correct:
-        require_ground_truths(examples, "train_data", config.train_data)
-        responses, truths = [e.response or "" for e in examples], [e.ground_truth or "" for e in examples]
+        answered = keep_answered(examples, config)
+        responses, truths = [e.response or "" for e in answered], [e.ground_truth or "" for e in answered]
         grades = grade_responses(responses, truths, config.reward)
-        kept = [e for e, grade in zip(examples, grades, strict=True) if grade.rewards["answer_reward"] == 1]
+        kept = [e for e, grade in zip(answered, grades, strict=True) if grade.rewards["answer_reward"] == 1]
         print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:
         raise UserError(

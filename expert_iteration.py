@@ -129,7 +129,7 @@ def train(
             chosen = order[(step - 1) * config.ei_batch_size : step * config.ei_batch_size]
             with run.watched("rollout", seconds):
                 responses, gradings = sample_groups(
-                    evaluator, questions, prompt_ids, chosen, step, config, grading_threads
+                    evaluator.llm, questions, prompt_ids, chosen, step, config, grading_threads
                 )
             with run.watched("grade", seconds):
                 if config.shares_gpu:

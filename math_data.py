@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,18 +62,13 @@ class Record:
 
 
 def load_sft_examples(config: SFTConfig) -> list[Example]:
-    """Return the training examples with a response each, exact repetitions merged.
+    """Return the training examples that have a response, exact repetitions merged.
 
     Raises:
-        UserError: the data cannot be read, or a record has no response.
+        UserError: the data cannot be read, or no record has a response.
     """
     examples = load_examples(config.train_data, config, "train", config.arithmetic_corrupt_fraction)
-    without_response = [example.source for example in examples if not example.response]
-    if without_response:
-        raise UserError(
-            f"train_data = {config.train_data}: {len(without_response)} of {len(examples)} records have no "
-            f"response to imitate, the first at {without_response[0]}; use data with traces"
-        )
+    examples = keep(examples, lambda example: bool(example.response), "have no response to imitate", config.train_data)
     return list({(example.prompt, example.response): example for example in examples}.values())
 
 
@@ -84,7 +79,12 @@ def load_validation_set(config: RunConfig) -> list[Example]:
         UserError: the data cannot be read, or lacks ground truths.
     """
     examples = load_examples(config.validation_data, config, split="validation")
-    require_ground_truths(examples, "validation_data", config.validation_data)
+    without_answer = [example.source for example in examples if example.ground_truth is None]
+    if without_answer:
+        raise UserError(
+            f"validation_data = {config.validation_data}: {len(without_answer)} of {len(examples)} questions have no "
+            f"answer, the first at {without_answer[0]}; use data with answers"
+        )
     return examples
 
 
@@ -111,30 +111,36 @@ def final_validation_subset(validation_set: list[Example], config: TrainConfig) 
     return _draw_subset(validation_set, min(config.num_final_eval_examples, len(validation_set)))
 
 
-def hold_out(examples: list[Example], validation_set: Sequence[Example], config: RunConfig) -> list[Example]:
-    """Return the training examples whose question is not in the validation set, and print how many were left out.
+def keep(examples: list[Example], is_kept: Callable[[Example], bool], lack: str, source: str) -> list[Example]:
+    """Return the training examples that may be used, and print how many were left out and what they `lack`.
 
     Raises:
-        UserError: none is left.
+        UserError: none may be used.
     """
-    held_out = {text for example in validation_set for text in (example.question, example.prompt)}
-    kept = [example for example in examples if not {example.question, example.prompt} & held_out]
+    kept = [example for example in examples if is_kept(example)]
     if len(kept) < len(examples):
-        left_out = f"{len(examples) - len(kept)} of {len(examples)} training examples whose questions are in"
+        first = next(example.source for example in examples if not is_kept(example))
+        left_out = f"{len(examples) - len(kept)} of {len(examples)} training examples {lack}, the first at {first}"
         if not kept:
-            raise UserError(f"{config.train_data} has nothing but {left_out} {config.validation_data}; use other data")
-        print(f"left out: {left_out} {config.validation_data}")
+            raise UserError(f"train_data = {source}: {left_out}; use other data")
+        print(f"left out: {left_out}")
     return kept
 
 
-def require_ground_truths(examples: Sequence[Example], key: str, source: str) -> None:
-    """Raise a UserError if an example has no answer to grade against."""
-    without_truth = [example.source for example in examples if example.ground_truth is None]
-    if without_truth:
-        raise UserError(
-            f"{key} = {source}: {len(without_truth)} of {len(examples)} questions have no answer, the first at "
-            f"{without_truth[0]}; use data with answers"
-        )
+def hold_out(examples: list[Example], validation_set: Sequence[Example], config: RunConfig) -> list[Example]:
+    """Return the training examples whose question is not in the validation set."""
+    held_out = {text for example in validation_set for text in (example.question, example.prompt)}
+    return keep(
+        examples,
+        lambda example: not {example.question, example.prompt} & held_out,
+        f"have their question in {config.validation_data}",
+        config.train_data,
+    )
+
+
+def keep_answered(examples: list[Example], config: RunConfig) -> list[Example]:
+    """Return the training examples that have an answer to grade against (of MATH's 7,500 two have none)."""
+    return keep(examples, lambda example: example.ground_truth is not None, "have no answer", config.train_data)
 
 
 def load_examples(
@@ -172,9 +178,9 @@ def load_prompt_template(name_or_path: str) -> str:
         UserError: no such template, or it lacks the place holder `{question}`.
     """
     path = PROMPTS_FOLDER / f"{name_or_path}.prompt"
-    if not path.is_file():
+    if not _exists(path):
         path = Path(name_or_path)
-    if not path.is_file():
+    if not _exists(path):
         names = ", ".join(sorted(file.stem for file in PROMPTS_FOLDER.glob("*.prompt")))
         raise UserError(f"prompt = {name_or_path}: no such template; use {names}, or the path of a file")
     try:
@@ -219,7 +225,7 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
         UserError: missing or empty file, broken JSON (file and line), a record that is no object.
     """
     path = Path(source)
-    if not path.exists():
+    if not _exists(path):
         if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?:[\w.-]+", source):
             yield from _read_hub(source)
             return
@@ -258,31 +264,32 @@ def parse_record(values: dict[str, Any], where: str) -> Record:
             f"{where}: fields {sorted(values)} fit no known layout; needed is one of "
             + ", ".join("+".join(layout) for layout in LAYOUTS)
         )
-    fields = {name: _text(values, name, where) for name in layout}
+    answer_name = {"problem": layout[-1], "prompt": "ground_truth"}.get(layout[0], "")
+    answer = values.get(answer_name)  # of MATH's 7,500 training records two have an empty one
+    ground_truth = None if answer is None or not str(answer).strip() else _text(values, answer_name, where)
+    fields = {name: _text(values, name, where) for name in layout if name != answer_name}
     if layout[0] == "prompt":
-        truth = values.get("ground_truth")
         return Record(
             source=where,
             question=fields["prompt"],
             prompt=fields["prompt"],
             response=fields["response"],
-            ground_truth=None if truth is None else str(truth),
+            ground_truth=ground_truth,
         )
     if layout[0] == "question":
         solution, separator, answer = fields["answer"].rpartition("####")
         if not separator:
             raise UserError(f"{where}: answer has no '#### <number>' at its end, as GSM8K has")
         reasoning = " ".join(re.sub(r"<<[^<>]*>>", "", solution).split())
-        return Record(
-            source=where, question=fields["question"], reasoning=reasoning, ground_truth=answer.strip().replace(",", "")
-        )
+        truth = answer.strip().replace(",", "") or None
+        return Record(source=where, question=fields["question"], reasoning=reasoning, ground_truth=truth)
     solution = values.get("solution")
     return Record(
         source=where,
         question=fields["problem"],
         reasoning=solution if isinstance(solution, str) else None,
         response=fields.get("reasoning_trace"),
-        ground_truth=fields.get("expected_answer", fields.get("answer")),
+        ground_truth=ground_truth,
     )
 
 
@@ -366,6 +373,13 @@ def describe_sources(examples: Sequence[Example]) -> str:
     """Return where the first few examples come from, in one line, for messages."""
     named = ", ".join(example.source for example in examples[:8])
     return named if len(examples) <= 8 else f"{named} and {len(examples) - 8} more"
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long for a path: somebody gave a text
+        return False
 
 
 def _draw_subset(validation_set: list[Example], num_examples: int) -> list[Example]:

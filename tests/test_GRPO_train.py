@@ -7,8 +7,8 @@ import re
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -350,6 +350,13 @@ def test_the_policy_is_not_moved_by_responses_of_another_policy(engine, tiny_mod
     before = [parameter.detach().clone() for parameter in tiny_model.parameters()]
     with pytest.raises(SyncError, match="max_sync_error = 1.0001"):  # now the responses are of the step before
         update_policy(tiny_model, optimizer, rollouts, 0, 2, config)
+    optimizer.zero_grad()
+    far = [
+        replace(row, response=row.response._replace(log_probs=[-800.0] * len(row.response.token_ids)))
+        for row in rollouts
+    ]
+    with pytest.raises(SyncError, match="inf"):  # exp of such a gap is beyond a float
+        update_policy(tiny_model, optimizer, far, 0, 2, config)
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
 
 
@@ -415,9 +422,8 @@ def test_responses_are_graded_while_others_are_sampled(monkeypatch):
     monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
     questions = [Example(f"q{i}", f"p{i}", "6", None, "s") for i in range(3)]
     with Threads(2) as threads:
-        evaluator = SimpleNamespace(llm=None)
         responses, gradings = GRPO_train.sample_groups(
-            evaluator, questions, [[0], [1], [2]], [2, 0], 1, tiny_config(), threads
+            None, questions, [[0], [1], [2]], [2, 0], 1, tiny_config(), threads
         )
     assert [response.token_ids for response in responses] == [[index] for index in range(8)]
     assert [response.prompt_ids for response in responses] == [[2]] * 4 + [[0]] * 4
@@ -432,10 +438,10 @@ def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
         yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
 
     monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
-    questions, evaluator = [Example("q", "p", "6", None, "s")] * 2, SimpleNamespace(llm=None)
+    questions = [Example("q", "p", "6", None, "s")] * 2
     with ThreadPoolExecutor(1) as threads:
         for chosen in ([0, 1], [0, 1, 0]):
-            GRPO_train.sample_groups(evaluator, questions, [[0], [1]], chosen, 1, tiny_config(), threads)
+            GRPO_train.sample_groups(None, questions, [[0], [1]], chosen, 1, tiny_config(), threads)
     assert seeds_used[:8] == seeds_used[8:16]  # those of the first time are as ever
     assert len(set(seeds_used[8:])) == 12
 
@@ -502,7 +508,7 @@ def test_bad_input_is_one_line_and_status_2(overrides, message, tiny_model_folde
 def test_questions_without_answers_are_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
-    with pytest.raises(UserError, match="1 of 1 questions have no answer, the first at .*line 1"):
+    with pytest.raises(UserError, match="1 of 1 training examples have no answer, the first at .*line 1"):
         GRPO_train.load_questions([], tiny_config(train_data=str(path)))
 
 

@@ -49,8 +49,8 @@ def record(monkeypatch):
     sampled, batches = [], []
     original_sample, original_train = expert_iteration.sample_groups, expert_iteration.accumulate_gradients
 
-    def sample_groups(evaluator, questions, prompt_ids, chosen, step, config, threads):
-        result = original_sample(evaluator, questions, prompt_ids, chosen, step, config, threads)
+    def sample_groups(llm, questions, prompt_ids, chosen, step, config, threads):
+        result = original_sample(llm, questions, prompt_ids, chosen, step, config, threads)
         asked = [questions[index] for index in chosen for _ in range(config.group_size)]
         sampled.append(list(zip(asked, result[0], strict=True)))
         batches.append([])

@@ -92,6 +92,15 @@ def test_a_row_without_a_response_is_no_trouble(sharing_model):
     assert get_masked_response_log_probs(sharing_model, **batch)["log_probs"].count_nonzero() == 1
 
 
+def test_the_mask_may_end_before_the_rows_do(tiny_model, sharing_model):
+    """No row's last tokens need be scored."""
+    batch = join_prompt_and_response_ids([[5, 6, 7], [5, 6]], [[20, 21, 22], [23]], padding_id=0)
+    batch["response_mask"][:, -2:] = False
+    full = get_response_log_probs(tiny_model, batch["input_ids"], batch["labels"])["log_probs"]
+    shared = get_masked_response_log_probs(sharing_model, **batch)["log_probs"]
+    torch.testing.assert_close(shared, full.masked_fill(~batch["response_mask"], 0), atol=2e-6, rtol=2e-6)
+
+
 def test_each_distinct_prefix_is_computed_once(sharing_model):
     batch = join_prompt_and_response_ids(PROMPTS["a template, groups of responses, ragged"], RESPONSES, padding_id=0)
     shapes = []

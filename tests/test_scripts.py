@@ -220,13 +220,6 @@ def test_gradient_checkpointing_does_not_change_the_gradient(tiny_model, tiny_mo
     assert (gradients[0] - gradients[1]).norm() < 2e-6 * gradients[0].norm()
 
 
-def gives_a_finite_loss(folder, tiny_model_folder, tokenizer):
-    config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, ""))
-    batch = SFT_train.tokenize_examples(select(config), tokenizer, config)[:8]
-    policy = AutoModelForCausalLM.from_pretrained(folder)
-    return SFT_train.is_good(policy, batch, 0, config)
-
-
 def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_folder, tmp_path, capsys):
     """The first update ruins the weights: nothing is saved, the last checkpoint (here there is none) stands."""
     with pytest.raises(UserError, match=r"step 2: loss nan.*arithmetic train, question \d+"):
@@ -264,7 +257,6 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
     monkeypatch.undo()
     saved = tmp_path / "bad/checkpoints/step_000002"
     assert f"state after step 2 saved: {saved}" in capsys.readouterr().err
-    assert gives_a_finite_loss(saved / "model", tiny_model_folder, tokenizer)
 
 
 def test_an_evaluation_that_fails_loses_nothing(without_engine, tiny_model_folder, tmp_path, monkeypatch):
@@ -461,8 +453,8 @@ def test_gsm8k_layout_trains_by_changing_data_keys_only(without_engine, tiny_mod
     data = {"train_data": train, "validation_data": validation}
     SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="gsm8k", **data))
     assert len(metrics_of(tmp_path / "gsm8k")) == 3
-    assert "left out: 2 of 26 training examples whose questions are in" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has nothing but 16 of 16 training examples whose questions are in"):
+    assert "left out: 2 of 26 training examples have their question in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="16 of 16 training examples have their question in"):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, **data | {"train_data": validation}))
 
 

@@ -10,10 +10,11 @@ Figures: the line is the mean over seeds, the band its 95 % interval by Student'
 
 at the steps that all seeds of the variant have. A table, per variant: the validation answer reward after the last step,
 the best one (that before the first step included), and the one on the whole validation set after the last step, each as
-mean +- that interval over seeds; the Wilson interval of seed 0 alone, of its value on the whole validation set, or else
-of its last one; the median minutes that training steps and evaluations took. It is printed, and written between the two
-marks of results/<experiment>/README.md. The README's own table, of the laptop preset, has a line per method: the value
-on the whole validation set.
+mean +- that interval over seeds; by how much the last of these differs from the table's first line, +- Welch's 95 %
+interval (two means whose own intervals overlap may differ all the same); the Wilson interval of seed 0 alone, of its
+value on the whole validation set, or else of its last one; the median minutes that training steps and evaluations
+took. It is printed, and written between the two marks of results/<experiment>/README.md. The README's own table, of
+the laptop preset, has a line per method: the value on the whole validation set.
 """
 
 import itertools
@@ -23,21 +24,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from scipy import stats
+
 from run_config import UserError, run_main
 from run_directory import EVAL_SCORE
 from run_results import read_table
 
-T_QUANTILES = (  # 0.975 quantile of Student's t for 1 to 30 degrees of freedom
-    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
-    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
-    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
-)
-NORMAL_QUANTILE = 1.959964
 FEWEST_SEEDS = 3
 START_OF_TABLE, END_OF_TABLE = "<!-- table -->", "<!-- end of table -->"
 COLUMNS = (
-    *("variant", "last", "best", "last, all questions", "seeds", "questions", "all questions"),
-    *("one run (seed 0), Wilson", "median minutes, steps and evaluations"),
+    *("variant", "last", "best", "last, all questions", "difference to the first line", "seeds", "questions"),
+    *("all questions", "one run (seed 0), Wilson", "median minutes, steps and evaluations"),
 )
 
 
@@ -74,6 +71,7 @@ SFT_EXAMPLES = [Curve("sft_examples", f"num_sft_examples={n}", f"{n} examples") 
 SFT_FILTER = [
     Curve("sft_filter", "filter_correct=false", "all traces"),
     Curve("sft_filter", "filter_correct=true", "correct traces alone"),
+    Curve("sft_examples", "num_sft_examples=1024", "none corrupted"),
 ]
 LEARNING_RATES = [
     Curve("grpo_learning_rate", f"learning_rate={rate}", f"learning rate {float(rate):g}")
@@ -172,8 +170,10 @@ def main(arguments: list[str]) -> None:
     key, _, preset = (arguments or ["preset=laptop"])[0].partition("=")
     if len(arguments) > 1 or key != "preset" or not preset:
         raise UserError("usage: plot_results.py [preset=one-gpu]")
-    write_all(Path("results"), Path("results"), "" if preset == "laptop" else f"-{preset}")
     readme = Path("README.md")
+    if not readme.is_file():
+        raise UserError("README.md is not here: start plot_results.py in the repository's folder")
+    write_all(Path("results"), Path("results"), "" if preset == "laptop" else f"-{preset}")
     readme.write_text(put_table(readme.read_text(), make_methods_table(Path("results"))))
 
 
@@ -190,7 +190,7 @@ def write_all(results: Path, output: Path, suffix: str = "") -> None:
         if draw(panels, results, path.with_stem(path.stem + suffix), suffix):
             print(f"drawn: {path.with_stem(path.stem + suffix)}")
     for experiment, curves in TABLES.items():
-        table = make_table(curves, results, suffix)
+        table = make_table(experiment, curves, results, suffix)
         path = output / f"{experiment}{suffix}" / "README.md"
         if table:
             print(f"\n{experiment}{suffix}:\n{table}")
@@ -241,7 +241,7 @@ def draw(panels: Sequence[Panel], results: Path, path: Path, suffix: str = "") -
 
 
 def own_curves(curves: Sequence[Curve]) -> Sequence[Curve]:
-    """Return an experiment's curves without the baseline's sweep, unless it is about that sweep."""
+    """Return a figure's curves without the baseline's sweep, unless it is about that sweep."""
     return [curve for curve in curves if curve.sweep != BASELINE.sweep] or curves
 
 
@@ -258,12 +258,13 @@ def read_curve(curve: Curve, panel: Panel, results: Path, suffix: str = "") -> t
     return points, len(by_seed)
 
 
-def make_table(curves: Sequence[Curve], results: Path, suffix: str = "") -> str:
+def make_table(experiment: str, curves: Sequence[Curve], results: Path, suffix: str = "") -> str:
     """Return a Markdown table, one line per variant that has results; empty if none of the experiment's own has."""
     found = {curve: rows_of(curve, results, suffix, "runs.csv") for curve in curves}
-    if not any(found[curve] for curve in own_curves(curves)):
+    if not any(rows for curve, rows in found.items() if curve.sweep == experiment):
         return ""
-    lines = [f"| {' | '.join([curve.label, *_cells(rows)])} |" for curve, rows in found.items() if rows]
+    first = found[curves[0]]
+    lines = [f"| {' | '.join([curve.label, *_cells(rows, first)])} |" for curve, rows in found.items() if rows]
     return "\n".join([f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *lines])
 
 
@@ -306,33 +307,33 @@ def put_table(text: str, table: str) -> str:
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95 % t-interval: 0 of one value, which has none.
-
-    More than 31 values take the quantile of 31, which is a little too wide.
-    """
-    n = len(values)
-    mean = sum(values) / n
-    if n == 1:
+    """Return the mean and half the width of its 95 % t-interval: 0 of one value, which has none."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
         return mean, 0.0
-    sample_variance = sum((value - mean) ** 2 for value in values) / (n - 1)
-    return mean, T_QUANTILES[min(n - 1, len(T_QUANTILES)) - 1] * math.sqrt(sample_variance / n)
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def difference_and_half_width(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
+    """Return by how much two means differ, and half the width of the 95 % interval of it.
+
+    Neither standard deviation need equal the other; each has at least two values. Source: Welch, 1947.
+    """
+    if statistics.pstdev(values) == statistics.pstdev(baseline) == 0:
+        return statistics.fmean(values) - statistics.fmean(baseline), 0.0
+    low, high = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval()
+    return float(low + high) / 2, float(high - low) / 2
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a probability, of which n trials gave a share of successes.
-
-        (p + z^2 / 2n  +-  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
-
-    Source: Wilson, 1927.
-    """
-    z = NORMAL_QUANTILE
-    centre = share + z * z / (2 * n)
-    half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (centre - half_width) / (1 + z * z / n), (centre + half_width) / (1 + z * z / n)
+    """Return the 95 % interval of a probability, of which n trials gave a share of successes. Source: Wilson, 1927."""
+    interval = stats.binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def _cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return a variant's cells but for its name, from its runs."""
+def _cells(rows: Sequence[Mapping[str, str]], first_rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return a variant's cells but for its name, from its runs and those of the table's first line."""
 
     def over_seeds(name: str) -> str:
         values = [float(row[name]) for row in rows if row[name]]
@@ -343,6 +344,13 @@ def _cells(rows: Sequence[Mapping[str, str]]) -> list[str]:
         return f"{mean:.3f}{interval}" + (f" (n = {len(values)})" if len(values) < len(rows) else "")
 
     scores = [over_seeds(f"{kind}_answer_reward") for kind in ("last", "best", "final")]
+    finals, first_finals = (
+        [float(row["final_answer_reward"]) for row in of if row["final_answer_reward"]] for of in (rows, first_rows)
+    )
+    if rows == first_rows or min(len(finals), len(first_finals)) < 2:
+        scores.append("-")
+    else:
+        scores.append("{:+.3f} +- {:.3f}".format(*difference_and_half_width(finals, first_finals)))
     counts = [
         ", ".join(dict.fromkeys(row[f"num_{kind}_examples"] or "-" for row in rows)) for kind in ("eval", "final")
     ]

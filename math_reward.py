@@ -11,7 +11,6 @@ As a script: `uv run python math_reward.py --report [pairs.tsv]` grades a corpus
 """
 
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import NamedTuple, cast
 
 from math_equality import answers_match
 from math_worker import NUM_WORKERS, GradingError
+from run_config import UserError, run_main
 
 RewardFunction = Callable[[str, str], dict[str, float]]
 
@@ -153,8 +153,15 @@ class Pair(NamedTuple):
 
 def read_corpus(path: Path) -> list[Pair]:
     """Return the pairs of a corpus: tab-separated category, answer, ground truth, equal (0 or 1), reason."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n")[1:] if line]
-    return [Pair(category, answer, truth, equal == "1", reason) for category, answer, truth, equal, reason in rows]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [line.split("\t") for line in lines[1:] if line]
+        return [Pair(category, answer, truth, equal == "1", reason) for category, answer, truth, equal, reason in rows]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: {error}; give a file with a header and five columns between tabs: category, answer, ground "
+            "truth, 1 (equal) or 0, reason"
+        ) from None
 
 
 def report(path: Path) -> None:
@@ -210,8 +217,12 @@ IN_ANOTHER_FORM = (
 )  # fmt: skip
 
 
+def main(arguments: list[str]) -> None:
+    """Grade a corpus."""
+    if arguments[:1] != ["--report"]:
+        raise UserError("usage: uv run python math_reward.py --report [pairs.tsv]")
+    report(Path(arguments[1]) if len(arguments) > 1 else Path(__file__).parent / "tests" / "grading_corpus.tsv")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--report"]:
-        print("usage: uv run python math_reward.py --report [pairs.tsv]", file=sys.stderr)
-        sys.exit(2)
-    report(Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / "tests" / "grading_corpus.tsv")
+    run_main(main)

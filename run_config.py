@@ -7,6 +7,7 @@ properties. Every field carries its meaning and unit, which `--help` prints.
 
 import difflib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DATA = "arithmetic"
@@ -52,7 +53,10 @@ class RunConfig(BaseModel):
     run_name: str = Field("", description="folder of the run under runs_dir; empty: script and time")
     runs_dir: str = Field("runs", description="folder that holds all runs")
     seed: int = Field(
-        0, ge=0, description="seed of data order and of training samples; validation samples have one of their own"
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of data order and of training samples; validation samples have one of their own",
     )
 
     model: str = Field(EMBEDDED_MODEL, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub name")
@@ -126,6 +130,13 @@ class RunConfig(BaseModel):
     )
     wandb_project: str = Field("reasoning-from-scratch", description="wandb project")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("yes, no, on, off, true and false are no numbers, and text only in quotes")
+        return value
+
     @model_validator(mode="after")
     def _check_shared_fields(self) -> Self:
         fewest, most = self.arithmetic_terms
@@ -152,9 +163,15 @@ class RunConfig(BaseModel):
 
     def warnings(self) -> list[str]:
         """Return a sentence for each combination of settings that is allowed but seldom meant."""
+        found = []
         if self.prompt in ("r1_zero", "question_only") and self.prompt != self.reward:
-            return [f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants"]
-        return []
+            found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
+        if (self.train_data == EMBEDDED_DATA) != (self.validation_data == EMBEDDED_DATA):
+            found.append(
+                f"train_data = {self.train_data}, validation_data = {self.validation_data}: trained on one task, "
+                "evaluated on another"
+            )
+        return found
 
     @property
     def shares_gpu(self) -> bool:
@@ -448,7 +465,7 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
     presets = yaml_values.pop("presets", None) or {}
     if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
         raise UserError(f"{yaml_path}: presets must hold one block of `key: value` lines per name")
-    preset = overrides.get("preset", yaml_values.get("preset", "auto"))
+    preset = str(overrides.get("preset", yaml_values.get("preset", "auto")))
     if preset == "auto":
         preset, reason = choose_preset()
         print(f"preset: {preset} ({reason})")
@@ -640,7 +657,8 @@ def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str,
         if key in overrides:
             raise UserError(f"{key} is given twice on the command line: keep one")
         try:
-            overrides[key] = text if key in text_keys or not text else yaml.safe_load(text)
+            is_text = key in text_keys or not text or re.fullmatch(r"0\d+", text)  # to YAML 010 is 8
+            overrides[key] = text if is_text else yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
             overrides[key] = text
     return overrides

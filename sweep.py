@@ -24,9 +24,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from run_checkpoint import fingerprint
 from run_config import (
@@ -56,6 +57,12 @@ Scalar = bool | int | float | str
 Settings = dict[str, Scalar | list[Scalar]]
 
 
+def _all_different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("each may stand there once")
+    return seeds
+
+
 class Sweep(BaseModel):
     """A sweep file. Its variants are `variants` and, beside them, every point of `grid`."""
 
@@ -63,12 +70,16 @@ class Sweep(BaseModel):
 
     script: Literal[tuple(SCRIPTS)] = Field(description="what is run")  # pyright: ignore[reportInvalidTypeForm]
     presets: list[str] = Field([], description="for which it is meant; none: for all")
-    seeds: list[NonNegativeInt] = Field(min_length=1, description="of each variant")
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_all_different)] = Field(
+        description="of each variant"
+    )
     minutes: float | dict[str, float] = Field(description="estimate per run on the laptop preset, or one per variant")
     settings: Settings = Field({}, description="of all runs")
     laptop: Settings = Field({}, description="of all runs, with the laptop preset alone")
     variants: dict[str, Settings] = Field({}, description="name -> settings of the variant")
-    grid: dict[str, list[Scalar]] = Field({}, description="key -> values: the product, named like `a=1,b=2`")
+    grid: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(
+        {}, description="key -> values: the product, named like `a=1,b=2`"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +154,10 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
     sweep = read_sweep(path)
     extra = dict(_split(override) for override in overrides)
     seed_text = extra.pop("seeds", str(sweep.seeds))
-    if not re.fullmatch(r"\[\d+(, ?\d+)*\]", seed_text):
-        raise UserError(f"seeds = {seed_text}: write a list of whole numbers, like seeds=[0,1]")
-    seeds = json.loads(seed_text)
+    try:
+        seeds = Sweep.model_validate(sweep.model_dump() | {"seeds": yaml.safe_load(seed_text)}).seeds
+    except (ValidationError, yaml.YAMLError):
+        raise UserError(f"seeds = {seed_text}: write a list of different whole numbers, like seeds=[0,1]") from None
     preset = extra.get("preset") or str(sweep.settings.get("preset", preset))
     preset = choose_preset()[0] if preset == "auto" else preset
     if sweep.presets and preset not in sweep.presets:
@@ -154,6 +166,8 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
         )
     name = path.stem if preset == "laptop" else f"{path.stem}-{preset}"
     shared = sweep.settings | (sweep.laptop if preset == "laptop" else {})
+    if any("preset" in settings for settings in (sweep.laptop, *variants_of(sweep).values())):
+        raise UserError(f"{path}: preset is one for all variants: put it among the settings, or on the command line")
     runs = []
     for variant, settings in variants_of(sweep).items():
         texts = {key: _text(value) for key, value in (shared | settings).items()} | extra | {"preset": preset}

@@ -39,6 +39,13 @@ def test_gpu_presets():
     assert "sft-reason" in one.train_data and "sft-reason" in one.validation_data
 
 
+@pytest.mark.parametrize("path", SCHEMAS)
+def test_every_prompt_of_math_fits_the_gpu_presets(path):
+    """The longest of 12,500, in the r1_zero template: 1,747 tokens of Qwen2.5-Math, which has a context of 4,096."""
+    config = load_config(SCHEMAS[path], REPOSITORY / path, ["preset=one-gpu"])
+    assert 1747 + config.sampling_max_tokens <= config.max_context_tokens <= 4096
+
+
 @pytest.mark.parametrize(("num_devices", "preset"), [(0, "laptop"), (1, "one-gpu"), (2, "two-gpu"), (8, "two-gpu")])
 def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, num_devices, preset):
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
@@ -51,7 +58,7 @@ def test_order_of_precedence(tmp_path):
     path.write_text(
         "seed: 1\nlearning_rate: 1e-5\ntrain_batch_size: 16\npresets:\n  laptop:\n    learning_rate: 2e-5\n"
     )
-    config = load_config(SFTConfig, "nowhere.yaml", [f"config={path}", "preset=laptop", "train_batch_size=24"])
+    config = load_config(SFTConfig, "nowhere.yaml", [f"config={path}", "preset=laptop", "train_batch_size=024"])
     assert (config.seed, config.learning_rate, config.train_batch_size) == (1, 2e-5, 24)
     assert config.adam_betas == SFTConfig().adam_betas
     assert load_config(SFTConfig, path, ["preset=laptop", "learning_rate=3e-5"]).learning_rate == 3e-5
@@ -61,6 +68,9 @@ def test_order_of_precedence(tmp_path):
     ("arguments", "message"),
     [
         (["learning_rat=1"], "unknown key learning_rat (command line): did you mean learning_rate?"),
+        (["learning_rate=yes"], "learning_rate = True (command line): value error, yes, no, on, off"),
+        (["seed=on"], "seed = True (command line): value error, yes, no, on, off"),
+        (["seed=20251126120000"], "seed = 20251126120000 (command line): input should be less than 4294967296"),
         (["zzzzzz=1"], "unknown key zzzzzz (command line): --help lists the keys"),
         (["learning_rate=fast"], "learning_rate = 'fast' (command line): input should be a valid number"),
         (["learning_rate=-1"], "learning_rate = -1 (command line): input should be greater than 0"),

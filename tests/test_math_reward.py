@@ -140,7 +140,7 @@ def accepts(answer, truth):
     return grade.rewards["answer_reward"] == 1
 
 
-def test_the_corpus_has_no_false_accept_and_hardly_a_false_reject():
+def test_the_corpus_has_no_false_accept_and_no_false_reject():
     """In both directions: equal in one is equal in the other."""
     assert len(CORPUS) >= 600
     verdicts = [(accepts(pair.answer, pair.ground_truth), accepts(pair.ground_truth, pair.answer)) for pair in CORPUS]
@@ -148,7 +148,7 @@ def test_the_corpus_has_no_false_accept_and_hardly_a_false_reject():
     accepted = [one for one, _ in verdicts]
     assert [pair for pair, is_accepted in zip(CORPUS, accepted, strict=True) if is_accepted and not pair.equal] == []
     rejected = [pair for pair, is_accepted in zip(CORPUS, accepted, strict=True) if pair.equal and not is_accepted]
-    assert len(rejected) <= 0.01 * sum(pair.equal for pair in CORPUS), rejected
+    assert rejected == []
 
 
 def test_every_ground_truth_equals_itself():

@@ -62,7 +62,11 @@ GREEK = (
 ).split()
 COMMANDS = {*FUNCTIONS, *GREEK, *"frac sqrt pi infty cdot times div binom circ lfloor rfloor lceil rceil".split()}
 TOKEN = re.compile(r"\\([A-Za-z]+)|\d+(?:\.\d+)?|\.\d+|[A-Za-z]|[-+*/^_!|(){}\[\]]| ")
-NO_UNITS = "times plus minus less tens dozens hundreds thousands millions billions trillions percents halves".split()
+NO_UNITS = (
+    "times plus minus less tens dozens scores hundreds thousands millions billions trillions percents negatives "
+    "halves thirds quarters fourths fifths sixths sevenths eighths ninths tenths hundredths thousandths squares cubes "
+    "roots logs"
+).split()
 # What the tokens alone do not rule out
 NO_EXPRESSION = [
     re.compile(pattern)
@@ -80,13 +84,21 @@ NO_EXPRESSION = [
         r"!\)*!|\d{4}\)*!|\\binom\{?\d{4}|\}\{\d*\^|\^\{[^{}]*!|!\)*\^",
     )
 ]
+RADICAL_SIGN = re.compile(r"√\s*(?:(\d+|[A-Za-z])|\(([^()]*)\))")
+CHARACTERS = str.maketrans({
+    "\u2212": "-", "π": r"\pi ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ",
+    "\u00d7": r"\times ", "·": r"\cdot ", "\u222a": r"\cup ", "∈": r"\in ", "²": "^2", "³": "^3",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+})  # fmt: skip
 # One spelling for what is written in several
 SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        ("\u2212", "-"),  # the minus sign of typesetting
-        ("π", r"\\pi "),
-        ("°", r"^\\circ "),
+        (r"(?<!\\)\\[()\[\]]", ""),  # \( \) \[ \], but not the \\ that ends a row of a matrix
+        (r"(?<!\\)\$([^$]*[^$\\\s])\$", r"\1"),
+        (r"\\(?:display|text)style(?![A-Za-z])", ""),
+        (r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*", ""),  # of x \in [-2,7] the interval
+        (r"^\{([^{},\\]+)\}$", r"\1"),
         (r"^(-?)\\?\$(?=-?[\d.])", r"\\$\1"),  # $5 and -$5
         (r"\\(?:left|right)(?![A-Za-z])", ""),
         (r"\\[dt]frac(?![A-Za-z])", r"\\frac"),
@@ -94,7 +106,9 @@ SPELLINGS = [
         (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\%", "%"),
         (r"\\(?:textbf|textit|textrm|mathrm|mathbf|mathit|mbox)(?=\s*\{)", r"\\text"),
-        (r"\\text\s*\{\s*(?:or|and)\s*\}", ","),
+        (r"\\text\s*\{\s*(?:or|and)\s*\}|(?<=[\d}\])])\s+(?:or|and)\s+(?=[-+\d\\({\[A-Za-z])", ","),
+        (r"\\text\s*\{\s*(-?[\d.,/]*\d|[A-Z](?:\s*,\s*[A-Z])+)\s*\}", r"\1"),
+        (r"\\text\s*\{\s*(-?[\d.,/]*\d)\s+([A-Za-z ]+)\}", r"\1\\text{\2}"),
         # 1,234 but neither (1,234) nor \{1,234\}, which may hold two numbers
         (r"(?<![\d,.(\[])(?<!\\\{)(\d{1,3}),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\d,)\]])(?!\\\})", r"\1\2\3\4"),
         (r"\\(?:emptyset|varnothing)(?![A-Za-z])", r"\\{\\}"),
@@ -143,6 +157,8 @@ def tidy(text: str) -> str:
     for dollars in ("$$", "$"):
         if len(text) > 2 * len(dollars) and text.startswith(dollars) and text.endswith(dollars):
             text = text.removeprefix(dollars).removesuffix(dollars).strip().removesuffix(".")
+    if not text.isascii():
+        text = RADICAL_SIGN.sub(r"\\sqrt{\1\2}", text).translate(CHARACTERS)
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text)
     return text.strip()
@@ -216,7 +232,7 @@ def _parse(text: str) -> Node:
 
 def _split_name(text: str) -> tuple[str | None, str]:
     """Return the variable that `x = 5`, `5 = x` or `(x, y) = ...` names, and its value; None if it names none."""
-    match = re.match(rf"({VARIABLE}|\({VARIABLE}(?:,{VARIABLE})+\))=", text)
+    match = re.match(rf"({VARIABLE}(?:\([A-Za-z0-9]\))?|\({VARIABLE}(?:,{VARIABLE})+\))=", text)
     if match and len(_split(text, RELATION)) == 2:
         return match[1], text[match.end() :]
     if match := re.fullmatch(rf"(.*)=({VARIABLE})", text):
@@ -230,14 +246,14 @@ def _names(text: str) -> set[str]:
 
 
 def _without_name(text: str) -> str:
-    """Return `5` for `x = 5`, `5 = x` and `(x, y) = ...`, if no other variable is in it; else the text as it is."""
+    """Return `5` for `x = 5` and `5 = x`, if it holds no variable, and what `(x, y) = ...` and `f(x) = ...` name."""
     name, value = _split_name(text)
     if name is None:
         return text
     constants = r"\\text\{[^{}]*\}|(?<![A-Za-z])[ei](?![A-Za-z])"
     has_variable = re.search(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", re.sub(constants, "", value))
     is_equation = has_variable or len(_split(value, RELATION)) > 1
-    return text if is_equation and name[0] != "(" else value
+    return text if is_equation and "(" not in name else value
 
 
 def _closes_last(text: str) -> bool:
@@ -352,6 +368,9 @@ def _split_unit(text: str) -> tuple[str, str]:
     match = re.fullmatch(r"(.+)\\text\{([A-Za-z ]{1,40})\}(\^\d)?", text) or re.fullmatch(
         r"([\d.,/+-]*\d) ([A-Za-z ]{1,40}?)(\^\d)?", text
     )
+    if match is None:
+        match = re.fullmatch(r"(.+\})([a-z]{2,20})(\^\d)?", text)  # tidied of 9\sqrt{3} cm^2
+        match = match if match and match[2] in UNITS else None
     if match is None:
         return text, ""
     if match[2] == "percent":

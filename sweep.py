@@ -6,8 +6,8 @@
 Further `key=value` go to every run. A run is runs/<sweep>-<variant>-seed<k>, its output runs/<that>.log. When it ends
 well its figures go to results/<sweep>/ (run_results.py), which is committed: it is finished from then on, also when
 runs/ is gone, and whatever becomes of the preset's own values: who changes these removes the rows. Its weights (GBs)
-are removed. An interrupted run goes on from its last checkpoint. With another preset
-than laptop the sweep's name is <file>-<preset>, so that no row stands for another machine's.
+are removed. An interrupted run goes on from its last checkpoint. With another preset than laptop the sweep's name is
+<file>-<preset>, so that no row stands for another machine's.
 """
 
 import argparse

@@ -111,8 +111,8 @@ def final_validation_subset(validation_set: list[Example], config: TrainConfig) 
     return _draw_subset(validation_set, min(config.num_final_eval_examples, len(validation_set)))
 
 
-def keep(examples: list[Example], is_kept: Callable[[Example], bool], lack: str, source: str) -> list[Example]:
-    """Return the training examples that may be used, and print how many were left out and what they `lack`.
+def keep(examples: list[Example], is_kept: Callable[[Example], bool], reason: str, source: str) -> list[Example]:
+    """Return the training examples that may be used, and print how many were left out, for what reason.
 
     Raises:
         UserError: none may be used.
@@ -120,7 +120,7 @@ def keep(examples: list[Example], is_kept: Callable[[Example], bool], lack: str,
     kept = [example for example in examples if is_kept(example)]
     if len(kept) < len(examples):
         first = next(example.source for example in examples if not is_kept(example))
-        left_out = f"{len(examples) - len(kept)} of {len(examples)} training examples {lack}, the first at {first}"
+        left_out = f"{len(examples) - len(kept)} of {len(examples)} training examples {reason}, the first at {first}"
         if not kept:
             raise UserError(f"train_data = {source}: {left_out}; use other data")
         print(f"left out: {left_out}")

@@ -100,7 +100,7 @@ OFF_POLICY = [
     Curve("grpo_off_policy", "4x128", "4 x 128"),
 ]
 CHECKPOINTS = [
-    BASELINE._replace(label="from the early checkpoint"),
+    OFF_POLICY[0]._replace(label="from the early checkpoint"),  # run on the same machine
     Curve("sft_checkpoint", "final", "from the final one"),
 ]
 PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]

@@ -166,10 +166,9 @@ class RunConfig(BaseModel):
         found = []
         if self.prompt in ("r1_zero", "question_only") and self.prompt != self.reward:
             found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
-        if (self.train_data == EMBEDDED_DATA) != (self.validation_data == EMBEDDED_DATA):
+        if self.train_data != EMBEDDED_DATA == self.validation_data:
             found.append(
-                f"train_data = {self.train_data}, validation_data = {self.validation_data}: trained on one task, "
-                "evaluated on another"
+                f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data"
             )
         return found
 

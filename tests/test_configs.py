@@ -53,6 +53,13 @@ def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, num_de
     assert capsys.readouterr().out.startswith(f"preset: {preset} ({num_devices} CUDA device")
 
 
+def test_training_on_one_task_and_evaluating_on_another_is_said(capsys):
+    load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "train_data=mine.jsonl"])
+    assert "trained on mine.jsonl, but evaluated on embedded arithmetic" in capsys.readouterr().out
+    load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "validation_data=mine.jsonl"])
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_order_of_precedence(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(

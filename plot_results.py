@@ -232,6 +232,8 @@ def draw(panels: Sequence[Panel], results: Path, path: Path, suffix: str = "") -
                 plot.plot(x, mean, color=f"C{number}", marker=marker, markersize=3, label=label)
                 if n >= FEWEST_SEEDS:
                     plot.fill_between(x, low, high, color=f"C{number}", alpha=0.15, linewidth=0)
+        if panel.metric == "train/loss_per_token":
+            plot.set_yscale("log")  # it falls by a factor of 100
         plot.grid(alpha=0.3)
         if plot.get_legend_handles_labels()[0]:
             plot.legend(fontsize="x-small")

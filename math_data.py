@@ -117,13 +117,14 @@ def keep(examples: list[Example], is_kept: Callable[[Example], bool], reason: st
     Raises:
         UserError: none may be used.
     """
-    kept = [example for example in examples if is_kept(example)]
-    if len(kept) < len(examples):
-        first = next(example.source for example in examples if not is_kept(example))
-        left_out = f"{len(examples) - len(kept)} of {len(examples)} training examples {reason}, the first at {first}"
+    kept, left_out = [], []
+    for example in examples:
+        (kept if is_kept(example) else left_out).append(example)
+    if left_out:
+        message = f"{len(left_out)} of {len(examples)} training examples {reason}, the first at {left_out[0].source}"
         if not kept:
-            raise UserError(f"train_data = {source}: {left_out}; use other data")
-        print(f"left out: {left_out}")
+            raise UserError(f"train_data = {source}: {message}; use other data")
+        print(f"left out: {message}")
     return kept
 
 
@@ -180,7 +181,7 @@ def load_prompt_template(name_or_path: str) -> str:
     path = PROMPTS_FOLDER / f"{name_or_path}.prompt"
     if not _exists(path):
         path = Path(name_or_path)
-    if not _exists(path):
+    if not _exists(path) or path.is_dir():
         names = ", ".join(sorted(file.stem for file in PROMPTS_FOLDER.glob("*.prompt")))
         raise UserError(f"prompt = {name_or_path}: no such template; use {names}, or the path of a file")
     try:

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from run_checkpoint import fingerprint
@@ -155,10 +154,9 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
     sweep = read_sweep(path)
     extra = dict(_split(override) for override in overrides)
     seed_text = extra.pop("seeds", str(sweep.seeds))
-    try:
-        seeds = Sweep.model_validate(sweep.model_dump() | {"seeds": yaml.safe_load(seed_text)}).seeds
-    except (ValidationError, yaml.YAMLError):
-        raise UserError(f"seeds = {seed_text}: write a list of different whole numbers, like seeds=[0,1]") from None
+    seeds = [int(digits) for digits in re.findall(r"\d+", seed_text)]
+    if not re.fullmatch(r"\[\d+(, ?\d+)*\]", seed_text) or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds = {seed_text}: write a list of different whole numbers, like seeds=[0,1]")
     preset = extra.get("preset") or str(sweep.settings.get("preset", preset))
     preset = choose_preset()[0] if preset == "auto" else preset
     if sweep.presets and preset not in sweep.presets:

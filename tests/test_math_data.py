@@ -222,7 +222,7 @@ def test_questions_of_the_validation_set_are_never_trained_on(tmp_path, capsys):
     assert hold_out(examples, examples[1:3], config) == [examples[0], examples[3]]
     assert "left out: 2 of 4 training examples" in capsys.readouterr().out
     assert hold_out(examples, [], config) == examples
-    with pytest.raises(UserError, match="4 of 4 training examples"):
+    with pytest.raises(UserError, match="train_data = .*: 4 of 4 training examples have their question in"):
         hold_out(examples, examples, config)
 
 

@@ -229,6 +229,8 @@ def test_another_preset_has_results_of_its_own_and_no_laptop_settings(workplace)
         ({"settings": {"seed": 1}}, [], "mine.yaml: seed is not among the settings of a sweep"),
         ({}, ["seeds=0"], "seeds = 0: write a list"),
         ({}, ["seeds=[0"], "seeds = [0: write a list"),
+        ({}, ["seeds=[true]"], "seeds = [true]: write a list"),
+        ({}, ["seeds=2001-99-99"], "seeds = 2001-99-99: write a list"),
         ({}, ["seeds=[0,0]"], "seeds = [0,0]: write a list of different"),
         ({"seeds": [1, 1]}, [], "mine.yaml: seeds: Value error, each may stand there once"),
         ({"grid": {"seed": []}}, [], "mine.yaml: grid.seed: "),

@@ -338,7 +338,7 @@ class _LabelScores(torch.autograd.Function):
             total = exponentials.sum(dim=-1)
             # 0 times the lowest number is 0, where 0 * -inf is NaN
             shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-            entropy = total.log() - torch.linalg.vecdot(exponentials, shifted) / total
+            entropy = total.log() - exponentials.mul_(shifted).sum(dim=-1) / total  # no product autocast would round
             results.append((label_logit - total.log(), entropy, highest.squeeze(-1) + total.log()))
         log_probs, entropies, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
         ctx.save_for_backward(logits, labels, normalizers)

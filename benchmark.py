@@ -13,17 +13,20 @@
     grade    grade_responses on arithmetic answers, right and wrong
 
 Each side runs in a process of its own each turn (A B A B ...), so that peak memory is its own. The first step of each
-process is a warm-up and is not timed. In it the floating-point operations of matrix products are counted as they are
-executed, recomputation included, fused attention on the CPU (some 3 %) not. mfu is their rate in the steps that are
-timed, over the best rate of a plain bfloat16 product on this machine, measured anew before each turn.
+process is a warm-up and is not timed. In one more step, when times and memory have been taken (counting keeps tensors
+alive), the floating-point operations of matrix products are counted as they are executed, recomputation included, fused
+attention on the CPU (some 3 %) not. mfu is their rate in the steps that are timed, over the best rate of a plain
+bfloat16 product on this machine, measured anew before each turn.
 
-Written to results_dir: benchmark.csv (one line per figure), benchmark.png, environment.json; see its README.md.
+Written to results_dir, one folder per machine: benchmark.csv (one line per figure), benchmark.png, environment.json;
+see results/benchmark/README.md.
 """
 
 import csv
 import importlib.metadata
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -111,7 +114,8 @@ class BenchmarkConfig(GRPOConfig):
     num_logprob_questions: int = Field(8, ge=1, description="questions of the logprob benchmark, group_size each")
     trl_sft_microbatch: int = Field(8, ge=1, description="examples per forward pass of TRL's SFTTrainer")
     trl_grpo_microbatch: int = Field(8, ge=1, description="responses per forward pass of TRL's GRPOTrainer")
-    results_dir: str = Field("results/benchmark", description="folder of the results")
+    trl_gradient_checkpointing: bool = Field(False, description="TRL recomputes activations, as by default: slower")
+    results_dir: str = Field("", description="folder of the results; empty: results/benchmark, -PRESET but for laptop")
 
 
 class Row(NamedTuple):
@@ -151,7 +155,7 @@ def main(arguments: list[str]) -> None:
         names = [name for name in names if name != "grpo"]
     started_from = GRPO_train.apply_warm_start(config) if {"grpo", "rollout", "logprob"} & set(names) else config
     warm_config = config.model_copy(update={"model": started_from.model})
-    folder = Path(config.results_dir)
+    folder = Path(config.results_dir or f"results/benchmark{'' if config.preset == 'laptop' else f'-{config.preset}'}")
     folder.mkdir(parents=True, exist_ok=True)
     peer: dict[str, Any] = {}
     for name in names:
@@ -188,6 +192,7 @@ def take_turn(name: str, turn: str, config: BenchmarkConfig, peer: dict[str, Any
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
         task, result, log = folder / "task.json", folder / "result.json", folder / "log.txt"
+        environment: dict[str, str] = {}
         if turn == "trl":
             task.write_text(json.dumps(trl_task(name, config, folder)))
             needs = [TRL, *(f"{package}=={importlib.metadata.version(package)}" for package in TRL_NEEDS)]
@@ -195,18 +200,33 @@ def take_turn(name: str, turn: str, config: BenchmarkConfig, peer: dict[str, Any
             command = ["uv", "run", "--no-project", "--python", "3.11", "--exclude-newer", date]
             command += [part for need in needs for part in ("--with", need)]
             command += ["python", str(HERE / "benchmark_trl.py"), str(task), str(result)]
+            environment = only_visible(config.policy_device, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         else:
             task.write_text(json.dumps({"benchmark": name, "turn": turn, "config": config.model_dump(mode="json")}))
             command = [sys.executable, str(HERE / "benchmark.py"), "worker", str(task), str(result)]
         with log.open("w") as file:
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-        if status != 0:
-            raise UserError(f"{name}, {turn}: status {status}: {' | '.join(log.read_text().splitlines()[-4:])}")
+            environment = {**os.environ, **environment}
+            process = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+        if process.returncode != 0:
+            ending = " | ".join(log.read_text().splitlines()[-4:])
+            raise UserError(f"{name}, {turn}: status {process.returncode}: {ending}")
         answer = json.loads(result.read_text())
     if turn != "trl":
         return answer
     peer |= {"versions": answer["versions"], name: answer["settings"]}
     return {"trl": answer["figures"]}
+
+
+def only_visible(device: str, visible: str) -> dict[str, str]:
+    """Return what of the environment lets a process see one device alone: TRL takes all GPUs that it sees.
+
+    >>> only_visible("cuda:1", "4,5"), only_visible("cuda:1", ""), only_visible("cpu", "")
+    ({'CUDA_VISIBLE_DEVICES': '5'}, {'CUDA_VISIBLE_DEVICES': '1'}, {})
+    """
+    if device == "cpu":
+        return {}
+    number = int(device.removeprefix("cuda:"))
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number] if visible else str(number)}
 
 
 # --- ours, each in a process of its own ------------------------------------------------------------------------
@@ -232,24 +252,25 @@ def work_sft(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    with FlopCounterMode(display=False) as counter:
-        step()
+    step()
     seconds = statistics.median(timed(step, settings.policy_device) for _ in range(config.num_measured_steps))
-    tflop = counter.get_total_flops() / 1e12
+    peak_memory = peak_memory_gib(settings.policy_device)
+    tflop = count_tflop(step)
     return {
         "ours": {
             "tokens_per_second": sum(len(row.prompt_ids) + len(row.response_ids) for row in batch) / seconds,
             "step_seconds": seconds,
             "computed_tflop": tflop,
             "tflop_per_second": tflop / seconds,
-            "peak_memory_gib": peak_memory_gib(settings.policy_device),
+            "peak_memory_gib": peak_memory,
         }
     }
 
 
 def work_grpo(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     """Run GRPO_train.py for a warm-up step and those that are measured; its own metrics are the figures."""
-    with tempfile.TemporaryDirectory() as name:
+    Path(config.runs_dir).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.runs_dir) as name:  # it saves a checkpoint after the last step
         settings = grpo_settings(config, Path(name))
         own_keys = BenchmarkConfig.model_fields.keys() - GRPOConfig.model_fields.keys()
         path = Path(name) / "grpo.yaml"
@@ -324,27 +345,27 @@ def work_logprob(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
         rollouts.append(GRPO_train.Rollout(questions[question], response, {"reward": 0.0}, 1.0 - 2 * (index % 2)))
     optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
 
-    def score(part: Sequence[GRPO_train.Rollout]) -> None:
-        GRPO_train.score_old_log_probs(policy, part, padding_id, config)
+    num_microbatches = max(len(rollouts) // config.microbatch_size, 1)
+    update = {"train_batch_size": len(rollouts), "gradient_accumulation_steps": num_microbatches}
+    update |= {"max_sync_error": math.inf}  # no engine has sampled these responses
+    settings = config.model_copy(update=update)
 
-    def train(part: Sequence[GRPO_train.Rollout]) -> None:
-        num_microbatches = max(len(part) // config.microbatch_size, 1)
-        update = {"train_batch_size": len(part), "gradient_accumulation_steps": num_microbatches}
-        update |= {"max_sync_error": math.inf}  # no engine has sampled these responses
-        GRPO_train.update_policy(policy, optimizer, part, padding_id, 1, config.model_copy(update=update))
+    def score() -> None:
+        GRPO_train.score_old_log_probs(policy, rollouts, padding_id, settings)
 
-    warm_up = rollouts if turn == "ours" else rollouts[: config.group_size]
-    with FlopCounterMode(display=False) as counter:
-        score(warm_up)
-        train(warm_up)
+    def train() -> None:
+        GRPO_train.update_policy(policy, optimizer, rollouts, padding_id, 1, settings)
+
+    score()
+    train()
     figures = {
-        "old_log_probs_seconds": timed(lambda: score(rollouts), config.policy_device),
-        "train_seconds": timed(lambda: train(rollouts), config.policy_device),
+        "old_log_probs_seconds": timed(score, config.policy_device),
+        "train_seconds": timed(train, config.policy_device),
         "peak_memory_gib": peak_memory_gib(config.policy_device),
     }
     figures["both_seconds"] = figures["old_log_probs_seconds"] + figures["train_seconds"]
     if turn == "ours":
-        figures["computed_tflop"] = counter.get_total_flops() / 1e12
+        figures["computed_tflop"] = count_tflop(score) + count_tflop(train)
         figures["tflop_per_second"] = figures["computed_tflop"] / figures["both_seconds"]
     return {turn: figures}
 
@@ -427,6 +448,7 @@ def trl_task(name: str, config: BenchmarkConfig, folder: Path) -> dict[str, Any]
         "adam_betas": settings.adam_betas,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
+        "gradient_checkpointing": config.trl_gradient_checkpointing,
     }
     if isinstance(settings, SFTConfig):
         tokenizer = AutoTokenizer.from_pretrained(task["model"])
@@ -494,6 +516,13 @@ def timed(action: Callable[[], object], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
+
+
+def count_tflop(action: Callable[[], object]) -> float:
+    """Return the floating-point operations of an action's matrix products, in units of 10^12."""
+    with FlopCounterMode(display=False) as counter:
+        action()
+    return counter.get_total_flops() / 1e12
 
 
 def matmul_peak(device: str) -> float:
@@ -592,12 +621,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def record_environment(path: Path, config: BenchmarkConfig, peer: dict[str, Any]) -> None:
-    """Write machine, versions and settings of both sides; what was not measured this time stays as it was."""
+    """Write machine, versions and settings of both sides; the peer's that were not measured now stay as they were."""
     left_out = ("command", "git_diff", "host")
     ours = {name: value for name, value in describe_environment().items() if name not in left_out}
-    own_keys = BenchmarkConfig.model_fields.keys() - GRPOConfig.model_fields.keys() - {"results_dir"}
+    settings = {"sft": sft_settings(config), "all others": config}
+    dumped = {name: config.model_dump(mode="json", exclude={"results_dir"}) for name, config in settings.items()}
     before = json.loads(path.read_text())["peer"] if path.exists() else {}
-    record = {**ours, "benchmark": config.model_dump(include=own_keys), "peer": before | peer}
+    record = {**ours, "ours": dumped, "peer": before | peer}
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 

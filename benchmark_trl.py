@@ -6,10 +6,11 @@ of its own (`uv run --with trl==...`), for TRL is no dependency of this project.
 Settings: those that TRL's and Transformers' documentation recommend for this hardware, and of those that leave the
 result equal the fastest that we found: float32 weights with bfloat16 autocast (as ours), no gradient checkpointing,
 the fused AdamW, one optimizer step for all rollouts, so that no old log-probs are computed, no KL term. The first step
-is a warm-up, in which the matrix products are counted.
+is a warm-up. In one more step of SFT, when times and memory have been taken, the matrix products are counted.
 """
 
 import importlib.metadata
+import itertools
 import json
 import os
 import resource
@@ -32,31 +33,37 @@ from math_reward import REWARD_FUNCTIONS
 
 
 class StepClock(TrainerCallback):
-    """Takes the time at the end of each optimizer step, and counts the products of the first: forward and backward."""
+    """Takes the time at the end of each optimizer step, and the peak memory until then."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
-        self.tflop = 0.0
+        self.peaks: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Note the time."""
-        if torch.cuda.is_available():
+        """Note both."""
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        self.peaks.append(peak_memory_gib())
 
-    @property
-    def seconds(self) -> float:
-        """Median seconds of a step, the first left out."""
-        return statistics.median(end - begin for begin, end in zip(self.ends, self.ends[1:], strict=False))
+    def figures(self, num_measured_steps: int) -> dict[str, float]:
+        """Return the median seconds of the steps after the first, and the peak memory of these and the first."""
+        ends = self.ends[: 1 + num_measured_steps]
+        seconds = statistics.median(end - begin for begin, end in itertools.pairwise(ends))
+        return {"step_seconds": seconds, "peak_memory_gib": self.peaks[num_measured_steps]}
 
-    def count_products(self, trainer: Any) -> None:
-        """From here on count what `trainer` computes until its first step ends."""
+
+class ProductCounter:
+    """Counts what a trainer computes, forward and backward, from its step of a number on (the first is 0)."""
+
+    def __init__(self, trainer: Any, clock: StepClock, first_step: int) -> None:
+        self.tflop = 0.0
         for owner, method in ((trainer, "compute_loss"), (trainer.accelerator, "backward")):
-            setattr(owner, method, self._counted(getattr(owner, method)))
+            setattr(owner, method, self._counted(getattr(owner, method), clock, first_step))
 
-    def _counted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _counted(self, method: Callable[..., Any], clock: StepClock, first_step: int) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
-            if self.ends:
+            if len(clock.ends) < first_step:
                 return method(*arguments, **keywords)
             with FlopCounterMode(display=False) as counter:
                 result = method(*arguments, **keywords)
@@ -64,6 +71,13 @@ class StepClock(TrainerCallback):
             return result
 
         return call
+
+
+def peak_memory_gib() -> float:
+    """Return the process's peak memory so far: on the GPU, if it uses one."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def time_calls(trainer: Any, name: str) -> list[float]:
@@ -86,7 +100,7 @@ def common_settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
         "output_dir": folder,
         "use_cpu": task["device"] == "cpu",
         "bf16": True,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": task["gradient_checkpointing"],
         "optim": "adamw_torch_fused",
         "adam_beta1": task["adam_betas"][0],
         "adam_beta2": task["adam_betas"][1],
@@ -94,7 +108,6 @@ def common_settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
         "max_grad_norm": task["max_grad_norm"],
         "learning_rate": task["learning_rate"],
         "lr_scheduler_type": "constant",
-        "max_steps": 1 + task["num_measured_steps"],
         "per_device_train_batch_size": task["microbatch_size"],
         "gradient_accumulation_steps": task["batch_size"] // task["microbatch_size"],
         "logging_strategy": "no",
@@ -111,21 +124,22 @@ def run_sft(task: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]:
         {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
         for prompt, response in zip(task["prompt_ids"], task["response_ids"], strict=True)
     ]
+    num_steps = 1 + task["num_measured_steps"]
     clock = StepClock()
     trainer = SFTTrainer(
         model=task["model"],
-        args=SFTConfig(max_length=task["max_length"], **settings),
+        args=SFTConfig(max_length=task["max_length"], max_steps=num_steps + 1, **settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
         callbacks=[clock],
     )
-    clock.count_products(trainer)
+    counter = ProductCounter(trainer, clock, first_step=num_steps)
     trainer.train()
-    return {
-        "tokens_per_second": sum(len(row["input_ids"]) for row in rows) / clock.seconds,
-        "step_seconds": clock.seconds,
-        "computed_tflop": clock.tflop,
-        "tflop_per_second": clock.tflop / clock.seconds,
+    figures = clock.figures(task["num_measured_steps"])
+    return figures | {
+        "tokens_per_second": sum(len(row["input_ids"]) for row in rows) / figures["step_seconds"],
+        "computed_tflop": counter.tflop,
+        "tflop_per_second": counter.tflop / figures["step_seconds"],
     }
 
 
@@ -156,26 +170,23 @@ def run_grpo(task: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]
             beta=0.0,
             loss_type="grpo",
             shuffle_dataset=False,
+            max_steps=1 + task["num_measured_steps"],
             **settings,
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt, "ground_truth": truth} for prompt, truth in columns]),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
         callbacks=[clock],
     )
-    clock.count_products(trainer)
     rollout, grade = time_calls(trainer, "_generate"), time_calls(trainer, "_calculate_rewards")
     trainer.train()
     rollout_seconds, grade_seconds = statistics.median(rollout[1:]), statistics.median(grade[1:])
-    train_seconds = clock.seconds - rollout_seconds - grade_seconds
-    return {
-        "step_seconds": clock.seconds,
+    figures = clock.figures(task["num_measured_steps"])
+    return figures | {
         "rollout_seconds": rollout_seconds,
         "grade_seconds": grade_seconds,
-        "train_seconds": train_seconds,
+        "train_seconds": figures["step_seconds"] - rollout_seconds - grade_seconds,
         "sampled_tokens_per_second": task["batch_size"] * task["response_tokens"] / rollout_seconds,
         "num_trained_rows": task["batch_size"],
-        "computed_tflop": clock.tflop,
-        "tflop_per_second": clock.tflop / train_seconds,
     }
 
 
@@ -185,10 +196,6 @@ def main() -> None:
     task = json.loads(task_path.read_text())
     settings = common_settings(task, str(task_path.parent / "trl"))
     figures = {"sft": run_sft, "grpo": run_grpo}[task["benchmark"]](task, settings)
-    if task["device"] == "cpu":
-        figures["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    else:
-        figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     packages = ("trl", "torch", "transformers", "datasets", "accelerate")
     del settings["output_dir"]
     result = {

@@ -170,6 +170,11 @@ class RunConfig(BaseModel):
             found.append(
                 f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data"
             )
+        if self.shares_gpu and self.gpu_memory_utilization > 0.5:
+            found.append(
+                f"gpu_memory_utilization = {self.gpu_memory_utilization:g}: the policy, its gradients and AdamW's "
+                "moments need room on the same GPU; 0.35 of 80 GB is enough for the engine"
+            )
         return found
 
     @property

@@ -53,6 +53,12 @@ def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, num_de
     assert capsys.readouterr().out.startswith(f"preset: {preset} ({num_devices} CUDA device")
 
 
+def test_an_engine_that_leaves_the_policy_no_room_is_said(capsys):
+    for share, is_said in (("0.35", False), ("0.85", True)):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=one-gpu", f"gpu_memory_utilization={share}"])
+        assert (f"gpu_memory_utilization = {share}: the policy" in capsys.readouterr().out) == is_said
+
+
 def test_training_on_one_task_and_evaluating_on_another_is_said(capsys):
     load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "train_data=mine.jsonl"])
     assert "trained on mine.jsonl, but evaluated on embedded arithmetic" in capsys.readouterr().out

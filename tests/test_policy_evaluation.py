@@ -272,6 +272,14 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
         init_vllm("model", "cpu", seed=0)
 
 
+def test_a_driver_too_old_for_torch_is_named(monkeypatch):
+    """The driver counts the GPUs all the same."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="a GPU is there, but not for CUDA .* newer NVIDIA driver"):
+        policy_evaluation.check_devices(RunConfig(policy_device="cuda:0"))
+
+
 def test_context_longer_than_the_models_is_refused(tiny_model_folder):
     with pytest.raises(UserError, match="max_context_tokens = 2048: .* has a context of 512 tokens"):
         policy_evaluation.load_policy(RunConfig(model=tiny_model_folder))

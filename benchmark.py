@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -597,27 +597,37 @@ def table(summaries: Sequence[Summary]) -> list[str]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw where the time of a GRPO step goes, as stacked bars, and SFT's tokens per second: medians."""
+    """Draw where a GRPO step's time goes, as stacked bars, and SFT's tokens per second: medians, of what there is."""
     from matplotlib.figure import Figure
 
     medians = {(row.benchmark, row.figure, row.side): row.spread[1] for row in summarize(rows)}
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    steps, tokens = figure.subplots(1, 2, width_ratios=(3, 2))
+    drawings = {"grpo": _draw_steps, "sft": _draw_tokens}
+    measured = [name for name in drawings if any(row.benchmark == name for row in rows)]
+    if not measured:
+        return
+    figure = Figure(figsize=(4.5 * len(measured), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(measured), squeeze=False)[0], measured, strict=True):
+        drawings[name](axes, medians)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_steps(axes: Any, medians: Mapping[tuple[str, str, str], float]) -> None:
     bottoms = dict.fromkeys(TURNS["grpo"], 0.0)
     for phase in PHASES:
         heights = [medians.get(("grpo", f"{phase}_seconds", side), 0.0) for side in bottoms]
         if any(heights):
-            steps.bar(list(bottoms), heights, bottom=list(bottoms.values()), label=phase.replace("_", " "), width=0.6)
+            axes.bar(list(bottoms), heights, bottom=list(bottoms.values()), label=phase.replace("_", " "), width=0.6)
         bottoms = {side: bottoms[side] + height for side, height in zip(bottoms, heights, strict=True)}
     for index, total in enumerate(bottoms.values()):
-        steps.text(index, total, f"{total:.1f} s", ha="center", va="bottom")
-    steps.set(title="one GRPO step", ylabel="seconds")
-    if any(bottoms.values()):
-        steps.legend()
+        axes.text(index, total, f"{total:.1f} s", ha="center", va="bottom")
+    axes.set(title="one GRPO step", ylabel="seconds")
+    axes.legend()
+
+
+def _draw_tokens(axes: Any, medians: Mapping[tuple[str, str, str], float]) -> None:
     rates = [medians.get(("sft", "tokens_per_second", side), 0.0) for side in TURNS["sft"]]
-    tokens.bar_label(tokens.bar(list(TURNS["sft"]), rates, width=0.6), fmt="%.0f")
-    tokens.set(title="SFT", ylabel="tokens of the examples per second")
-    figure.savefig(path, dpi=120)
+    axes.bar_label(axes.bar(list(TURNS["sft"]), rates, width=0.6), fmt="%.0f")
+    axes.set(title="SFT", ylabel="tokens of the examples per second")
 
 
 def record_environment(path: Path, config: BenchmarkConfig, peer: dict[str, Any]) -> None:

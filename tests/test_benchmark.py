@@ -9,7 +9,7 @@ import benchmark
 from benchmark import BenchmarkConfig, Row, Summary
 from run_config import SFTConfig, UserError, load_config
 
-RESULTS = Path(__file__).parent.parent / "results" / "benchmark"
+RESULTS = Path(__file__).parent.parent / "results"
 ROWS = [
     Row("sft", "ours", 1, "tokens_per_second", "tokens/s", 600.0),
     Row("sft", "trl", 1, "tokens_per_second", "tokens/s", 150.0),
@@ -50,6 +50,8 @@ def test_figures_survive_the_file_and_are_drawn(tmp_path):
     assert benchmark.read_rows(tmp_path / "benchmark.csv") == ROWS
     benchmark.plot(ROWS, tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    benchmark.plot([row for row in ROWS if row.benchmark == "logprob"], tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_a_turn_of_ours_on_a_tiny_model(tiny_model_folder):
@@ -73,13 +75,13 @@ def test_both_sides_are_given_the_same_work(tiny_model_folder, tmp_path):
     assert json.loads(json.dumps(sft))["adam_betas"] == [0.9, 0.95]
 
 
-def test_the_table_in_the_results_is_what_the_figures_say():
-    lines = benchmark.table(benchmark.summarize(benchmark.read_rows(RESULTS / "benchmark.csv")))
-    text = (RESULTS / "README.md").read_text()
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("benchmark*")), ids=lambda folder: folder.name)
+def test_the_table_in_the_results_is_what_the_figures_say(folder):
+    lines = benchmark.table(benchmark.summarize(benchmark.read_rows(folder / "benchmark.csv")))
+    text = (folder / "README.md").read_text()
     assert [line for line in lines if line not in text] == []
-    assert {"cpu", "cpu_count", "memory_gib", "versions", "peer"} <= json.loads(
-        (RESULTS / "environment.json").read_text()
-    ).keys()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {"cpu", "cpu_count", "memory_gib", "versions", "peer"} <= environment.keys()
 
 
 def test_mistakes_are_named():

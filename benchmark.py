@@ -2,8 +2,9 @@
 
     uv run python benchmark.py sft|grpo|rollout|logprob|grade|all [key=value ...]     (--help lists the keys)
 
-    sft      SFT_train's optimizer step against TRL's SFTTrainer: the same worked traces in every step, loss on the
-             response; tokens per second counts the tokens of the examples, however they are computed
+    sft      SFT_train's optimizer step against TRL's SFTTrainer, as fast as it gets and with its default, gradient
+             checkpointing: the same worked traces in every step, loss on the response; tokens per second counts the
+             tokens of the examples, however they are computed
     grpo     a step of GRPO_train.py, as it logs it, against one of TRL's GRPOTrainer: the same questions, responses of
              exactly sampling_max_tokens tokens, no stop string, no KL term, one optimizer step
     rollout  sample_responses against LLM.generate in the same engine: given the same requests, and given requests
@@ -83,14 +84,16 @@ QWEN_SHAPE = Qwen2Config(
     eos_token_id=0,
 )
 NUM_PROBES = 8  # questions of the validation set that GRPO_train.py is given: those that prove the weight sync
+TRL_CHECKPOINTING = "trl, checkpointing"  # with its default, which takes less memory and more time
 TURNS = {
-    "sft": ("ours", "trl"),
+    "sft": ("ours", "trl", TRL_CHECKPOINTING),
     "grpo": ("ours", "trl"),
     "rollout": ("ours",),
     "logprob": ("ours", "twice the questions", "twice the length"),
     "grade": ("ours",),
 }
 SCALED = ("logprob",)  # the other sides are ours, with more to do
+SFT_RATE = ("sft", "tokens_per_second")
 PHASES = ("sync", "rollout", "grade", "old_log_probs", "train")
 UNITS = {  # by how a figure's name ends; 1: none
     "tokens_per_second": "tokens/s",
@@ -114,7 +117,6 @@ class BenchmarkConfig(GRPOConfig):
     num_logprob_questions: int = Field(8, ge=1, description="questions of the logprob benchmark, group_size each")
     trl_sft_microbatch: int = Field(8, ge=1, description="examples per forward pass of TRL's SFTTrainer")
     trl_grpo_microbatch: int = Field(8, ge=1, description="responses per forward pass of TRL's GRPOTrainer")
-    trl_gradient_checkpointing: bool = Field(False, description="TRL recomputes activations, as by default: slower")
     results_dir: str = Field("", description="folder of the results; empty: results/benchmark, -PRESET but for laptop")
 
 
@@ -193,8 +195,9 @@ def take_turn(name: str, turn: str, config: BenchmarkConfig, peer: dict[str, Any
         folder = Path(name_of_folder)
         task, result, log = folder / "task.json", folder / "result.json", folder / "log.txt"
         environment: dict[str, str] = {}
-        if turn == "trl":
-            task.write_text(json.dumps(trl_task(name, config, folder)))
+        is_peer = turn.startswith("trl")
+        if is_peer:
+            task.write_text(json.dumps(trl_task(name, turn, config, folder)))
             needs = [TRL, *(f"{package}=={importlib.metadata.version(package)}" for package in TRL_NEEDS)]
             date = tomllib.loads((HERE / "pyproject.toml").read_text())["tool"]["uv"]["exclude-newer"]
             command = ["uv", "run", "--no-project", "--python", "3.11", "--exclude-newer", date]
@@ -211,10 +214,10 @@ def take_turn(name: str, turn: str, config: BenchmarkConfig, peer: dict[str, Any
             ending = " | ".join(log.read_text().splitlines()[-4:])
             raise UserError(f"{name}, {turn}: status {process.returncode}: {ending}")
         answer = json.loads(result.read_text())
-    if turn != "trl":
+    if not is_peer:
         return answer
-    peer |= {"versions": answer["versions"], name: answer["settings"]}
-    return {"trl": answer["figures"]}
+    peer |= {"versions": answer["versions"], f"{name}, {turn}": answer["settings"]}
+    return {turn: answer["figures"]}
 
 
 def only_visible(device: str, visible: str) -> dict[str, str]:
@@ -435,7 +438,7 @@ def grpo_settings(config: BenchmarkConfig, folder: Path) -> BenchmarkConfig:
     return config.model_copy(update=update)
 
 
-def trl_task(name: str, config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
+def trl_task(name: str, turn: str, config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
     """Return what benchmark_trl.py needs to do the work of `work_sft` or `work_grpo`."""
     settings = sft_settings(config) if name == "sft" else grpo_settings(config, folder)
     task = {
@@ -448,7 +451,7 @@ def trl_task(name: str, config: BenchmarkConfig, folder: Path) -> dict[str, Any]
         "adam_betas": settings.adam_betas,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
-        "gradient_checkpointing": config.trl_gradient_checkpointing,
+        "gradient_checkpointing": turn == TRL_CHECKPOINTING,
     }
     if isinstance(settings, SFTConfig):
         tokenizer = AutoTokenizer.from_pretrained(task["model"])
@@ -625,8 +628,8 @@ def _draw_steps(axes: Any, medians: Mapping[tuple[str, str, str], float]) -> Non
 
 
 def _draw_tokens(axes: Any, medians: Mapping[tuple[str, str, str], float]) -> None:
-    rates = [medians.get(("sft", "tokens_per_second", side), 0.0) for side in TURNS["sft"]]
-    axes.bar_label(axes.bar(list(TURNS["sft"]), rates, width=0.6), fmt="%.0f")
+    rates = {side: rate for (name, figure, side), rate in medians.items() if (name, figure) == SFT_RATE}
+    axes.bar_label(axes.bar(list(rates), list(rates.values()), width=0.6), fmt="%.0f")
     axes.set(title="SFT", ylabel="tokens of the examples per second")
 
 

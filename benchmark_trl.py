@@ -4,9 +4,10 @@ of its own (`uv run --with trl==...`), for TRL is no dependency of this project.
     python benchmark_trl.py TASK.json RESULT.json
 
 Settings: those that TRL's and Transformers' documentation recommend for this hardware, and of those that leave the
-result equal the fastest that we found: float32 weights with bfloat16 autocast (as ours), no gradient checkpointing,
-the fused AdamW, one optimizer step for all rollouts, so that no old log-probs are computed, no KL term. The first step
-is a warm-up. In one more step of SFT, when times and memory have been taken, the matrix products are counted.
+result equal the fastest that we found: float32 weights with bfloat16 autocast (as ours), no gradient checkpointing
+(but where the task asks for it), the fused AdamW, one optimizer step for all rollouts, so that no old log-probs are
+computed, no KL term. The first step is a warm-up. In one more step of SFT, when times and memory have been taken, the
+matrix products are counted.
 """
 
 import importlib.metadata

@@ -66,11 +66,13 @@ def test_a_turn_of_ours_on_a_tiny_model(tiny_model_folder):
 
 def test_both_sides_are_given_the_same_work(tiny_model_folder, tmp_path):
     config = tiny_config(tiny_model_folder)
-    ours, trl = benchmark.grpo_settings(config, tmp_path), benchmark.trl_task("grpo", config, tmp_path)
+    ours, trl = benchmark.grpo_settings(config, tmp_path), benchmark.trl_task("grpo", "trl", config, tmp_path)
     assert ours.stop_string == "" and ours.sampling_min_tokens == ours.sampling_max_tokens == trl["response_tokens"]
     assert len(trl["prompts"]) == ours.n_grpo_steps * ours.num_questions_per_step == 4
     assert trl["batch_size"] == ours.rollout_batch_size and trl["microbatch_size"] == 8
-    sft = benchmark.trl_task("sft", config, tmp_path)
+    assert benchmark.trl_task("sft", benchmark.TRL_CHECKPOINTING, config, tmp_path)["gradient_checkpointing"]
+    sft = benchmark.trl_task("sft", "trl", config, tmp_path)
+    assert not sft["gradient_checkpointing"]
     assert len(sft["prompt_ids"]) == len(sft["response_ids"]) == config.sft_batch_size
     assert json.loads(json.dumps(sft))["adam_betas"] == [0.9, 0.95]
 

@@ -14,13 +14,13 @@
     grade    grade_responses on arithmetic answers, right and wrong
 
 Each side runs in a process of its own each turn (A B A B ...), so that peak memory is its own. The first step of each
-process is a warm-up and is not timed. In one more step, when times and memory have been taken (counting keeps tensors
-alive), the floating-point operations of matrix products are counted as they are executed, recomputation included, fused
-attention on the CPU (some 3 %) not. mfu is their rate in the steps that are timed, over the best rate of a plain
-bfloat16 product on this machine, measured anew before each turn.
+process is a warm-up and is not timed. In one more step of sft, and of ours in logprob, when times and memory have been
+taken (counting keeps tensors alive), the floating-point operations of matrix products are counted as they are executed,
+recomputation included, fused attention on the CPU (some 3 %) not. mfu is their rate in the steps that are timed, over
+the best rate of a plain bfloat16 product on this machine, measured anew before each turn.
 
-Written to results_dir, one folder per machine: benchmark.csv (one line per figure), benchmark.png, environment.json;
-see results/benchmark/README.md.
+Written to results_dir: benchmark.csv (one line per figure), benchmark.png, environment.json; see its README.md. What is
+not measured now stays as it was, unless it is another machine's.
 """
 
 import csv
@@ -118,6 +118,7 @@ class BenchmarkConfig(GRPOConfig):
     trl_sft_microbatch: int = Field(8, ge=1, description="examples per forward pass of TRL's SFTTrainer")
     trl_grpo_microbatch: int = Field(8, ge=1, description="responses per forward pass of TRL's GRPOTrainer")
     results_dir: str = Field("", description="folder of the results; empty: results/benchmark, -PRESET but for laptop")
+    given: list[str] = Field([], description="the keys on the command line; benchmark.py fills it in")
 
 
 class Row(NamedTuple):
@@ -152,6 +153,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"usage: benchmark.py {'|'.join(TURNS)}|all [key=value ...]; --help lists the keys")
     config = load_config(BenchmarkConfig, HERE / "grpo_train.yaml", names if "--help" in names else arguments[1:])
     config = choose_model(config)
+    config = config.model_copy(update={"given": [argument.partition("=")[0] for argument in arguments[1:]]})
     if Path(config.model).name == RANDOM_MODEL and "grpo" in names:
         print("grpo is left out: a random model is never right, and a step of ours would train on nothing")
         names = [name for name in names if name != "grpo"]
@@ -159,6 +161,7 @@ def main(arguments: list[str]) -> None:
     warm_config = config.model_copy(update={"model": started_from.model})
     folder = Path(config.results_dir or f"results/benchmark{'' if config.preset == 'laptop' else f'-{config.preset}'}")
     folder.mkdir(parents=True, exist_ok=True)
+    discard_another_machines(folder)
     peer: dict[str, Any] = {}
     for name in names:
         rows = measure(name, config if name == "sft" else warm_config, peer)
@@ -400,9 +403,8 @@ def sft_settings(config: BenchmarkConfig) -> SFTConfig:
     """Return SFT_train.py's settings for the preset, with what differs from it here, and the benchmark's batch size."""
     arguments = [f"preset={config.preset}", f"train_data={EMBEDDED_DATA}", "keep_best=false"]
     settings = load_config(SFTConfig, HERE / "config.yaml", arguments)
-    preset = load_config(BenchmarkConfig, HERE / "grpo_train.yaml", [f"preset={config.preset}"])
-    changed = {name: value for name, value in config if value != getattr(preset, name)}
-    update = {name: value for name, value in changed.items() if name in SFTConfig.model_fields} | {
+    given = [name for name in config.given if name in SFTConfig.model_fields]
+    update = {name: getattr(config, name) for name in ("model", *given)} | {
         "train_batch_size": config.sft_batch_size,
         "max_context_tokens": config.max_context_tokens,
     }
@@ -631,6 +633,17 @@ def _draw_tokens(axes: Any, medians: Mapping[tuple[str, str, str], float]) -> No
     rates = {side: rate for (name, figure, side), rate in medians.items() if (name, figure) == SFT_RATE}
     axes.bar_label(axes.bar(list(rates), list(rates.values()), width=0.6), fmt="%.0f")
     axes.set(title="SFT", ylabel="tokens of the examples per second")
+
+
+def discard_another_machines(folder: Path) -> None:
+    """Remove what a folder has of another machine: its figures are not to be held against this one's."""
+    path = folder / "environment.json"
+    if path.exists():
+        recorded, here = json.loads(path.read_text()), describe_environment()
+        if any(recorded.get(name) != here[name] for name in ("cpu", "cpu_count", "cuda_devices")):
+            print(f"{folder}: figures of another machine ({recorded.get('cpu')}) are removed; results_dir= keeps them")
+            path.unlink()
+            (folder / "benchmark.csv").unlink(missing_ok=True)
 
 
 def record_environment(path: Path, config: BenchmarkConfig, peer: dict[str, Any]) -> None:

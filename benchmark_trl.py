@@ -119,22 +119,40 @@ def common_settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
+def sft_settings(task: dict[str, Any]) -> dict[str, Any]:
+    """Return SFTTrainer's own settings: a warm-up, the measured steps, and one in which products are counted."""
+    return {"max_length": task["max_length"], "max_steps": 1 + task["num_measured_steps"] + 1}
+
+
+def grpo_settings(task: dict[str, Any]) -> dict[str, Any]:
+    """Return GRPOTrainer's own settings."""
+    return {
+        "max_steps": 1 + task["num_measured_steps"],
+        "num_generations": task["group_size"],
+        "max_completion_length": task["response_tokens"],
+        "generation_kwargs": {"min_new_tokens": task["response_tokens"]},
+        "temperature": task["temperature"],
+        "beta": 0.0,
+        "loss_type": "grpo",
+        "shuffle_dataset": False,
+    }
+
+
 def run_sft(task: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]:
     """Train on the task's rows, the same ones in every step; the loss is of the response's tokens, as in ours."""
     rows = [
         {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
         for prompt, response in zip(task["prompt_ids"], task["response_ids"], strict=True)
     ]
-    num_steps = 1 + task["num_measured_steps"]
     clock = StepClock()
     trainer = SFTTrainer(
         model=task["model"],
-        args=SFTConfig(max_length=task["max_length"], max_steps=num_steps + 1, **settings),
+        args=SFTConfig(**settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
         callbacks=[clock],
     )
-    counter = ProductCounter(trainer, clock, first_step=num_steps)
+    counter = ProductCounter(trainer, clock, first_step=1 + task["num_measured_steps"])
     trainer.train()
     figures = clock.figures(task["num_measured_steps"])
     return figures | {
@@ -163,17 +181,7 @@ def run_grpo(task: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]
     trainer = GRPOTrainer(
         model=task["model"],
         reward_funcs=reward,
-        args=GRPOConfig(
-            num_generations=task["group_size"],
-            max_completion_length=task["response_tokens"],
-            generation_kwargs={"min_new_tokens": task["response_tokens"]},
-            temperature=task["temperature"],
-            beta=0.0,
-            loss_type="grpo",
-            shuffle_dataset=False,
-            max_steps=1 + task["num_measured_steps"],
-            **settings,
-        ),
+        args=GRPOConfig(**settings),
         train_dataset=Dataset.from_list([{"prompt": prompt, "ground_truth": truth} for prompt, truth in columns]),
         processing_class=AutoTokenizer.from_pretrained(task["model"]),
         callbacks=[clock],
@@ -195,8 +203,9 @@ def main() -> None:
     """Run the task and write its figures, the peer's versions and its settings."""
     task_path, result_path = map(Path, sys.argv[1:])
     task = json.loads(task_path.read_text())
-    settings = common_settings(task, str(task_path.parent / "trl"))
-    figures = {"sft": run_sft, "grpo": run_grpo}[task["benchmark"]](task, settings)
+    choose, run = {"sft": (sft_settings, run_sft), "grpo": (grpo_settings, run_grpo)}[task["benchmark"]]
+    settings = common_settings(task, str(task_path.parent / "trl")) | choose(task)
+    figures = run(task, settings)
     packages = ("trl", "torch", "transformers", "datasets", "accelerate")
     del settings["output_dir"]
     result = {

@@ -339,10 +339,11 @@ def init_vllm(
 def check_devices(config: RunConfig) -> None:
     """Raise a UserError if a device of the configuration cannot be had; called first, before any long work."""
     num_devices = torch.cuda.device_count()
-    if config.policy_device != "cpu" and num_devices and not torch.cuda.is_available():
+    needs_gpu = {config.policy_device, config.evaluator_device} != {"cpu"}
+    if needs_gpu and num_devices and not torch.cuda.is_available():
         raise UserError(
-            f"policy_device = {config.policy_device}: a GPU is there, but not for CUDA {torch.version.cuda}, which "
-            "torch is built for; install a newer NVIDIA driver, or use preset=laptop"
+            f"a GPU is there, but does not run CUDA {torch.version.cuda}, which torch is built for: install a newer "
+            "NVIDIA driver, or use preset=laptop"
         )
     if config.policy_device != "cpu" and int(config.policy_device.removeprefix("cuda:")) >= num_devices:
         raise UserError(

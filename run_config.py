@@ -170,11 +170,6 @@ class RunConfig(BaseModel):
             found.append(
                 f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data"
             )
-        if self.shares_gpu and self.gpu_memory_utilization > 0.5:
-            found.append(
-                f"gpu_memory_utilization = {self.gpu_memory_utilization:g}: the policy, its gradients and AdamW's "
-                "moments need room on the same GPU; 0.35 of 80 GB is enough for the engine"
-            )
         return found
 
     @property
@@ -242,8 +237,13 @@ class TrainConfig(RunConfig):
             )
 
     def warnings(self) -> list[str]:
-        """Return the shared warnings, and one for a best checkpoint that is hardly ever there to be kept."""
+        """Return the shared warnings, and those of a best checkpoint hardly ever kept and a GPU hardly shared."""
         found = super().warnings()
+        if self.shares_gpu and self.gpu_memory_utilization > 0.5:
+            found.append(
+                f"gpu_memory_utilization = {self.gpu_memory_utilization:g}: the policy, its gradients and AdamW's "
+                "moments need room on the same GPU; 0.35 of 80 GB is enough for the engine"
+            )
         shorter, longer = sorted((self.checkpoint_interval, self.eval_interval))
         if self.keep_best and longer % shorter:
             found.append(

@@ -1,9 +1,13 @@
 """The benchmark: its arithmetic, by hand; its files; our SFT turn on a tiny model. TRL itself is not run."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import benchmark
 from benchmark import BenchmarkConfig, Row, Summary
@@ -77,11 +81,12 @@ def test_both_sides_are_given_the_same_work(tiny_model_folder, tmp_path):
     assert json.loads(json.dumps(sft))["adam_betas"] == [0.9, 0.95]
 
 
-@pytest.mark.parametrize("folder", sorted(RESULTS.glob("benchmark*")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [path.parent for path in sorted(RESULTS.glob("benchmark*/README.md"))], ids=str)
 def test_the_table_in_the_results_is_what_the_figures_say(folder):
     lines = benchmark.table(benchmark.summarize(benchmark.read_rows(folder / "benchmark.csv")))
     text = (folder / "README.md").read_text()
     assert [line for line in lines if line not in text] == []
+    assert RESULTS / "benchmark" in [path.parent for path in RESULTS.glob("benchmark*/README.md")]
     environment = json.loads((folder / "environment.json").read_text())
     assert {"cpu", "cpu_count", "memory_gib", "versions", "peer"} <= environment.keys()
 
@@ -95,10 +100,52 @@ def test_mistakes_are_named():
 def test_sft_is_measured_with_the_keys_that_are_given():
     def settings(*arguments):
         path = benchmark.HERE / "grpo_train.yaml"
-        return benchmark.sft_settings(load_config(BenchmarkConfig, path, ["preset=laptop", *arguments]))
+        config = load_config(BenchmarkConfig, path, ["preset=laptop", *arguments])
+        given = [argument.partition("=")[0] for argument in arguments]
+        return benchmark.sft_settings(config.model_copy(update={"given": given}))
 
     preset = load_config(SFTConfig, benchmark.HERE / "config.yaml", ["preset=laptop"])
     assert settings().microbatch_tokens == preset.microbatch_tokens
     assert settings().learning_rate == preset.learning_rate
     changed = settings("compute_dtype=float32", "microbatch_tokens=512", "compile_policy=true")
     assert (changed.compute_dtype, changed.microbatch_tokens, changed.compile_policy) == ("float32", 512, True)
+    grpo_preset = load_config(BenchmarkConfig, benchmark.HERE / "grpo_train.yaml", ["preset=laptop"])
+    assert grpo_preset.microbatch_tokens != preset.microbatch_tokens
+    same_as_in_grpo = settings(f"microbatch_tokens={grpo_preset.microbatch_tokens}")
+    assert same_as_in_grpo.microbatch_tokens == grpo_preset.microbatch_tokens
+
+
+def test_figures_of_another_machine_do_not_stay(tmp_path, monkeypatch, capsys):
+    benchmark.write_rows(tmp_path / "benchmark.csv", ROWS)
+    here = benchmark.describe_environment()
+    for cpu, stays in ((here["cpu"], True), ("another", False)):
+        (tmp_path / "environment.json").write_text(json.dumps({**here, "cpu": cpu}))
+        benchmark.discard_another_machines(tmp_path)
+        assert (tmp_path / "benchmark.csv").exists() == (tmp_path / "environment.json").exists() == stays
+    assert "figures of another machine (another) are removed" in capsys.readouterr().out
+
+
+def test_trl_sees_one_gpu_alone():
+    assert benchmark.only_visible("cpu", "4,5") == {}
+    assert benchmark.only_visible("cuda:1", "4,5") == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert benchmark.only_visible("cuda:1", "") == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_the_peers_steps_are_timed_and_counted_as_ours(monkeypatch):
+    """A warm-up, two measured steps of one second each with its own peak, and one more that alone is counted."""
+    names = ("GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer")
+    monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(**dict.fromkeys(names)))
+    benchmark_trl = importlib.import_module("benchmark_trl")
+    times, peaks = iter([10.0, 11.0, 12.0, 50.0]), iter([1.0, 2.0, 3.0, 9.0])
+    monkeypatch.setattr(benchmark_trl, "peak_memory_gib", lambda: next(peaks))
+    monkeypatch.setattr(benchmark_trl, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    weight = torch.ones(2, 3, requires_grad=True)
+    accelerator = SimpleNamespace(backward=torch.Tensor.backward)
+    trainer = SimpleNamespace(compute_loss=lambda: (torch.ones(4, 2) @ weight).sum(), accelerator=accelerator)
+    clock = benchmark_trl.StepClock()
+    counter = benchmark_trl.ProductCounter(trainer, clock, first_step=3)
+    for _ in range(4):
+        trainer.accelerator.backward(trainer.compute_loss())
+        clock.on_step_end()
+    assert clock.figures(num_measured_steps=2) == {"step_seconds": 1.0, "peak_memory_gib": 3.0}
+    assert counter.tflop == pytest.approx(2 * (2 * 4 * 2 * 3) / 1e12)  # forward, and the weight's gradient

@@ -276,8 +276,9 @@ def test_a_driver_too_old_for_torch_is_named(monkeypatch):
     """The driver counts the GPUs all the same."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match="a GPU is there, but not for CUDA .* newer NVIDIA driver"):
-        policy_evaluation.check_devices(RunConfig(policy_device="cuda:0"))
+    for devices in ({"policy_device": "cuda:0"}, {"evaluator_device": "cuda:0"}):
+        with pytest.raises(UserError, match="a GPU is there, but does not run CUDA .* newer NVIDIA driver"):
+            policy_evaluation.check_devices(RunConfig(**devices))
 
 
 def test_context_longer_than_the_models_is_refused(tiny_model_folder):

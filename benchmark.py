@@ -168,7 +168,7 @@ def main(arguments: list[str]) -> None:
         kept = read_rows(folder / "benchmark.csv") if (folder / "benchmark.csv").exists() else []
         write_rows(folder / "benchmark.csv", [row for row in kept if row.benchmark != name] + rows)
     rows = read_rows(folder / "benchmark.csv")
-    record_environment(folder / "environment.json", config, peer)
+    record_environment(folder / "environment.json", names, config, peer)
     plot(rows, folder / "benchmark.png")
     print("\n".join(table(summarize([row for row in rows if row.benchmark in names]))))
 
@@ -646,14 +646,14 @@ def discard_another_machines(folder: Path) -> None:
             (folder / "benchmark.csv").unlink(missing_ok=True)
 
 
-def record_environment(path: Path, config: BenchmarkConfig, peer: dict[str, Any]) -> None:
-    """Write machine, versions and settings of both sides; the peer's that were not measured now stay as they were."""
+def record_environment(path: Path, names: Sequence[str], config: BenchmarkConfig, peer: dict[str, Any]) -> None:
+    """Write machine, versions and settings of both sides; those of benchmarks not measured now stay as they were."""
     left_out = ("command", "git_diff", "host")
-    ours = {name: value for name, value in describe_environment().items() if name not in left_out}
-    settings = {"sft": sft_settings(config), "all others": config}
-    dumped = {name: config.model_dump(mode="json", exclude={"results_dir"}) for name, config in settings.items()}
-    before = json.loads(path.read_text())["peer"] if path.exists() else {}
-    record = {**ours, "ours": dumped, "peer": before | peer}
+    record = {name: value for name, value in describe_environment().items() if name not in left_out}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    settings = {name: sft_settings(config) if name == "sft" else config for name in names}
+    ours = {name: config.model_dump(mode="json", exclude={"results_dir"}) for name, config in settings.items()}
+    record |= {"ours": before.get("ours", {}) | ours, "peer": before.get("peer", {}) | peer}
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -640,7 +640,7 @@ def discard_another_machines(folder: Path) -> None:
     path = folder / "environment.json"
     if path.exists():
         recorded, here = json.loads(path.read_text()), describe_environment()
-        if any(recorded.get(name) != here[name] for name in ("cpu", "cpu_count", "cuda_devices")):
+        if any((recorded.get(name) or None) != (here[name] or None) for name in ("cpu", "cpu_count", "cuda_devices")):
             print(f"{folder}: figures of another machine ({recorded.get('cpu')}) are removed; results_dir= keeps them")
             path.unlink()
             (folder / "benchmark.csv").unlink(missing_ok=True)

@@ -211,8 +211,9 @@ def take_turn(name: str, turn: str, config: BenchmarkConfig, peer: dict[str, Any
             task.write_text(json.dumps({"benchmark": name, "turn": turn, "config": config.model_dump(mode="json")}))
             command = [sys.executable, str(HERE / "benchmark.py"), "worker", str(task), str(result)]
         with log.open("w") as file:
-            environment = {**os.environ, **environment}
-            process = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+            process = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | environment, check=False
+            )
         if process.returncode != 0:
             ending = " | ".join(log.read_text().splitlines()[-4:])
             raise UserError(f"{name}, {turn}: status {process.returncode}: {ending}")

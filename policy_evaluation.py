@@ -21,6 +21,7 @@ import re
 import resource
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -304,6 +305,11 @@ def init_vllm(
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # On the CPU vLLM prints progress and warnings that mean nothing here; on a GPU its start takes minutes.
     with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():
+        from vllm.platforms import current_platform
+
+        if device == "cpu" and not can_compile_for_cpu():  # vLLM compiles a helper of its sampler in any case
+            type(current_platform).simple_compile_backend = "eager"
+
         from vllm import LLM
 
         options: dict[str, Any] = {}
@@ -350,7 +356,18 @@ def check_devices(config: RunConfig) -> None:
             f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; "
             "use preset=laptop, or run where the GPU is"
         )
+    compiled = {"compile_policy = true": config.compile_policy and config.policy_device == "cpu"}
+    compiled |= {"engine_eager = false": not config.engine_eager and config.evaluator_device == "cpu"}
+    if any(compiled.values()) and not can_compile_for_cpu():
+        settings = " and ".join(name for name, is_set in compiled.items() if is_set)
+        raise UserError(f"{settings}: needs g++ and Python's headers on the CPU; install them, or leave it out")
     check_engine_device(config.evaluator_device)
+
+
+def can_compile_for_cpu() -> bool:
+    """Whether what torch compiles for the CPU with is there: a C++ compiler and Python's headers."""
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return has_headers and shutil.which(os.environ.get("CXX") or "g++") is not None
 
 
 def check_engine_device(device: str) -> None:

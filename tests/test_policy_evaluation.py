@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -279,6 +280,17 @@ def test_a_driver_too_old_for_torch_is_named(monkeypatch):
     for devices in ({"policy_device": "cuda:0"}, {"evaluator_device": "cuda:0"}):
         with pytest.raises(UserError, match="a GPU is there, but does not run CUDA .* newer NVIDIA driver"):
             policy_evaluation.check_devices(RunConfig(**devices))
+
+
+def test_compiling_for_the_cpu_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler")
+    policy_evaluation.check_devices(RunConfig())
+    with pytest.raises(UserError, match=r"^compile_policy = true: needs g\+\+ and Python's headers on the CPU"):
+        policy_evaluation.check_devices(RunConfig(compile_policy=True))
+    with pytest.raises(UserError, match=r"^compile_policy = true and engine_eager = false: needs g\+\+"):
+        policy_evaluation.check_devices(RunConfig(compile_policy=True, engine_eager=False))
+    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
+    policy_evaluation.check_devices(RunConfig(compile_policy=True))
 
 
 def test_context_longer_than_the_models_is_refused(tiny_model_folder):

@@ -108,7 +108,10 @@ def test_final_folder_loads_and_gives_the_evaluated_score_again(sft_run, tmp_pat
 
 
 def test_final_folder_loads_in_a_fresh_engine_without_a_sync(sft_run):
-    """What stands in the folder is the trained policy: no weights are copied here, and the tokens are the same."""
+    """What stands in the folder is the trained policy: no weights are copied here, and the tokens are the same.
+
+    Also where there is no C++ compiler, which the engine otherwise uses for a helper of its sampler.
+    """
     code = """
 import sys
 from pathlib import Path
@@ -128,7 +131,12 @@ for response in sample_responses(llm, ids, sampling_params(config), seeds):
     print(repr(response.text))
 """
     result = subprocess.run(
-        [sys.executable, "-c", code, str(sft_run[0])], capture_output=True, text=True, cwd=REPOSITORY, timeout=300
+        [sys.executable, "-c", code, str(sft_run[0])],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"CXX": "no-compiler"},
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     evaluated = (sft_run[0] / "samples/eval_000003.jsonl").read_text().splitlines()

@@ -135,10 +135,9 @@ def main(arguments: list[str]) -> None:
     validation_examples = validation_subset(validation_set, config)
     final_examples = final_validation_subset(validation_set, config)
     questions = load_questions(validation_set, config)
-    config = config if config.resume else apply_warm_start(config)
     with RunDirectory.open(config, "grpo") as run:
         print(f"run folder: {run.path}")
-        policy, tokenizer = load_policy(config, run.checkpoint)
+        policy, tokenizer = load_policy(config if run.checkpoint else apply_warm_start(config), run.checkpoint)
         prompt_ids = encode_prompts(questions, tokenizer, config)
         for examples_to_ask in (validation_examples, final_examples):  # too long: found before the engine starts
             encode_prompts(examples_to_ask, tokenizer, config)

@@ -159,6 +159,12 @@ def get_response_log_probs(
     return _score_labels(logits, labels, return_token_entropy)
 
 
+def changes_logits(model: PreTrainedModel) -> str:
+    """Return the key of a model's configuration by which it changes its logits after the output layer, or ""."""
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    return next((name for name in names if getattr(model.config, name, None) not in (None, 1, 1.0)), "")
+
+
 def get_masked_response_log_probs(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "batch sequence"],
@@ -181,9 +187,8 @@ def get_masked_response_log_probs(
         ValueError: the model changes its logits after the output layer (soft-capping, scaling), which
             this shortcut would leave out.
     """
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
+    if name := changes_logits(model):
+        raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
     if shares_prefixes(model):
         tree = build_prefix_tree(input_ids, response_mask)
         mask = response_mask[:, : tree.paths.shape[1]]  # paths end with the last response token

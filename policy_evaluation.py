@@ -50,7 +50,13 @@ from run_config import (
     run_main,
 )
 from run_directory import EVALUATION, RunDirectory
-from SFT_helper import encode_prompt, get_masked_response_log_probs, join_prompt_and_response_ids, pad_token_id
+from SFT_helper import (
+    changes_logits,
+    encode_prompt,
+    get_masked_response_log_probs,
+    join_prompt_and_response_ids,
+    pad_token_id,
+)
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
@@ -118,7 +124,7 @@ def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreT
         checkpoint: of a run that is resumed; its policy instead.
 
     Raises:
-        UserError: the model is unknown or incomplete, or its context is too short.
+        UserError: the model is unknown, incomplete or of a kind not provided for, or its context is too short.
     """
     transformers_logging.disable_progress_bar()
     folder = str(checkpoint / "model") if checkpoint else resolve_model(config.model)
@@ -132,6 +138,8 @@ def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreT
             f"model = {config.model}: {folder} could not be loaded ({first_line(error)}); it needs config, weights "
             "and tokenizer in Transformers format"
         ) from error
+    if name := changes_logits(policy):
+        raise UserError(f"model = {config.model}: it changes its logits ({name}), which is not provided for here")
     context = getattr(policy.config, "max_position_embeddings", None)
     if context is not None and config.max_context_tokens > context:
         raise UserError(
@@ -890,15 +898,20 @@ def _unpack_embedded_model() -> Path:
     from transformers import GgufConfig
 
     print(f"converting {EMBEDDED_MODEL} to Transformers format, once, into {folder}")
-    policy = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        policy = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
         policy.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
         with contextlib.suppress(OSError):  # another process was faster
             unfinished.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"{unfinished} could not be written ({error}); set XDG_CACHE_HOME to a folder with room"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

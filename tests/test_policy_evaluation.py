@@ -253,6 +253,22 @@ def test_incomplete_model_folders_are_refused(tiny_model_folder, tmp_path):
             policy_evaluation.load_policy(RunConfig(model=str(folder), max_context_tokens=256, sampling_max_tokens=8))
 
 
+def test_a_model_that_changes_its_logits_is_refused(tiny_model_folder, tmp_path):
+    folder = tmp_path / "scaled"
+    shutil.copytree(tiny_model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logits_scaling": 8.0}))
+    with pytest.raises(UserError, match=r"it changes its logits \(logits_scaling\)"):
+        policy_evaluation.load_policy(RunConfig(model=str(folder), max_context_tokens=256, sampling_max_tokens=8))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="file/reasoning-from-scratch/.* set XDG_CACHE_HOME to a folder with room"):
+        policy_evaluation.resolve_model("smollm2-135m")
+
+
 def test_settings_that_vllm_refuses_end_in_one_line(tiny_model_folder):
     with pytest.raises(UserError, match=r"vLLM did not start on cpu .*look at gpu_memory_utilization"):
         init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=100_000)

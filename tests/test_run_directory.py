@@ -215,6 +215,10 @@ def test_a_run_of_another_script_is_not_resumed(tmp_path):
 def test_another_configuration_file_is_not_ignored_on_resume(stopped_run):
     with pytest.raises(UserError, match="config = config.yaml: .* goes on with its own config.yaml; leave config out"):
         resumed(stopped_run, "config=config.yaml")
+    arguments = ["resume=auto", f"runs_dir={stopped_run.path.parent}", f"config={REPOSITORY / 'config.yaml'}"]
+    with pytest.raises(UserError, match="mine goes on with its own config.yaml; leave config out"):
+        load_config(SFTConfig, "unused.yaml", arguments)
+    assert load_config(SFTConfig, "unused.yaml", [*arguments, "run_name=new"]).run_name == "new"
 
 
 def test_a_torn_newest_checkpoint_is_reported_and_passed_over(stopped_run, tiny_model, tokenizer, capsys):
@@ -256,6 +260,12 @@ def test_changed_settings_are_shown_and_refused_unless_allowed(stopped_run, tiny
     with resumed(stopped_run) as run:  # the changes are the run's own from here on
         assert run.config.learning_rate == 0.5
     assert "changed since the checkpoint: seed 0 -> 3, learning_rate 1e-05 -> 0.5" in capsys.readouterr().out
+
+
+def test_watchdogs_and_log_may_change_with_every_start(stopped_run, capsys):
+    with resumed(stopped_run, "max_train_seconds=7200", "wandb_project=other") as run:
+        assert (run.config.max_train_seconds, run.config.wandb_project) == (7200, "other")
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_resumed_unless_it_is_to_go_on_otherwise(stopped_run, tiny_model, tokenizer):

@@ -151,8 +151,13 @@ def test_a_fingerprint_follows_from_what_is_computed_alone(workplace):
     def fingerprint(*overrides):
         return sweep.plan(Path("mine.yaml"), ["preset=laptop", *overrides])[1][0].fingerprint
 
-    same = fingerprint("learning_rate=1e-5", "wandb_mode=offline")
+    same = fingerprint("learning_rate=1e-5", "wandb_mode=offline", "max_rollout_seconds=7200")
     assert same == fingerprint("learning_rate=0.00001", "runs_dir=elsewhere") != fingerprint("learning_rate=2e-5")
+
+
+def test_what_tells_the_variants_apart_is_not_overridden_for_all_of_them(workplace):
+    with pytest.raises(UserError, match=r"epochs_per_rollout_batch on the command line: mine.yaml .* variants \(b\)"):
+        run_sweep("epochs_per_rollout_batch=3", "--dry-run")
 
 
 def test_failures_are_listed_with_their_last_line_and_the_others_run(workplace, capsys):

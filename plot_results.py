@@ -89,7 +89,7 @@ ADVANTAGES = [
     Curve("grpo_ablation", "no_baseline", "without baseline and std"),
 ]
 CLIP = [
-    BASELINE,
+    Curve("grpo_off_policy", "on_policy", "on-policy"),  # run on the same machine
     Curve("grpo_ablation", "off_policy_clip", "off-policy, clip"),
     Curve("grpo_ablation", "off_policy_no_clip", "off-policy, no clip"),
 ]
@@ -101,7 +101,7 @@ OFF_POLICY = [
 ]
 CHECKPOINTS = [
     OFF_POLICY[0]._replace(label="from the early checkpoint"),  # run on the same machine
-    Curve("sft_checkpoint", "final", "from the final one"),
+    Curve("sft_checkpoint", "final", "from the late checkpoint"),
 ]
 PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
 SFT_CONTINUED = [
@@ -111,10 +111,10 @@ SFT_CONTINUED = [
 ]
 METHODS = [*SFT_CONTINUED, Curve("expert_iteration", "default", "expert iteration")]
 METHODS_TABLE = [
-    Curve("zero_shot", "r1_zero", "as it is"),
+    Curve("zero_shot", "r1_zero", "untrained (zero-shot)"),
     Curve("warm-start", "default", "warm start: 16 SFT steps on 256 traces"),
-    BASELINE._replace(label="GRPO from the warm start, 24 steps, no traces"),
-    Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no traces"),
+    BASELINE._replace(label="GRPO from the warm start, 24 steps, no further traces"),
+    Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no further traces"),
     Curve("sft_continued", "same_traces", "SFT from the warm start, 100 steps on its own 256 traces"),
     Curve("sft_continued", "all_traces", "SFT from the warm start, 100 steps on 1,600 traces"),
 ]

@@ -161,7 +161,7 @@ TABLES = {
     "prompt": PROMPTS,
     "sft_continued": SFT_CONTINUED,
     "expert_iteration": METHODS,
-    "zero_shot": [Curve("zero_shot", "r1_zero", "as it is, r1_zero prompt")],
+    "zero_shot": [Curve("zero_shot", "r1_zero", "untrained, r1_zero prompt")],
 }
 
 

@@ -103,7 +103,7 @@ CHECKPOINTS = [
     OFF_POLICY[0]._replace(label="from the early checkpoint"),  # run on the same machine
     Curve("sft_checkpoint", "final", "from the late checkpoint"),
 ]
-PROMPTS = [BASELINE._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
+PROMPTS = [OFF_POLICY[0]._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
 SFT_CONTINUED = [
     BASELINE._replace(label="GRPO"),
     Curve("sft_continued", "all_traces", "SFT continued, 1,600 traces"),

@@ -108,22 +108,21 @@ class RunDirectory:
         """
         name = config.run_name or f"{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         path = Path(config.runs_dir) / name
+        resolved = config.model_copy(update={"run_name": name})
         try:
             path.mkdir(parents=True, exist_ok=True)
-            is_taken = any(file.name not in BEFORE_CONFIGURATION for file in path.iterdir())
+            if any(file.name not in BEFORE_CONFIGURATION for file in path.iterdir()):
+                raise UserError(
+                    f"run_name = {name}: {path} exists already; go on with it by resume={path}, give another run_name, "
+                    "or remove it"
+                )
+            lock = lock_folder(path)
+            (path / "samples").mkdir(exist_ok=True)
+            write_durably(path / "environment.json", json.dumps({"script": script} | describe_environment(), indent=2))
+            _write_configuration(path, resolved)  # last: with it the folder is a run
+            flush_to_disk(path.parent)
         except OSError as error:
             raise UserError(f"runs_dir = {config.runs_dir}: cannot make {path} ({error.strerror})") from None
-        if is_taken:
-            raise UserError(
-                f"run_name = {name}: {path} exists already; go on with it by resume={path}, give another run_name, "
-                "or remove it"
-            )
-        lock = lock_folder(path)
-        (path / "samples").mkdir(exist_ok=True)
-        resolved = config.model_copy(update={"run_name": name})
-        write_durably(path / "environment.json", json.dumps({"script": script} | describe_environment(), indent=2))
-        _write_configuration(path, resolved)  # last: with it the folder is a run
-        flush_to_disk(path.parent)
         return cls(path, resolved, lock)
 
     @classmethod

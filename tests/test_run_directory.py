@@ -67,10 +67,18 @@ def test_an_unnamed_run_is_named_by_script_and_time_in_its_own_record(tmp_path):
     assert yaml.safe_load((run.path / "config.yaml").read_text())["run_name"] == run.path.name
 
 
-def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make"):
         RunDirectory.create(config_in(tmp_path / "file"), "sft")
+
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as context, pytest.raises(UserError, match=r"cannot make .*mine \(No space left"):
+        context.setattr(run_directory, "write_durably", fail)
+        RunDirectory.create(config_in(tmp_path, run_name="mine"), "sft")
+    RunDirectory.create(config_in(tmp_path, run_name="mine"), "sft")  # the name is free
 
 
 def test_metrics_are_on_disk_at_once_and_valid_json(tmp_path):

@@ -6,7 +6,8 @@
              checkpointing: the same worked traces in every step, loss on the response; tokens per second counts the
              tokens of the examples, however they are computed
     grpo     a step of GRPO_train.py, as it logs it, against one of TRL's GRPOTrainer: the same questions, responses of
-             exactly sampling_max_tokens tokens, no stop string, no KL term, one optimizer step
+             exactly sampling_max_tokens tokens, no stop string, no KL term, one optimizer step; each pair has a seed
+             of its own, for how many responses have no advantage, which ours skips, differs from draw to draw
     rollout  sample_responses against LLM.generate in the same engine: given the same requests, and given requests
              without seeds and log-probs
     logprob  old log-probs and training on made-up responses with advantage +1 or -1, none of them skipped; then with
@@ -177,9 +178,10 @@ def measure(name: str, config: BenchmarkConfig, peer: dict[str, Any]) -> list[Ro
     """Return the figures of one benchmark; `peer` receives the peer's versions and settings."""
     rows = []
     for pair in range(1, config.num_pairs + 1):
+        of_pair = config.model_copy(update={"seed": config.seed + pair - 1})
         for turn in TURNS[name]:
             peak = matmul_peak(config.policy_device)
-            for side, figures in take_turn(name, turn, config, peer).items():
+            for side, figures in take_turn(name, turn, of_pair, peer).items():
                 if "tflop_per_second" in figures:
                     figures |= {"matmul_peak_tflop_per_second": peak, "mfu": figures["tflop_per_second"] / peak}
                 rows += [Row(name, side, pair, figure, unit_of(figure), value) for figure, value in figures.items()]

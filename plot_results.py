@@ -77,6 +77,7 @@ LEARNING_RATES = [
     Curve("grpo_learning_rate", f"learning_rate={rate}", f"learning rate {float(rate):g}")
     for rate in ("5e-06", "1e-05", "2e-05", "0.0001")
 ]
+ON_POLICY = Curve("grpo_off_policy", "on_policy", "on-policy")  # the baseline again, where later experiments ran
 BASELINE = Curve("grpo_learning_rate", "learning_rate=2e-05", "baseline: masked_mean, std, on-policy")
 LENGTH_NORMALIZATION = [
     BASELINE,
@@ -89,21 +90,21 @@ ADVANTAGES = [
     Curve("grpo_ablation", "no_baseline", "without baseline and std"),
 ]
 CLIP = [
-    Curve("grpo_off_policy", "on_policy", "on-policy"),  # run on the same machine
+    ON_POLICY,
     Curve("grpo_ablation", "off_policy_clip", "off-policy, clip"),
     Curve("grpo_ablation", "off_policy_no_clip", "off-policy, no clip"),
 ]
 OFF_POLICY = [
-    Curve("grpo_off_policy", "on_policy", "on-policy"),
+    ON_POLICY,
     Curve("grpo_ablation", "off_policy_clip", "1 x 32"),
     Curve("grpo_off_policy", "2x64", "2 x 64"),
     Curve("grpo_off_policy", "4x128", "4 x 128"),
 ]
 CHECKPOINTS = [
-    OFF_POLICY[0]._replace(label="from the early checkpoint"),  # run on the same machine
+    ON_POLICY._replace(label="from the early checkpoint"),
     Curve("sft_checkpoint", "final", "from the late checkpoint"),
 ]
-PROMPTS = [OFF_POLICY[0]._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
+PROMPTS = [ON_POLICY._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
 SFT_CONTINUED = [
     BASELINE._replace(label="GRPO"),
     Curve("sft_continued", "all_traces", "SFT continued, 1,600 traces"),

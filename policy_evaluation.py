@@ -364,11 +364,15 @@ def check_devices(config: RunConfig) -> None:
             f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; "
             "use preset=laptop, or run where the GPU is"
         )
-    compiled = {"compile_policy = true": config.compile_policy and config.policy_device == "cpu"}
-    compiled |= {"engine_eager = false": not config.engine_eager and config.evaluator_device == "cpu"}
-    if any(compiled.values()) and not can_compile_for_cpu():
-        settings = " and ".join(name for name, is_set in compiled.items() if is_set)
-        raise UserError(f"{settings}: needs g++ and Python's headers on the CPU; install them, or leave it out")
+    compiles_on_cpu = {
+        "compile_policy = true": config.compile_policy and config.policy_device == "cpu",
+        "engine_eager = false": not config.engine_eager and config.evaluator_device == "cpu",
+    }
+    settings = [name for name, compiles in compiles_on_cpu.items() if compiles]
+    if settings and not can_compile_for_cpu():
+        raise UserError(
+            f"{' and '.join(settings)}: needs g++ and Python's headers on the CPU; install them, or leave it out"
+        )
     check_engine_device(config.evaluator_device)
 
 

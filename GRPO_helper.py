@@ -1,34 +1,30 @@
-"""The mathematics of GRPO: group-normalized advantages and policy-gradient losses.
+"""The mathematics of GRPO: advantages, a table of losses, a table of length normalizations.
 
-Symbols: N responses in groups of G to the same question; R the reward, A the advantage; T positions; m the
+Symbols: N responses in groups of G to the same question; R the reward, A the advantage; B rows of T positions; m the
 response mask; rho_t = pi(y_t) / pi_old(y_t) the importance ratio of a token; eps the clip range.
 
     advantage     A_i = (R_i - mean of its group) [ / (std of its group + advantage_eps) ]
-    loss types    no_baseline              -R log pi
+    losses        no_baseline              -R log pi
                   reinforce_with_baseline  -A log pi
                   grpo_clip                -min(rho A, clip(rho, 1 - eps, 1 + eps) A)
                   grpo_no_clip             -rho A
 
+A new loss is one function of `LossInputs` and one line in `LOSSES`: see docs/how_to.md. `pytest tests/test_losses.py`
+then tests it.
+
 Sources: Shao et al. 2024 (DeepSeekMath, GRPO), equations 3 and 4; Liu et al. 2025 (Dr. GRPO: no std);
-Stanford CS336 (Spring 2025), Assignment 5, section 7.
+Stanford CS336 (Spring 2025), Assignment 5, section 7. As in the assignment there is no KL term.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from SFT_helper import masked_normalize
-
-LENGTH_NORMALIZATIONS = ("masked_mean", "masked_normalize", "token_mean")
-REQUIRED_ARGUMENTS: dict[str, tuple[str, ...]] = {  # of each loss type
-    "no_baseline": ("raw_rewards",),
-    "reinforce_with_baseline": ("advantages",),
-    "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
-    "grpo_no_clip": ("advantages", "old_log_probs"),
-}
+# --- advantages -----------------------------------------------------------------------------------------------------
 
 
 def compute_group_normalized_rewards(
@@ -43,11 +39,11 @@ def compute_group_normalized_rewards(
 
     Args: group_size, advantage_eps, normalize_by_std: as there.
         reward_fn: maps (response, ground truth) to a dictionary with `reward`.
-        rollout_responses: N responses, those to the same question next to each other.
+        rollout_responses: N responses. Those to the same question stand next to each other.
         repeated_ground_truths: N answers, each repeated `group_size` times.
 
     Returns:
-        Advantages (N,), raw rewards (N,), both float32; and metadata: mean, std (sample), min and max of the
+        Advantages (N,) and raw rewards (N,), both float32; and metadata: mean, sample std, min and max of the
         rewards, and the fraction of responses whose advantage is zero.
 
     Raises:
@@ -82,7 +78,7 @@ def normalize_within_groups(
     The std is the sample std (divisor G - 1). A group of equal rewards has advantages of exactly zero.
 
     Args:
-        raw_rewards: (N,), those of a group next to each other.
+        raw_rewards: (N,). Those of a group stand next to each other.
         group_size: responses per question, G >= 2 if `normalize_by_std`.
         advantage_eps: added to the std.
         normalize_by_std: divide by the std.
@@ -102,108 +98,149 @@ def normalize_within_groups(
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
-    # The mean of equal numbers can differ from them by rounding: such a group teaches nothing, exactly.
+    # The mean of equal numbers can differ from them by rounding. Such a group teaches nothing: make it exactly zero.
     is_uniform = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     return advantages.masked_fill(is_uniform, 0.0).flatten()
 
 
-def compute_naive_policy_gradient_loss(
-    raw_rewards_or_advantages: Float[Tensor, "batch 1"], policy_log_probs: Float[Tensor, "batch sequence"]
-) -> Float[Tensor, "batch sequence"]:
-    """Return the per-token REINFORCE loss, - A log pi(y_t), of shape (B, T).
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Everything that a loss may look at: the rows of one microbatch.
+
+    What a loss does not need may be None. Log-probs outside the mask must be finite; the training loop has zeros there.
+
+    Raises:
+        ValueError: advantages or rewards are not (B, 1). As (B,) they would be spread over tokens instead of rows.
+    """
+
+    log_probs: Float[Tensor, "batch sequence"]  # of the policy, with gradient
+    mask: Bool[Tensor, "batch sequence"]  # true at response tokens
+    advantages: Float[Tensor, "batch 1"] | None = None
+    raw_rewards: Float[Tensor, "batch 1"] | None = None
+    old_log_probs: Float[Tensor, "batch sequence"] | None = None  # before this batch's first step, without gradient
+    cliprange: float | None = None  # eps
+
+    def __post_init__(self) -> None:
+        num_rows = len(self.log_probs)
+        for name, values in (("advantages", self.advantages), ("raw_rewards", self.raw_rewards)):
+            if values is not None and values.shape != (num_rows, 1):
+                raise ValueError(
+                    f"{name} is {tuple(values.shape)}: give one number per row, as ({num_rows}, 1) for log-probs of "
+                    f"{tuple(self.log_probs.shape)}"
+                )
+
+
+# What a loss returns: the loss of each token (B, T), and metadata. These are values per token by name, (B, T) without
+# gradient. Each is logged as `train/<name>`: the mean over the response tokens of an optimizer step, or the maximum if
+# the name ends in `_max`.
+TokenLosses = tuple[Tensor, dict[str, Tensor]]
+
+
+def no_baseline(inputs: LossInputs) -> TokenLosses:
+    """REINFORCE with the raw reward: l_t = - R log pi(y_t).
+
+    Source: Williams 1992.
+    """
+    assert inputs.raw_rewards is not None
+    return -inputs.raw_rewards * inputs.log_probs, {}
+
+
+def reinforce_with_baseline(inputs: LossInputs) -> TokenLosses:
+    """REINFORCE with the advantage: l_t = - A log pi(y_t). The baseline is the mean reward of the group.
+
+    Source: Williams 1992; Shao et al. 2024.
+    """
+    assert inputs.advantages is not None
+    return -inputs.advantages * inputs.log_probs, {}
+
+
+def grpo_clip(inputs: LossInputs) -> TokenLosses:
+    """The clipped loss of PPO and GRPO: l_t = - min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A).
+
+    Metadata: the ratio, and the tokens whose gradient the clip removes: rho < 1 - eps with A < 0 (low), rho > 1 + eps
+    with A > 0 (high).
+
+    Source: Schulman et al. 2017, equation 7; Shao et al. 2024, equation 3.
+    """
+    assert inputs.advantages is not None and inputs.old_log_probs is not None and inputs.cliprange is not None
+    ratio = torch.exp(inputs.log_probs - inputs.old_log_probs)
+    low, high = 1.0 - inputs.cliprange, 1.0 + inputs.cliprange
+    losses = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
+    return losses, _describe_ratio(ratio) | {
+        "clip_fraction_low": (ratio.detach() < low) & (inputs.advantages < 0),
+        "clip_fraction_high": (ratio.detach() > high) & (inputs.advantages > 0),
+    }
+
+
+def grpo_no_clip(inputs: LossInputs) -> TokenLosses:
+    """The same without the clip: l_t = - rho_t A.
+
+    Source: CS336 Assignment 5, the clip ablation.
+    """
+    assert inputs.advantages is not None and inputs.old_log_probs is not None
+    ratio = torch.exp(inputs.log_probs - inputs.old_log_probs)
+    return -ratio * inputs.advantages, _describe_ratio(ratio)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of the table: its function, what it needs, and which rows it may skip.
 
     Args:
-        raw_rewards_or_advantages: (B, 1), one number per response.
-        policy_log_probs: (B, T), with gradient.
-
-    Raises:
-        ValueError: the first is not (B, 1); as (B,) it would be spread over the tokens, not over the rows.
-
-    Source: Williams 1992; CS336 Assignment 5, problem compute_naive_policy_gradient_loss.
-
-    >>> compute_naive_policy_gradient_loss(torch.tensor([[2.0]]), torch.tensor([[-1.0, -0.5]]))
-    tensor([[2., 1.]])
+        function: from `LossInputs` to the loss of each token and its metadata.
+        needs: the fields of `LossInputs`, beside log_probs and mask, that it uses.
+        zero_with: "advantages" or "raw_rewards": where it is zero, loss and gradient of the row are zero, so that
+            training skips the row. None: no row is skipped.
     """
-    _check_one_per_row("raw_rewards_or_advantages", raw_rewards_or_advantages, policy_log_probs)
-    return -raw_rewards_or_advantages * policy_log_probs
+
+    function: Callable[[LossInputs], TokenLosses]
+    needs: tuple[str, ...] = ()
+    zero_with: str | None = None
+
+    def __post_init__(self) -> None:
+        fields = LossInputs.__dataclass_fields__
+        if unknown := set(self.needs) - set(fields):
+            raise ValueError(f"needs = {', '.join(sorted(unknown))}: LossInputs has {', '.join(fields)}")
+        if self.zero_with not in (None, "advantages", "raw_rewards"):
+            raise ValueError(f"zero_with = {self.zero_with}: use advantages, raw_rewards or None")
+
+    def __call__(self, inputs: LossInputs) -> TokenLosses:
+        """Return the loss of each token, and its metadata."""
+        return self.function(inputs)
 
 
-def compute_grpo_clip_loss(
-    advantages: Float[Tensor, "batch 1"],
-    policy_log_probs: Float[Tensor, "batch sequence"],
-    old_log_probs: Float[Tensor, "batch sequence"],
-    cliprange: float,
-) -> tuple[Float[Tensor, "batch sequence"], dict[str, Tensor]]:
-    """Return the per-token clipped loss, - min(rho A, clip(rho, 1 - eps, 1 + eps) A), of shape (B, T).
+LOSSES: dict[str, Loss] = {
+    "no_baseline": Loss(no_baseline, needs=("raw_rewards",), zero_with="raw_rewards"),
+    "reinforce_with_baseline": Loss(reinforce_with_baseline, needs=("advantages",), zero_with="advantages"),
+    "grpo_clip": Loss(grpo_clip, needs=("advantages", "old_log_probs", "cliprange"), zero_with="advantages"),
+    "grpo_no_clip": Loss(grpo_no_clip, needs=("advantages", "old_log_probs"), zero_with="advantages"),
+}
 
-    Args:
-        advantages: (B, 1), one number per response.
-        policy_log_probs: (B, T), with gradient.
-        old_log_probs: (B, T), of the policy that sampled, without gradient.
-        cliprange: eps > 0.
 
-    Returns:
-        The loss; and per token (B, T), without gradient: `ratio`, `is_clipped_low` (rho < 1 - eps with A < 0)
-        and `is_clipped_high` (rho > 1 + eps with A > 0), the tokens whose gradient the clip removes.
+def reduce_metadata(metadata: Mapping[str, Tensor], mask: Bool[Tensor, "batch sequence"]) -> dict[str, Tensor]:
+    """Reduce a loss's metadata to the sum over the response tokens, or the maximum if the name ends in `_max`.
 
-    Raises:
-        ValueError: advantages are not (B, 1).
-
-    Source: Schulman et al. 2017, equation 7; CS336 Assignment 5, problem compute_grpo_clip_loss.
+    >>> reduce_metadata({"ratio_max": torch.tensor([[1.0, 3.0]])}, torch.tensor([[True, False]]))
+    {'ratio_max': tensor(1.)}
     """
-    _check_one_per_row("advantages", advantages, policy_log_probs)
-    ratio = torch.exp(policy_log_probs - old_log_probs)
-    clipped = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    per_token_loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    metadata = {
-        "ratio": ratio.detach(),
-        "is_clipped_low": (ratio.detach() < 1.0 - cliprange) & (advantages < 0),
-        "is_clipped_high": (ratio.detach() > 1.0 + cliprange) & (advantages > 0),
+    return {
+        name: values[mask].max() if name.endswith("_max") else values[mask].sum() for name, values in metadata.items()
     }
-    return per_token_loss, metadata
 
 
-def compute_policy_gradient_loss(
-    policy_log_probs: Float[Tensor, "batch sequence"],
-    loss_type: str,
-    raw_rewards: Float[Tensor, "batch 1"] | None = None,
-    advantages: Float[Tensor, "batch 1"] | None = None,
-    old_log_probs: Float[Tensor, "batch sequence"] | None = None,
-    cliprange: float | None = None,
-) -> tuple[Float[Tensor, "batch sequence"], dict[str, Tensor]]:
-    """Return the per-token loss of a loss type, (B, T), and its per-token metadata.
+# --- from token losses to one number --------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: the loss type is unknown, or an argument that it needs is missing (all are named).
 
-    Source: CS336 Assignment 5, problem compute_policy_gradient_loss; grpo_no_clip: its clip ablation.
-    """
-    if loss_type not in REQUIRED_ARGUMENTS:
-        raise ValueError(f"loss_type = {loss_type!r}: use one of {', '.join(REQUIRED_ARGUMENTS)}")
-    given = {
-        "raw_rewards": raw_rewards,
-        "advantages": advantages,
-        "old_log_probs": old_log_probs,
-        "cliprange": cliprange,
-    }
-    missing = [name for name in REQUIRED_ARGUMENTS[loss_type] if given[name] is None]
-    if missing:
-        raise ValueError(
-            f"loss_type = {loss_type} needs {' and '.join(missing)}: pass {'it' * (len(missing) == 1) or 'them'}"
-        )
-    if loss_type == "no_baseline":
-        assert raw_rewards is not None
-        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
-    assert advantages is not None
-    if loss_type == "reinforce_with_baseline":
-        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
-    assert old_log_probs is not None
-    if loss_type == "grpo_no_clip":
-        _check_one_per_row("advantages", advantages, policy_log_probs)
-        ratio = torch.exp(policy_log_probs - old_log_probs)
-        return -ratio * advantages, {"ratio": ratio.detach()}
-    assert cliprange is not None
-    return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+@dataclass(frozen=True)
+class StepSize:
+    """How large an optimizer step is, whatever its microbatches: the divisors of the length normalizations."""
+
+    num_rows: int  # N, responses of the step, skipped ones included
+    num_tokens: int  # their response tokens; those of masked responses do not count
+    max_response_tokens: int  # the longest that a response may be (sampling_max_tokens)
 
 
 def masked_mean(
@@ -211,7 +248,7 @@ def masked_mean(
 ) -> Float[Tensor, "..."]:
     """Return the mean over the masked elements; NaN (0/0) where a slice has none.
 
-    What stands outside the mask, NaN and infinities included, changes neither value nor gradient.
+    What stands outside the mask changes neither value nor gradient, NaN and infinities included.
 
     Args:
         tensor: any shape.
@@ -230,44 +267,110 @@ def masked_mean(
     return kept.sum() / is_kept.sum() if dim is None else kept.sum(dim=dim) / is_kept.sum(dim=dim)
 
 
-def normalize_lengths(
-    per_token_loss: Float[Tensor, "batch sequence"],
-    response_mask: Bool[Tensor, "batch sequence"],
-    length_normalization: str,
-    num_step_rows: int,
-    normalize_constant: float | None = None,
-) -> Float[Tensor, ""]:
-    """Reduce the token losses of a microbatch to its share of the optimizer step's loss.
+def mean_per_response(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
+    """1/N sum_b (1 / sum_t m_bt) sum_t m_bt l_bt. Every response weighs the same, whatever its length.
 
-        masked_mean        1/N sum_b (1 / sum_t m_bt) sum_t m_bt l_bt     every response weighs the same
-        masked_normalize   1/N sum_b 1/C sum_t m_bt l_bt                  C: sampling_max_tokens (Dr. GRPO)
-        token_mean         1/C sum_b sum_t m_bt l_bt                      C: response tokens of the step (DAPO)
+    Every row must have a response token. Source: CS336 Assignment 5; Shao et al. 2024, equation 3.
+    """
+    return masked_mean(losses, mask, dim=-1).sum() / size.num_rows
 
-    The shares add up to the same loss however the step's rows are divided into microbatches, and rows of zero
-    loss may be left out, since neither N nor C is counted from the rows given.
+
+def sum_over_longest(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
+    """1/N sum_b 1/L sum_t m_bt l_bt. L is the longest that a response may be, so every token weighs the same.
+
+    Source: Liu et al. 2025 (Dr. GRPO).
+    """
+    return torch.where(mask, losses, 0.0).sum() / float(size.max_response_tokens) / size.num_rows
+
+
+def mean_per_token(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
+    """1/M sum_b sum_t m_bt l_bt. M counts the response tokens of the whole step.
+
+    Source: Yu et al. 2025 (DAPO), equation 8.
+    """
+    return torch.where(mask, losses, 0.0).sum() / float(size.num_tokens)
+
+
+# Each gives a microbatch's share of the step's loss. The shares add up to the same loss however the rows are divided
+# into microbatches. Rows of zero loss may be left out, since no divisor is counted from the rows given.
+LENGTH_NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, StepSize], Tensor]] = {
+    "masked_mean": mean_per_response,
+    "masked_normalize": sum_over_longest,
+    "token_mean": mean_per_token,
+}
+
+
+# --- the assignment's functions -------------------------------------------------------------------------------------
+
+
+def compute_naive_policy_gradient_loss(
+    raw_rewards_or_advantages: Float[Tensor, "batch 1"], policy_log_probs: Float[Tensor, "batch sequence"]
+) -> Float[Tensor, "batch sequence"]:
+    """Return the REINFORCE loss of each token, - A log pi(y_t), of shape (B, T).
 
     Args:
-        per_token_loss: (B, T).
-        response_mask: (B, T); for masked_mean every row has at least one response token.
-        length_normalization: one of the above.
-        num_step_rows: N, rows of the whole optimizer step.
-        normalize_constant: C; not for masked_mean.
+        raw_rewards_or_advantages: (B, 1), one number per response.
+        policy_log_probs: (B, T), with gradient.
 
     Raises:
-        ValueError: the normalization is unknown, or lacks its constant.
+        ValueError: the first is not (B, 1).
 
-    Sources: CS336 Assignment 5 (masked_mean); Liu et al. 2025 (Dr. GRPO); Yu et al. 2025, equation 8 (DAPO).
+    Source: CS336 Assignment 5, problem compute_naive_policy_gradient_loss.
+
+    >>> compute_naive_policy_gradient_loss(torch.tensor([[2.0]]), torch.tensor([[-1.0, -0.5]]))
+    tensor([[2., 1.]])
     """
-    if length_normalization not in LENGTH_NORMALIZATIONS:
+    everywhere = torch.ones_like(policy_log_probs, dtype=torch.bool)
+    return reinforce_with_baseline(LossInputs(policy_log_probs, everywhere, advantages=raw_rewards_or_advantages))[0]
+
+
+def compute_grpo_clip_loss(
+    advantages: Float[Tensor, "batch 1"],
+    policy_log_probs: Float[Tensor, "batch sequence"],
+    old_log_probs: Float[Tensor, "batch sequence"],
+    cliprange: float,
+) -> tuple[Float[Tensor, "batch sequence"], dict[str, Tensor]]:
+    """Return the clipped loss of each token, (B, T), and its metadata: see `grpo_clip`.
+
+    Source: CS336 Assignment 5, problem compute_grpo_clip_loss.
+    """
+    return compute_policy_gradient_loss(
+        policy_log_probs, "grpo_clip", advantages=advantages, old_log_probs=old_log_probs, cliprange=cliprange
+    )
+
+
+def compute_policy_gradient_loss(
+    policy_log_probs: Float[Tensor, "batch sequence"],
+    loss_type: str,
+    raw_rewards: Float[Tensor, "batch 1"] | None = None,
+    advantages: Float[Tensor, "batch 1"] | None = None,
+    old_log_probs: Float[Tensor, "batch sequence"] | None = None,
+    cliprange: float | None = None,
+    *,
+    response_mask: Bool[Tensor, "batch sequence"] | None = None,
+) -> tuple[Float[Tensor, "batch sequence"], dict[str, Tensor]]:
+    """Return the loss of each token by the name of a loss, (B, T), and its metadata.
+
+    Args: as in `LossInputs`.
+        loss_type: a name of `LOSSES`.
+        response_mask: what a loss over sequences counts; default: all positions.
+
+    Raises:
+        ValueError: the loss is unknown, or an argument that it needs is missing (all are named).
+
+    Source: CS336 Assignment 5, problem compute_policy_gradient_loss.
+    """
+    if loss_type not in LOSSES:
+        raise ValueError(f"loss_type = {loss_type!r}: use one of {', '.join(LOSSES)}")
+    if response_mask is None:
+        response_mask = torch.ones_like(policy_log_probs, dtype=torch.bool)
+    inputs = LossInputs(policy_log_probs, response_mask, advantages, raw_rewards, old_log_probs, cliprange)
+    missing = [name for name in LOSSES[loss_type].needs if getattr(inputs, name) is None]
+    if missing:
         raise ValueError(
-            f"length_normalization = {length_normalization!r}: use one of {', '.join(LENGTH_NORMALIZATIONS)}"
+            f"loss_type = {loss_type} needs {' and '.join(missing)}: pass {'them' if missing[1:] else 'it'}"
         )
-    if length_normalization == "masked_mean":
-        return masked_mean(per_token_loss, response_mask, dim=-1).sum() / num_step_rows
-    if normalize_constant is None:
-        raise ValueError(f"length_normalization = {length_normalization} needs normalize_constant: pass it")
-    summed = masked_normalize(per_token_loss, response_mask, normalize_constant)
-    return summed / num_step_rows if length_normalization == "masked_normalize" else summed
+    return LOSSES[loss_type](inputs)
 
 
 def grpo_microbatch_train_step(
@@ -279,53 +382,35 @@ def grpo_microbatch_train_step(
     advantages: Float[Tensor, "batch 1"] | None = None,
     old_log_probs: Float[Tensor, "batch sequence"] | None = None,
     cliprange: float | None = None,
-    *,
-    length_normalization: str = "masked_mean",
-    normalize_constant: float | None = None,
-    num_step_rows: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
     """Compute the policy-gradient loss of one microbatch and add its gradient to the parameters' `.grad`.
 
-        loss = 1 / (B S) sum_b masked_mean_t loss_bt        S: gradient_accumulation_steps
+        loss = 1 / (B S) sum_b masked_mean_t l_bt        S: gradient_accumulation_steps
+
+    GRPO_train.py does the same in `accumulate_gradients`, for microbatches of unequal size.
 
     Args: as in `compute_policy_gradient_loss`; response_mask (B, T) is true at response tokens.
-        length_normalization, normalize_constant: as in `normalize_lengths`.
-        num_step_rows: rows of the whole optimizer step, where microbatches differ in size; default B S.
 
     Returns:
-        The loss as differentiated, without gradient; and metadata, sums over the response tokens of this
-        microbatch to be added up over a step: `num_tokens`; with a ratio `ratio_sum` and the maximum
-        `ratio_max`; with a clip `num_clipped_low` and `num_clipped_high`.
+        The loss as differentiated, without gradient; and metadata: `num_tokens`, and what `reduce_metadata` makes of
+        the loss's own.
 
     Source: CS336 Assignment 5, problem grpo_microbatch_train_step.
     """
     if gradient_accumulation_steps < 1:
         raise ValueError(f"gradient_accumulation_steps = {gradient_accumulation_steps}: must be at least 1")
     mask = response_mask.bool()
-    # Outside the mask a ratio could be infinite, and 0 * inf in its backward pass NaN: nothing there may count.
+    # Outside the mask a ratio could be infinite, and 0 * inf in its backward pass is NaN. Nothing there may count.
     policy_log_probs = torch.where(mask, policy_log_probs, 0.0)
     if old_log_probs is not None:
         old_log_probs = torch.where(mask, old_log_probs, 0.0)
-    per_token_loss, per_token_metadata = compute_policy_gradient_loss(
-        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange
+    losses, metadata = compute_policy_gradient_loss(
+        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange, response_mask=mask
     )
-    if num_step_rows is None:
-        num_step_rows = len(policy_log_probs) * gradient_accumulation_steps
-    step_loss = normalize_lengths(per_token_loss, mask, length_normalization, num_step_rows, normalize_constant)
-    step_loss.backward()
-    metadata: dict[str, Any] = {"num_tokens": mask.sum()}
-    if "ratio" in per_token_metadata:
-        ratio = per_token_metadata["ratio"][mask]
-        metadata |= {"ratio_sum": ratio.sum(), "ratio_max": ratio.max()}
-    for side in ("low", "high"):
-        if f"is_clipped_{side}" in per_token_metadata:
-            metadata[f"num_clipped_{side}"] = (per_token_metadata[f"is_clipped_{side}"] & mask).sum()
-    return step_loss.detach(), metadata
+    loss = masked_mean(losses, mask, dim=-1).sum() / (len(losses) * gradient_accumulation_steps)
+    loss.backward()
+    return loss.detach(), {"num_tokens": mask.sum()} | reduce_metadata(metadata, mask)
 
 
-def _check_one_per_row(name: str, values: Tensor, policy_log_probs: Tensor) -> None:
-    if values.shape != (len(policy_log_probs), 1):
-        raise ValueError(
-            f"{name} is {tuple(values.shape)}: give one number per row, as ({len(policy_log_probs)}, 1) for log-probs "
-            f"of {tuple(policy_log_probs.shape)}"
-        )
+def _describe_ratio(ratio: Tensor) -> dict[str, Tensor]:
+    return {"ratio_mean": ratio.detach(), "ratio_max": ratio.detach()}

@@ -1,20 +1,13 @@
 """Supervised fine-tuning on reasoning traces: `uv run python SFT_train.py [key=value ...]` (--help lists the keys).
 
-Algorithm 1 of Stanford CS336 (Spring 2025), Assignment 5, with gradient accumulation:
+Algorithm 1 of Stanford CS336 (Spring 2025), Assignment 5, with gradient accumulation. Each step:
 
-    for each step: draw a batch of (prompt, response); minimize -sum log p(response token | prompt, earlier tokens)
+    draw a batch of N (prompt x, response y), and take an optimizer step on
 
-Logged per optimizer step, over the response tokens of all its microbatches:
-    train/loss            as the assignment defines it: sum over a response / normalize_constant, mean over rows
-    train/loss_per_token  negative log-probability per response token, nats
-    train/token_entropy   mean entropy of the policy's next-token distributions, nats
-    train/grad_norm       before clipping
-    train/loss_scale      see policy_evaluation.compute_clipped_gradient; 1 but in float16
-    train/learning_rate, train/num_response_tokens, train/epoch
-    time/step, time/tokens_per_second (prompt and response tokens, padding not counted), memory/peak_gib
-Logged per evaluation: eval/*, see policy_evaluation.evaluate_vllm; eval_all/*: the same on
-num_final_eval_examples questions, at the end.
-Differences from the assignment: epochs follow each other without a gap, so that no example is left out of a batch; a
+        L = - 1/N sum_i 1/C sum_t log p(y_it | x_i, y_i,<t)            C: normalize_constant
+
+The metrics are defined in docs/metrics.md, the method in docs/sft.md.
+Differences from the assignment: epochs follow each other without a gap, so that no example is left out of a batch. A
 response that does not end in `stop_string` is taught to end in EOS.
 """
 
@@ -23,82 +16,52 @@ import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from math_data import (
-    Example,
+from plainrl.cli import load_config, run_main
+from plainrl.config import ExpertIterationConfig, SFTConfig
+from plainrl.data import (
     describe_sources,
+    encode_prompts,
     epoch_order,
-    final_validation_subset,
     hold_out,
     keep_answered,
     load_sft_examples,
-    load_validation_set,
-    validation_subset,
+    load_validation,
 )
-from math_reward import grade_responses
-from policy_evaluation import (
-    Evaluator,
-    autocast,
-    check_devices,
-    compute_clipped_gradient,
-    describe_evaluations,
-    encode_prompts,
-    load_policy,
-    peak_memory_gib,
-    prepare_training,
-)
-from prefix_tree import plan_microbatches, shares_prefixes
-from run_checkpoint import TrainingState, fingerprint
-from run_config import ExpertIterationConfig, SFTConfig, UserError, load_config, run_main
-from run_directory import Line, RunDirectory, plot_metrics
-from run_guard import StopGuard
-from SFT_helper import (
-    encode_prompt,
-    encode_response,
-    get_masked_response_log_probs,
-    join_prompt_and_response_ids,
-    masked_normalize,
-    pad_token_id,
-    scale_gradient,
-    sft_microbatch_train_step,
-)
-
-
-class TokenizedExample(NamedTuple):
-    """A training example as token ids."""
-
-    example: Example
-    prompt_ids: list[int]
-    response_ids: list[int]
+from plainrl.devices import check_devices, peak_memory_gib
+from plainrl.grading.rewards import grade_responses
+from plainrl.log_probs import get_masked_response_log_probs
+from plainrl.loop import TrainingLoop
+from plainrl.microbatches import microbatches
+from plainrl.policy import autocast, compute_clipped_gradient, load_policy, prepare_training, require_finite
+from plainrl.records import Example, TokenizedExample, UserError
+from plainrl.run_folder import RunFolder
+from plainrl.run_records import Line, describe_evaluations, plot_metrics
+from policy_evaluation import Evaluator
+from SFT_helper import encode_prompt, encode_response, masked_normalize, pad_token_id, sft_loss
 
 
 def main(arguments: list[str]) -> None:
     """Configuration, data, policy, evaluator, loop, results."""
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
-    validation_set = load_validation_set(config)
-    validation_examples = validation_subset(validation_set, config)
-    final_examples = final_validation_subset(validation_set, config)
-    examples = select_examples(hold_out(load_sft_examples(config), validation_set, config), config)
-    with RunDirectory.open(config, "sft") as run:
-        print(f"run folder: {run.path}")
+    validation = load_validation(config)
+    examples = select_examples(hold_out(load_sft_examples(config), validation.everything, config), config)
+    with RunFolder.open(config, "sft") as run:
         policy, tokenizer = load_policy(config, run.checkpoint)
         train_set = tokenize_examples(examples, tokenizer, config)
-        for examples_to_ask in (validation_examples, final_examples):  # too long: found before the engine starts
-            encode_prompts(examples_to_ask, tokenizer, config)
+        encode_prompts(validation.final, tokenizer, config)  # too long: found before the engine starts
         run.start_wandb()
-        evaluator = Evaluator(config, run, tokenizer, validation_examples)
+        evaluator = Evaluator(config, run, tokenizer, validation.during)
         num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)
         train(policy, tokenizer, train_set, num_steps, evaluator, run, config)
-        evaluator.evaluate_finally(policy, num_steps, final_examples)
+        evaluator.evaluate_finally(policy, num_steps, validation.final)
         report(run, config)
         run.finish()
-        print(f"model, metrics, samples and figures: {run.path} (load the model from {run.path / 'final'})")
 
 
 def train(
@@ -107,57 +70,46 @@ def train(
     train_set: Sequence[TokenizedExample],
     num_steps: int,
     evaluator: Evaluator,
-    run: RunDirectory,
+    run: RunFolder,
     config: SFTConfig,
 ) -> None:
-    """Run all optimizer steps that are left, evaluating before the first, every `eval_interval` and after the last."""
+    """Run the optimizer steps that are left."""
     order = epoch_order(len(train_set), num_steps * config.train_batch_size, config.seed)
-    optimizer = prepare_training(policy, config)
-    padding_id = pad_token_id(tokenizer)
-    state = TrainingState(policy, tokenizer, optimizer, fingerprint(row[1:] for row in train_set))  # the token ids
-    run.restore(state, num_steps)
-    with StopGuard(state, run.save_checkpoint, run.path) as guard:
-        evaluator.keep_and_evaluate(state, num_steps)
-        progress = tqdm(range(state.step + 1, num_steps + 1), "SFT", num_steps, unit="step", initial=state.step)
-        for step in progress:
-            guard.stop_if_requested()
+    optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
+    data = (row[1:] for row in train_set)  # the token ids
+    with TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "SFT") as loop:
+        for step in loop:
+            # 1. Draw: the next batch of an order that runs through all examples.
             chosen = order[(step - 1) * config.train_batch_size : step * config.train_batch_size]
             batch = [train_set[index] for index in chosen]
+
+            # 2. Update.
             learning_rate = learning_rate_at(step, num_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-
-            seconds: dict[str, float] = {}
-            with run.watched("train", seconds):
+            with loop.phase("train"):
                 accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)
                 metrics, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
-                if not math.isfinite(metrics["train/loss"]) or not math.isfinite(grad_norm):
-                    raise UserError(
-                        f"step {step}: loss {metrics['train/loss']}, gradient norm {grad_norm}; lower learning_rate, "
-                        f"or look at the batch: {describe_sources([row.example for row in batch])}"
-                    )
+                sources = describe_sources([row.example for row in batch])
+                advice = f"lower learning_rate, or look at the batch: {sources}"
+                require_finite(step, metrics["train/loss"], grad_norm, advice)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
+            # 3. Log.
             num_tokens = sum(len(row.prompt_ids) + len(row.response_ids) for row in batch)
-            run.log(
-                {
-                    "train_step": step,
-                    **metrics,
-                    "train/grad_norm": grad_norm,
-                    "train/loss_scale": loss_scale,
-                    "train/learning_rate": learning_rate,
-                    "train/epoch": step * config.train_batch_size / len(train_set),
-                    "time/step": seconds["time/train"],
-                    "time/tokens_per_second": num_tokens / seconds["time/train"],
-                    "memory/peak_gib": peak_memory_gib(config.policy_device),
-                }
-            )
-            run.complete_step(state, step)
-            guard.stop_if_requested()
-            evaluator.keep_and_evaluate(state, num_steps)
-            progress.set_postfix(loss=f"{metrics['train/loss_per_token']:.3f}")
-        guard.stop_if_requested()
+            row = {
+                **metrics,
+                "train/grad_norm": grad_norm,
+                "train/loss_scale": loss_scale,
+                "train/learning_rate": learning_rate,
+                "train/epoch": step * config.train_batch_size / len(train_set),
+                "time/step": loop.seconds["time/train"],
+                "time/tokens_per_second": num_tokens / loop.seconds["time/train"],
+                "memory/peak_gib": peak_memory_gib(config.policy_device),
+            }
+            loop.log([row])
+            loop.show(loss=f"{metrics['train/loss_per_token']:.3f}")
 
 
 def accumulate_gradients(
@@ -170,37 +122,26 @@ def accumulate_gradients(
     """Add the gradient of a whole batch, times loss_scale, to the parameters, microbatch by microbatch.
 
     Returns:
-        The metrics of the batch; the loss is not scaled.
+        The metrics of the batch. The loss is not scaled.
     """
-    plan = plan_microbatches(
-        [row.prompt_ids for row in batch],
-        [row.response_ids for row in batch],
-        config.microbatch_size,
-        config.microbatch_tokens,
-        shares_prefixes(policy),
-    )
-    loss = sum_log_prob = sum_entropy = num_tokens = torch.zeros((), device=policy.device)
-    for indices in plan:
-        rows = [batch[index] for index in indices]
-        tensors = join_prompt_and_response_ids(
-            [row.prompt_ids for row in rows], [row.response_ids for row in rows], padding_id
-        )
-        tensors = {name: tensor.to(policy.device, non_blocking=True) for name, tensor in tensors.items()}
+    prompts, responses = [row.prompt_ids for row in batch], [row.response_ids for row in batch]
+    total_loss = sum_log_prob = sum_entropy = num_tokens = torch.zeros((), device=policy.device)
+    for _, tensors in microbatches(
+        policy, prompts, responses, padding_id, config.microbatch_size, config.microbatch_tokens
+    ):
+        mask = tensors["response_mask"]
         with autocast(policy, config.compute_dtype):
             scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
-        microbatch_loss, metadata = sft_microbatch_train_step(
-            scale_gradient(scores["log_probs"], loss_scale),
-            tensors["response_mask"],
-            config.gradient_accumulation_steps,  # num_step_rows stands in for it in the divisor
-            config.normalize_constant,
-            num_step_rows=len(batch),
-        )
-        loss = loss + microbatch_loss
-        sum_log_prob = sum_log_prob + metadata["sum_log_prob"]
-        sum_entropy = sum_entropy + masked_normalize(scores["token_entropy"], tensors["response_mask"], 1.0)
-        num_tokens = num_tokens + metadata["num_response_tokens"]
+        # This microbatch's share of the step's loss: the divisor counts the whole batch.
+        loss = sft_loss(scores["log_probs"], mask, config.normalize_constant, num_step_rows=len(batch))
+        (loss * loss_scale).backward()
+
+        total_loss = total_loss + loss.detach()
+        sum_log_prob = sum_log_prob + masked_normalize(scores["log_probs"].detach(), mask, 1.0)
+        sum_entropy = sum_entropy + masked_normalize(scores["token_entropy"], mask, 1.0)
+        num_tokens = num_tokens + mask.sum()
     return {
-        "train/loss": loss.item(),
+        "train/loss": total_loss.item(),
         "train/loss_per_token": -(sum_log_prob / num_tokens).item(),
         "train/token_entropy": (sum_entropy / num_tokens).item(),
         "train/num_response_tokens": int(num_tokens.item()),
@@ -225,7 +166,7 @@ def learning_rate_at(step: int, num_steps: int, config: SFTConfig) -> float:
 
 
 def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]:
-    """Return the training examples of a run: those that `filter_correct` keeps, then `num_sft_examples` drawn of them.
+    """Return the training examples of a run: `num_sft_examples` drawn of those that `filter_correct` keeps.
 
     Raises:
         UserError: no example is left, or fewer than asked for.
@@ -234,7 +175,7 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
     if config.filter_correct:
         answered = keep_answered(examples, config)
         responses, truths = [e.response or "" for e in answered], [e.ground_truth or "" for e in answered]
-        grades = grade_responses(responses, truths, config.reward)
+        grades = grade_responses(responses, truths, config.reward_function)
         kept = [e for e, grade in zip(answered, grades, strict=True) if grade.rewards["answer_reward"] == 1]
         print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:
@@ -291,18 +232,19 @@ def tokenize_examples(
     return fitting
 
 
-def report(run: RunDirectory, config: SFTConfig) -> None:
+def report(run: RunFolder, config: SFTConfig) -> None:
     """Draw the run's figures and print its last lines."""
     rows = run.read_metrics()
     plot_metrics(
         {
-            "training loss per response token": [Line(rows, "train_step", "train/loss_per_token", "loss (nats)")],
-            "validation reward": [
+            "loss (nats per token)": [Line(rows, "train_step", "train/loss_per_token", "loss", window=5)],
+            "validation reward (share)": [
                 Line(rows, "eval_step", "eval/answer_reward", "answer"),
                 Line(rows, "eval_step", "eval/format_reward", "format"),
             ],
         },
         run.path / "training.png",
+        step_name="optimizer steps",
     )
     print(describe_evaluations(rows, config.sampling_temperature))
 

@@ -1,21 +1,93 @@
-"""A tiny random model with tied embeddings, its tokenizer, and a real vLLM engine that runs it on the CPU."""
+"""Tiny models, a real vLLM engine that runs them on the CPU, and long processes that run beside the tests."""
 
 import os
 import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads only slow a tiny model down
-# Whoever imports the helpers from here on gets them with their annotated shapes and dtypes checked.
-install_import_hook(["SFT_helper", "GRPO_helper"], "beartype.beartype")
+if sys.dont_write_bytecode:  # else each process that the tests start compiles torch and vLLM anew, for 10 seconds
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(__file__).parent.parent / ".pytest_cache/bytecode")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+# Whoever imports these modules from here on gets them with their annotated shapes and dtypes checked.
+CHECKED_MODULES = ["SFT_helper", "GRPO_helper", "plainrl.log_probs", "plainrl.prefix_tree"]
+install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Ignore no signal, though the tests may run under nohup or in a script's background: scripts inherit that."""
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+    config.addinivalue_line("markers", "background(job): the test waits for this job, which starts with the first test")
+
+
+def pytest_collection_modifyitems(items):
+    """Let the tests that wait for a job come last."""
+    items.sort(key=lambda item: item.get_closest_marker("background") is not None)
+
+
+class Background:
+    """Does long jobs one after the other beside the tests: one core is theirs, one the tests'.
+
+    A job is a function of this object. It starts processes by `start`, writes to `new_folder()`, and what it returns is
+    its result.
+    """
+
+    def __init__(self, new_folder: Callable[[str], Path], tiny_model: str, answering_model: str) -> None:
+        self.new_folder, self.tiny_model, self.answering_model = new_folder, tiny_model, answering_model
+        self._thread = ThreadPoolExecutor(1)
+        self._futures: dict[Any, Future] = {}
+        self._processes: list[Popen] = []
+        self._is_closed = False
+
+    def submit(self, job: Callable[["Background"], Any]) -> Future:
+        """Do a job when those before it are done; once, however often it is asked for."""
+        if job not in self._futures:
+            self._futures[job] = self._thread.submit(job, self)
+        return self._futures[job]
+
+    def result(self, job: Callable[["Background"], Any]) -> Any:
+        """Wait for a job; return what it returned, or raise what it raised."""
+        return self.submit(job).result()
+
+    def start(self, *arguments: Any, **options: Any) -> Popen:
+        """Start a process that ends with the tests at the latest."""
+        if self._is_closed:
+            raise RuntimeError("the tests are over")
+        self._processes.append(Popen(*arguments, **options))
+        return self._processes[-1]
+
+    def close(self) -> None:
+        """End whatever still runs: the tests were interrupted."""
+        self._is_closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def background(request, tmp_path_factory):
+    """The jobs that the chosen tests wait for; they begin here, with the first test."""
+    jobs = [marker.kwargs["job"] for item in request.session.items for marker in item.iter_markers("background")]
+    if not jobs:
+        yield None
+        return
+    models = [request.getfixturevalue(name) for name in ("tiny_model_folder", "answering_model_folder")]
+    background = Background(tmp_path_factory.mktemp, *models)
+    for job in jobs:
+        background.submit(job)
+    yield background
+    background.close()
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +127,10 @@ def tiny_model(tiny_model_folder):
 
 @pytest.fixture(scope="session")
 def engine(tiny_model_folder):
-    """One float32 engine for all tests; a test that changes its weights puts them in by itself."""
-    from policy_evaluation import init_vllm
+    """One float32 engine for all tests; a test that changes its weights puts them in by itself.
 
-    return init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=512)
+    Its settings are those of a script with `tiny_arguments`.
+    """
+    from plainrl.engine import init_vllm
+
+    return init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=384)

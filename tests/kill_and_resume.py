@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tiny import REPOSITORY, grpo_arguments, make_answering_model, make_tiny_model, tiny_arguments
 
-from run_checkpoint import find_damage
-from run_directory import read_metrics
+from plainrl.checkpoint import find_damage
+from plainrl.run_records import read_metrics
 
 SFT = {"max_steps": 30, "eval_interval": 5, "checkpoint_interval": 1}
 GRPO = {
@@ -45,9 +45,11 @@ RUNS = {
 }
 
 
-def start(script: str, arguments: list[str], log: Path) -> subprocess.Popen:
+def start(
+    script: str, arguments: list[str], log: Path, popen: Callable[..., subprocess.Popen] = subprocess.Popen
+) -> subprocess.Popen:
     """Start a script of the repository; what it prints is added to a file."""
-    return subprocess.Popen(
+    return popen(
         [sys.executable, str(REPOSITORY / script), *arguments],
         stdout=log.open("a"),
         stderr=subprocess.STDOUT,

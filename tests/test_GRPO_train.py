@@ -1,5 +1,6 @@
 """The GRPO loop: equal gradients however computed, a reward that rises, real rollouts, mistakes in one line."""
 
+import io
 import json
 import math
 import os
@@ -7,39 +8,28 @@ import re
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from test_scripts import FakeEvaluator
-from tiny import REPOSITORY, grpo_arguments, run_script
+from tiny import REPOSITORY, FakeEvaluator, grpo_arguments, read_lines, train_rows
 from transformers import AutoModelForCausalLM
 
 import GRPO_train
-import run_directory
-from GRPO_train import (
-    Rollout,
-    accumulate_gradients,
-    diagnose,
-    make_rollouts,
-    score_old_log_probs,
-    update_policy,
-)
-from math_data import Example, load_sft_examples
-from math_reward import Grade, grade_responses, question_only_reward_fn
-from policy_evaluation import (
-    Response,
-    SyncError,
-    check_policy_sync,
-    compute_clipped_gradient,
-    load_policy_into_vllm_instance,
-    sample_responses,
-    score_responses,
-)
-from run_config import GRPOConfig, SFTConfig, UserError, load_config, run_main
-from SFT_train import tokenize_examples
+from GRPO_helper import LOSSES, normalize_within_groups
+from GRPO_train import accumulate_gradients, score_old_log_probs, update_policy
+from plainrl import run_folder
+from plainrl.cli import load_config, run_main
+from plainrl.config import GRPOConfig
+from plainrl.data import load_questions
+from plainrl.diagnosis import diagnose, find_remarks
+from plainrl.engine import SyncError, check_policy_sync, load_policy_into_vllm_instance, sample_responses
+from plainrl.grading.rewards import Grade, grade_responses
+from plainrl.policy import compute_clipped_gradient, score_responses
+from plainrl.records import Example, Response, Rollout, UserError
+from plainrl.rollouts import make_rollouts
 
 LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
 LENGTH_NORMALIZATIONS = ["masked_mean", "masked_normalize", "token_mean"]
@@ -125,6 +115,7 @@ def test_the_gradient_of_a_step_is_the_same_however_it_is_computed(
         "loss_type": loss_type,
         "length_normalization": length_normalization,
         "mask_truncated_responses": mask_truncated,
+        "epochs_per_rollout_batch": 2 if "old_log_probs" in LOSSES[loss_type].needs else 1,  # off-policy: with a ratio
     }
     expected, expected_loss = naive_gradient(tiny_model, rollouts, tiny_config(**options))
     for steps in (1, 2, 4, 8):
@@ -141,9 +132,9 @@ def test_the_gradient_of_a_step_is_the_same_however_it_is_computed(
 def test_on_policy_the_ratio_is_exactly_one(tiny_model):
     rollouts = ragged_rollouts(tiny_model, with_old_log_probs=False)
     gradient, sums = gradient_of(tiny_model, rollouts, tiny_config(loss_type="grpo_clip"))
-    assert sums["ratio_max"] == 1.0
-    assert sums["ratio_sum"] == sums["num_tokens"]
-    assert sums["num_clipped_low"] == sums["num_clipped_high"] == 0
+    assert sums["train/ratio_max"] == 1.0
+    assert sums["train/ratio_mean"] == sums["num_tokens"]
+    assert sums["train/clip_fraction_low"] == sums["train/clip_fraction_high"] == 0
     reinforce, _ = gradient_of(tiny_model, rollouts, tiny_config(loss_type="reinforce_with_baseline"))
     torch.testing.assert_close(gradient, reinforce, atol=1e-6, rtol=1e-5)
 
@@ -171,7 +162,7 @@ def test_epochs_and_batches(tiny_model, epochs, batch, num_steps):
     assert [row["rollout/log_prob_gap_mean"] is not None for row in rows] == [True] + [False] * (num_steps - 1)
 
 
-def test_a_loss_that_is_no_number_leaves_the_policy_alone(tiny_model):
+def test_a_loss_that_is_nan_leaves_the_policy_alone(tiny_model):
     rollouts = ragged_rollouts(tiny_model)
     rollouts[0].advantage = float("nan")
     before = [parameter.detach().clone() for parameter in tiny_model.parameters()]
@@ -184,7 +175,7 @@ def test_a_loss_that_is_no_number_leaves_the_policy_alone(tiny_model):
 def flat_gradient(model, rollouts, config):
     """The gradient as the loop clips it (never, here), and the loss scale it was computed with."""
     model.zero_grad()
-    accumulate = partial(accumulate_gradients, model, rollouts, 0, config, False)
+    accumulate = partial(accumulate_gradients, model, rollouts, 0, config)
     sums, _, loss_scale = compute_clipped_gradient(model, accumulate, config)
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), loss_scale, sums
 
@@ -232,7 +223,7 @@ def test_a_step_in_float16_moves_the_policy_as_in_float32(tiny_model_folder):
     assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
 
 
-def test_no_scale_mends_a_forward_pass_that_overflows(tiny_model):
+def test_no_scale_fixes_a_forward_pass_that_overflows(tiny_model):
     rollouts = ragged_rollouts(tiny_model)
     with torch.no_grad():
         tiny_model.model.layers[0].mlp.down_proj.weight.mul_(1e6)
@@ -242,6 +233,12 @@ def test_no_scale_mends_a_forward_pass_that_overflows(tiny_model):
     with pytest.raises(UserError, match="step 3: loss nan"):
         update_policy(tiny_model, optimizer, rollouts, 0, 3, tiny_config(compute_dtype="float16"))
     assert len(passes) == 1
+
+
+def rollouts_with_advantages(questions, responses, grades, config):
+    rewards = torch.tensor([grade.rewards["reward"] for grade in grades])
+    advantages = normalize_within_groups(rewards, config.group_size, config.advantage_eps, True)
+    return make_rollouts(questions, responses, grades, advantages.tolist(), config.group_size)
 
 
 def learn_to_say_a_token(model, sign):
@@ -263,7 +260,7 @@ def learn_to_say_a_token(model, sign):
         responses = [Response(prompt, json.dumps(t), t, [0.0] * 4, "stop") for t in tokens]
         shares = [ids.count(17) / 4 for ids in tokens]
         grades = [Grade(dict.fromkeys(("reward", "format_reward", "answer_reward"), share)) for share in shares]
-        rollouts = make_rollouts([Example("q", "p", "17", None, "s")] * 4, responses, grades, config)
+        rollouts = rollouts_with_advantages([Example("q", "p", "17", None, "s")] * 4, responses, grades, config)
         for rollout in rollouts:
             rollout.advantage *= sign
         rewards.append(sum(r.rewards["reward"] for r in rollouts) / 32)
@@ -283,44 +280,57 @@ def test_the_reward_rises_and_falls_if_the_sign_is_flipped(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def grpo_run(tiny_model_folder, tmp_path_factory):
-    """A whole run of GRPO_train.py with a real engine, off-policy."""
+def grpo_run(tiny_model_folder, tmp_path_factory, engine):
+    """A whole run of GRPO_train.py, off-policy, with the real engine that all tests share; what it printed."""
     runs_dir = tmp_path_factory.mktemp("grpo")
     questions = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
     validation_data = runs_dir / "validation.jsonl"
     validation_data.write_text("".join(json.dumps(question) + "\n" for question in questions))
     overrides = {"run_name": "a", "loss_type": "grpo_clip", "train_batch_size": 4, "validation_data": validation_data}
-    result = run_script("GRPO_train.py", *grpo_arguments(tiny_model_folder, runs_dir, **overrides))
-    assert result.returncode == 0, result.stderr
-    return runs_dir / "a", result
-
-
-def metrics_of(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        patch.setattr("policy_evaluation.init_vllm", lambda *_, **__: engine)
+        GRPO_train.main(grpo_arguments(tiny_model_folder, runs_dir, **overrides))
+    return runs_dir / "a", output.getvalue()
 
 
 def test_grpo_run_leaves_everything_in_its_folder(grpo_run):
-    folder, result = grpo_run
-    assert "validation answer reward: last" in result.stdout.splitlines()[-2]
+    folder, output = grpo_run
+    assert "validation answer reward: last" in output.splitlines()[-2]
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.jsonl", "training.png", "final/config.json"} <= files
     assert {f"samples/rollouts_{step:06d}.jsonl" for step in (1, 2)} <= files
     assert {f"samples/eval_{step:06d}.jsonl" for step in (0, 1, 2)} | {"samples/eval_all_000002.jsonl"} <= files
-    rows = [json.loads(line) for line in (folder / "samples/rollouts_000001.jsonl").read_text().splitlines()]
+    rows = read_lines(folder / "samples/rollouts_000001.jsonl")
     assert len(rows) == 4 and len({row["prompt"] for row in rows}) == 1
 
 
-def test_every_documented_metric_is_logged(grpo_run):
+def documented_metrics(script):
+    """The keys that docs/metrics.md defines for SFT, GRPO or EI; those of evaluations under both of their names."""
+    lines = (REPOSITORY / "docs/metrics.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    names = {row[0].strip("`") for row in rows if len(row) == 5 and script in row[3].split(", ")}
+    return names | {name.replace("eval/", "eval_all/") for name in names}
+
+
+def test_every_documented_metric_is_logged_and_no_other(grpo_run):
     """Two rollout batches of two optimizer steps each: train metrics with every step, the others once per batch."""
-    rows = [row for row in metrics_of(grpo_run[0]) if "train_step" in row]
+    everything, rows = read_lines(grpo_run[0] / "metrics.jsonl"), train_rows(grpo_run[0])
     assert [row["train_step"] for row in rows] == [1, 2, 3, 4]
-    documented = set(re.findall(r"\b(?:train|rollout|reward|time|memory)/\w+", GRPO_train.__doc__))
-    documented |= {f"rollout/response_length_{which}" for which in ("correct", "incorrect", "max")}
-    documented -= {"rollout/sync_multiplicative_error", "rollout/sync_max_log_prob_difference"}  # the gap is the proof
+    documented = documented_metrics("GRPO")
+    # logged on probes, where the rollouts cannot check the sync
+    documented -= {"rollout/sync_multiplicative_error", "rollout/sync_max_log_prob_difference"}
+    assert {name for row in everything for name in row} == documented
+    of_evaluations = {name for name in documented if name.startswith("eval")}
+    for prefix in ("eval/", "eval_all/"):
+        for row in everything:
+            if f"{prefix}reward" in row:
+                assert set(row) == {"eval_step"} | {name for name in of_evaluations if name.startswith(prefix)}
+    documented -= of_evaluations
     for row in rows:
         assert {name for name in documented if name.startswith("train/")} <= set(row)
     for first, last in (rows[:2], rows[2:]):
-        assert set(first) | set(last) == documented | {"train_step"}
+        assert set(first) | set(last) == documented
         assert "rollout/reward" not in first
         assert last["time/old_log_probs"] > 0
         assert 1 <= first["rollout/log_prob_gap_multiplicative"] < 1.001  # off-policy: over all responses
@@ -333,15 +343,13 @@ def rollouts_of(engine, tokenizer, **sampling):
     ids = tokenizer.encode("What is 1 + 2?")
     responses = sample_responses(engine, [ids] * 8, SamplingParams(max_tokens=16, **sampling), range(8))
     grades = grade_responses([response.text for response in responses], ["3"] * 8, "r1_zero")
-    rollouts = make_rollouts([Example("q", "p", "3", None, "s")] * 2, responses, grades, tiny_config())
-    for index, rollout in enumerate(rollouts):
-        rollout.advantage = (-1.0) ** index
+    rollouts = make_rollouts([Example("q", "p", "3", None, "s")] * 2, responses, grades, [1.0, -1.0] * 4, 4)
     return rollouts, responses
 
 
 def test_the_policy_is_not_moved_by_responses_of_another_policy(engine, tiny_model, tokenizer, monkeypatch):
-    """The rollouts themselves prove the weight sync, before the optimizer's first step on them."""
-    monkeypatch.setattr(GRPO_train, "FEWEST_PROOF_TOKENS", 32)
+    """The rollouts themselves check the weight sync, before the optimizer's first step on them."""
+    monkeypatch.setattr("plainrl.rollouts.MIN_TOKENS_TO_CHECK", 32)
     load_policy_into_vllm_instance(tiny_model, engine)
     rollouts, _ = rollouts_of(engine, tokenizer)
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
@@ -361,9 +369,9 @@ def test_the_policy_is_not_moved_by_responses_of_another_policy(engine, tiny_mod
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
 
 
-def test_off_policy_all_rollouts_prove_the_sync(engine, tiny_model, tokenizer, monkeypatch):
+def test_off_policy_all_rollouts_check_the_sync(engine, tiny_model, tokenizer, monkeypatch):
     """Also those of the later batches, and where the first batch has nothing to train on."""
-    monkeypatch.setattr(GRPO_train, "FEWEST_PROOF_TOKENS", 32)
+    monkeypatch.setattr("plainrl.rollouts.MIN_TOKENS_TO_CHECK", 32)
     load_policy_into_vllm_instance(tiny_model, engine)
     rollouts, _ = rollouts_of(engine, tokenizer)
     config = tiny_config(train_batch_size=4, loss_type="grpo_clip", max_sync_error=1.0001)
@@ -379,14 +387,14 @@ def test_off_policy_all_rollouts_prove_the_sync(engine, tiny_model, tokenizer, m
         update_policy(tiny_model, optimizer, rollouts, 0, 1, config)
 
 
-def test_tokens_sampled_without_eos_prove_nothing_and_are_left_out(engine, tiny_model, tokenizer):
+def test_tokens_sampled_without_eos_say_nothing_and_are_left_out(engine, tiny_model, tokenizer):
     """The engine renormalizes where EOS is forbidden: a difference to the policy that is none of the weights'."""
     with torch.no_grad():
         tiny_model.get_input_embeddings().weight[0] *= 3  # tied: makes EOS, token 0, likely
     load_policy_into_vllm_instance(tiny_model, engine)
     rollouts, _ = rollouts_of(engine, tokenizer, min_tokens=4)
-    with_all = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=0), with_gap=True)
-    without = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=4), with_gap=True)
+    with_all = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=0))
+    without = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(sampling_min_tokens=4))
     assert with_all["gap_max"] > 1e-3
     assert without["gap_max"] < 1e-4
     assert with_all["num_gap_tokens"] - without["num_gap_tokens"] == 4 * len(rollouts)
@@ -399,69 +407,10 @@ def test_rollouts_are_trained_on_the_sampled_ids(engine, tiny_model, tokenizer):
     ids = tokenizer.encode("What is 1 + 2?")
     assert any(tokenizer.encode(response.text) != response.token_ids for response in responses)
     assert [rollout.response.token_ids for rollout in rollouts] == [response.token_ids for response in responses]
-    sums = accumulate_gradients(tiny_model, rollouts, 0, tiny_config(), with_gap=True)
+    sums = accumulate_gradients(tiny_model, rollouts, 0, tiny_config())
     assert sums["num_tokens"] == sum(len(response.token_ids) for response in responses)
     assert sums["gap_max"] < 1e-4  # another tokenization would be scored far from the engine's log-probs
     check_policy_sync(tiny_model, engine, [ids], 0, num_tokens=4, max_error=1.0001)
-
-
-def test_responses_are_graded_while_others_are_sampled(monkeypatch):
-    """The first to finish is the last of its group; it is graded before the second is there, and keeps its place."""
-    graded = []
-
-    def stream_responses(llm, prompt_ids, sampling_params, seeds):
-        for index in reversed(range(8)):
-            text = f"</think> <answer> {index} </answer>"
-            yield index, Response(prompt_ids[index], text, [index], [0.0], "stop")
-            assert graded[-1].result(timeout=60).rewards["answer_reward"] == float(index == 6)
-
-    class Threads(ThreadPoolExecutor):
-        def submit(self, *arguments):
-            graded.append(super().submit(*arguments))
-            return graded[-1]
-
-    monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
-    questions = [Example(f"q{i}", f"p{i}", "6", None, "s") for i in range(3)]
-    with Threads(2) as threads:
-        responses, gradings = GRPO_train.sample_groups(
-            None, questions, [[0], [1], [2]], [2, 0], 1, tiny_config(), threads
-        )
-    assert [response.token_ids for response in responses] == [[index] for index in range(8)]
-    assert [response.prompt_ids for response in responses] == [[2]] * 4 + [[0]] * 4
-    assert [grading.result().rewards["reward"] for grading in gradings] == [0, 0, 0, 0, 0, 0, 1, 0]
-
-
-def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
-    seeds_used = []
-
-    def stream_responses(llm, prompt_ids, sampling_params, seeds):
-        seeds_used.extend(seeds)
-        yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
-
-    monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
-    questions = [Example("q", "p", "6", None, "s")] * 2
-    with ThreadPoolExecutor(1) as threads:
-        for chosen in ([0, 1], [0, 1, 0]):
-            GRPO_train.sample_groups(None, questions, [[0], [1]], chosen, 1, tiny_config(), threads)
-    assert seeds_used[:8] == seeds_used[8:16]  # those of the first time are as ever
-    assert len(set(seeds_used[8:])) == 12
-
-
-def test_grading_keeps_rewards_groups_and_order():
-    answers = ["1", "2", "1", "1", "4", "4", "4", "4"]
-    responses = [Response([1], f"</think> <answer> {answer} </answer>", [2], [0.0], "stop") for answer in answers]
-    questions = [Example("q1", "p1", "1", None, "s"), Example("q2", "p2", "4", None, "s")]
-    grades = grade_responses([response.text for response in responses], ["1"] * 4 + ["4"] * 4, "r1_zero")
-    rollouts = make_rollouts(questions, responses, grades, tiny_config())
-    assert [rollout.rewards["reward"] for rollout in rollouts] == [1, 0, 1, 1, 1, 1, 1, 1]
-    assert [rollout.example.question for rollout in rollouts] == ["q1"] * 4 + ["q2"] * 4
-    assert rollouts[1].advantage == pytest.approx(-1.5, abs=1e-4)
-    assert [rollout.advantage for rollout in rollouts[4:]] == [0.0] * 4
-    metrics = GRPO_train.summarize_rollouts(rollouts, tiny_config())
-    assert metrics["rollout/reward"] == 7 / 8
-    assert (metrics["rollout/all_right_fraction"], metrics["rollout/all_wrong_fraction"]) == (0.5, 0.0)
-    assert metrics["rollout/zero_advantage_fraction"] == 0.5
-    assert metrics["rollout/reward_std_within_groups"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -476,9 +425,20 @@ def test_grading_keeps_rewards_groups_and_order():
         ({"rollout/reward": 0.5, "train/grad_norm": 1.0, "train/clip_fraction_high": None}, None),
     ],
 )
-def test_the_doctor_names_what_is_off(metrics, advice):
-    found = diagnose(metrics, tiny_config())
+def test_the_diagnosis_names_what_is_off(metrics, advice):
+    found = find_remarks(metrics, tiny_config())
     assert found == [] if advice is None else len(found) == 1 and advice in found[0]
+
+
+def test_remarks_are_printed_with_their_step(capsys):
+    diagnose(
+        3,
+        [{}, {"train/grad_norm": 1e4}, {"train/clip_fraction_low": 0.2, "train/clip_fraction_high": 0.2}],
+        tiny_config(),
+    )
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 3: the gradient norm is over 100 times")
+    assert second.startswith("step 3: over 30 % of the tokens are clipped")
 
 
 CONFIGURATION_MISTAKES = [
@@ -492,6 +452,11 @@ CONFIGURATION_MISTAKES = [
         "train_batch_size = 8, gradient_accumulation_steps = 3)",
     ),
     ({"group_size": 1, "train_batch_size": 8}, "group_size = 1 has no group mean"),
+    (
+        {"length_normalization": "mean"},
+        "length_normalization = 'mean' (command line): input should be 'masked_mean', ",
+    ),
+    ({"loss_type": "ppo"}, "loss_type = ppo: unknown; use no_baseline, reinforce_with_baseline, grpo_clip"),
     ({"sampling_max_tokens": 380}, "prompts are longer than max_context_tokens - sampling_max_tokens"),
     ({"rollout_batch_size": 40000, "train_batch_size": 40000, "gradient_accumulation_steps": 1}, "but a step takes"),
 ]
@@ -510,7 +475,7 @@ def test_questions_without_answers_are_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
     with pytest.raises(UserError, match="1 of 1 training examples have no answer, the first at .*line 1"):
-        GRPO_train.load_questions([], tiny_config(train_data=str(path)))
+        load_questions([], tiny_config(train_data=str(path)))
 
 
 def test_settings_without_effect_are_announced(capsys):
@@ -538,38 +503,40 @@ def test_interrupt_waits_for_the_phase_saves_and_says_where(
 
     monkeypatch.setattr(GRPO_train, "make_rollouts", with_ctrl_c)
     monkeypatch.setattr(
-        sys, "argv", ["GRPO_train.py", *grpo_arguments(tiny_model_folder, tmp_path, run_name="x", n_grpo_steps=5)]
+        sys, "argv", ["GRPO_train.py", *scripted_arguments(tiny_model_folder, tmp_path, run_name="x", n_grpo_steps=5)]
     )
     with pytest.raises(SystemExit) as caught:
         run_main(GRPO_train.main)
     assert caught.value.code == 130
     assert re.search(r"state after step 1 saved: .*step_000001", capsys.readouterr().err)
     assert (tmp_path / "x/checkpoints/step_000001/model/model.safetensors").exists()
-    assert [row["train_step"] for row in metrics_of(tmp_path / "x") if "train_step" in row] == [1]
+    assert [row["train_step"] for row in train_rows(tmp_path / "x")] == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_every_phase_is_held_to_its_limit(tiny_model_folder, tmp_path, monkeypatch, scripted_engine):
     limits = {}
-    original = run_directory.watched
+    original = run_folder.watched
 
     def recorded(phase, limit_seconds, *arguments):
         limits[phase] = limit_seconds
         return original(phase, limit_seconds, *arguments)
 
-    monkeypatch.setattr(run_directory, "watched", recorded)
+    monkeypatch.setattr(run_folder, "watched", recorded)
     overrides = {
         "max_rollout_seconds": 101,
         "max_grade_seconds": 102,
         "max_train_seconds": 103,
         "max_save_seconds": 104,
+        "max_evaluate_seconds": 105,
     }
-    GRPO_train.main(grpo_arguments(tiny_model_folder, tmp_path, **overrides))
-    assert limits == {"sync": 101, "rollout": 101, "grade": 102, "old_log_probs": 103, "train": 103, "save": 104}
-    assert set(run_directory.PHASE_LIMITS) - set(limits) == {"evaluate"}  # it stands in the engine's own evaluator
+    GRPO_train.main(scripted_arguments(tiny_model_folder, tmp_path, **overrides))
+    of_training = {"sync": 101, "rollout": 101, "grade": 102, "old_log_probs": 103, "train": 103}
+    assert limits == of_training | {"save": 104, "evaluate": 105}
+    assert set(run_folder.PHASE_LIMITS) == set(limits)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_says_where_the_policy_is(
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where_the_policy_is(
     tiny_model_folder, tmp_path, monkeypatch, capsys, scripted_engine
 ):
     original = GRPO_train.make_rollouts
@@ -581,7 +548,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where_the_policy_is(
 
     monkeypatch.setattr(GRPO_train, "make_rollouts", with_a_bad_advantage)
     with pytest.raises(UserError, match=r"step 1: loss "):
-        GRPO_train.main(grpo_arguments(tiny_model_folder, tmp_path, run_name="x"))
+        GRPO_train.main(scripted_arguments(tiny_model_folder, tmp_path, run_name="x"))
     assert re.search("state after step 0 saved: .*step_000000", capsys.readouterr().err)
     assert (tmp_path / "x/checkpoints/step_000000/model/model.safetensors").exists()
 
@@ -598,10 +565,19 @@ def test_a_run_whose_engine_is_not_the_policy_keeps_its_last_whole_step(
         return rollouts
 
     monkeypatch.setattr(GRPO_train, "make_rollouts", with_advantages)
-    monkeypatch.setattr(GRPO_train, "FEWEST_PROOF_TOKENS", 1)
+    monkeypatch.setattr("plainrl.rollouts.MIN_TOKENS_TO_CHECK", 1)
     with pytest.raises(SyncError, match="max_sync_error = 1.001"):
-        GRPO_train.main(grpo_arguments(tiny_model_folder, tmp_path, run_name="x", sampling_min_tokens=0))
+        GRPO_train.main(scripted_arguments(tiny_model_folder, tmp_path, run_name="x", sampling_min_tokens=0))
     assert re.search("state after step 0 saved: .*step_000000", capsys.readouterr().err)
+
+
+def scripted_arguments(model, folder, **overrides):
+    """The arguments of a run on a few questions from files, which are read faster than the embedded ones are made."""
+    for name, first in (("questions", 1), ("validation", 100)):
+        rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(first, first + 12)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"train_data": folder / "questions.jsonl", "validation_data": folder / "validation.jsonl"}
+    return grpo_arguments(model, folder, **(files | overrides))
 
 
 @pytest.fixture
@@ -611,28 +587,60 @@ def scripted_engine(monkeypatch):
     class ScriptedEvaluator(FakeEvaluator):
         llm = None
 
-        def sync(self, policy, with_probes=True):
-            return {}
-
     def stream_responses(llm, prompt_ids, sampling_params, seeds):
         yield from ((i, Response(ids, "", [17, 18], [-6.0, -6.0], "stop")) for i, ids in enumerate(prompt_ids))
 
     monkeypatch.setattr(GRPO_train, "Evaluator", ScriptedEvaluator)
-    monkeypatch.setattr(GRPO_train, "stream_responses", stream_responses)
+    monkeypatch.setattr("plainrl.rollouts.stream_responses", stream_responses)
 
 
-def test_a_warm_start_is_found_by_its_path(tmp_path, capsys):
-    (tmp_path / "warm" / "final").mkdir(parents=True)
-    (tmp_path / "warm" / "config.yaml").write_text("model: smollm2-135m\nprompt: r1_zero\nreward: r1_zero\n")
-    config = GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path)))
-    assert config.model == str(tmp_path / "warm" / "final")
-    assert "warm start: " in capsys.readouterr().out
-    with pytest.raises(UserError, match="was trained with model = smollm2-135m, not mine; remove it"):
-        GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path), model="mine"))
-    with (tmp_path / "warm" / "config.yaml").open("a") as file:
-        file.write("arithmetic_terms: [2, 5]\n")
-    with pytest.raises(UserError, match=r"was trained with arithmetic_terms = \[2, 5\], not \[2, 4\]; remove it"):
-        GRPO_train.apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path)))
+OWN_LOSS = """
+import torch
+
+def cispo(inputs):
+    ratio = torch.exp(inputs.log_probs - inputs.old_log_probs).clamp(max=1 + inputs.cliprange).detach()
+    losses = -ratio * (inputs.advantages + inputs.raw_rewards - 0.1) * inputs.log_probs
+    return losses, {"weight_max": ratio, "surprise": -inputs.log_probs.detach()}
+"""
+OWN_REWARD = """
+def is_even(response, ground_truth):
+    return {"reward": float(response == "even")}
+"""
+
+
+@pytest.mark.parametrize("batch", [8, 4])
+def test_a_loss_and_a_reward_of_the_users_own_train(
+    scripted_engine, tiny_model, tiny_model_folder, tmp_path, monkeypatch, batch
+):
+    """One file each, named by its path. On-policy and off-policy; no row is skipped, whatever its advantage."""
+
+    def stream_responses(llm, prompt_ids, sampling_params, seeds):  # the rewards of the first group are all zero
+        texts = ["odd"] * 4 + ["even", "odd"] * 2
+        for index, (ids, text) in enumerate(zip(prompt_ids, texts, strict=True)):
+            yield index, Response(ids, text, [17 + index, 18], [-6.0, -6.0], "stop")
+
+    monkeypatch.setattr("plainrl.rollouts.stream_responses", stream_responses)
+    (tmp_path / "my_losses.py").write_text(OWN_LOSS)
+    (tmp_path / "my_rewards.py").write_text(OWN_REWARD)
+    reward, settings = f"{tmp_path}/my_rewards.py:is_even", {"train_batch_size": batch, "sampling_min_tokens": 0}
+    for loss_type in (f"{tmp_path}/my_losses.py:cispo", "reinforce_with_baseline"):
+        name = loss_type.rpartition(":")[2]
+        arguments = {"run_name": name, "loss_type": loss_type, "reward": reward, "max_sync_error": 1e9}
+        GRPO_train.main(scripted_arguments(tiny_model_folder, tmp_path, **settings, **arguments))
+        rows = train_rows(tmp_path / name)
+        assert len(rows) == 2 * 8 // batch
+        of_steps = [row for row in rows if "rollout/reward" in row]
+        assert [row["rollout/reward"] for row in of_steps] == [0.25, 0.25]
+        assert [row["rollout/zero_advantage_fraction"] for row in of_steps] == [0.5, 0.5]
+        trained = sum(row["train/num_trained_rows"] for row in rows)
+        assert trained == (2 * 8 if name == "cispo" else 2 * 4)
+        if name == "cispo":
+            assert all(row["train/surprise"] > 0 for row in rows)
+            distances = [abs(row["train/weight_max"] - 1) for row in rows]
+            assert distances[0] < 1e-5 and max(distances) < 0.2 + 1e-6
+            assert (max(distances) < 1e-5) == (batch == 8)  # off-policy the second batch is scored by a moved policy
+        weights = AutoModelForCausalLM.from_pretrained(tmp_path / name / "final").get_input_embeddings().weight
+        assert weights.isfinite().all() and not torch.equal(weights, tiny_model.get_input_embeddings().weight)
 
 
 def test_a_run_from_a_warm_start_is_resumed_by_the_command_that_began_it(
@@ -644,56 +652,9 @@ def test_a_run_from_a_warm_start_is_resumed_by_the_command_that_began_it(
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     torch.nn.init.zeros_(model.get_input_embeddings().weight)
     model.save_pretrained(tmp_path / "warm/final")
-    arguments = grpo_arguments(tiny_model_folder, tmp_path, run_name="x", warm_start="warm")
+    arguments = scripted_arguments(tiny_model_folder, tmp_path, run_name="x", warm_start="warm")
     GRPO_train.main(arguments)  # no response is right: the policy stays where it begins
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "x/final")
     assert not policy.get_input_embeddings().weight.any()
     with pytest.raises(UserError, match="this run is finished"):
         GRPO_train.main([*arguments, f"resume={tmp_path / 'x'}"])
-
-
-def test_a_warm_start_that_is_not_there_is_run_first(tmp_path, monkeypatch):
-    commands = []
-
-    class FakeProcess:
-        def __init__(self, command):
-            commands.append(command)
-
-        def wait(self):
-            return len(commands) - 1
-
-    monkeypatch.setattr("subprocess.Popen", FakeProcess)
-    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), model="mine")
-    assert GRPO_train.apply_warm_start(config).model == str(tmp_path / "warm-start" / "final")
-    assert {"preset=warm-start", "model=mine", "prompt=r1_zero", f"runs_dir={tmp_path}"} <= set(commands[0])
-    with pytest.raises(UserError, match="SFT_train.py ended with status 1"):
-        GRPO_train.apply_warm_start(config)
-
-
-def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, monkeypatch):
-    """The child's settings resolve to the preset's own; its traces are right under its reward and end in EOS."""
-    arguments = ["prompt=question_only", "reward=question_only", "warm_start=warm-start-question-only"]
-    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *arguments])
-    assert config.warnings() == []
-    commands = []
-
-    class FakeProcess:
-        def __init__(self, command):
-            commands.append(command)
-
-        def wait(self):
-            return 0
-
-    monkeypatch.setattr("subprocess.Popen", FakeProcess)
-    config = config.model_copy(update={"runs_dir": str(tmp_path)})
-    assert GRPO_train.apply_warm_start(config).model == str(tmp_path / "warm-start-question-only" / "final")
-    sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", commands[0][2:])
-    assert sft_config.warnings() == []
-    preset = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=warm-start-question-only"])
-    given = {"run_name": "warm-start-question-only", "runs_dir": str(tmp_path)}
-    assert sft_config == preset.model_copy(update=given)
-    examples = load_sft_examples(sft_config)[:200]
-    assert all(example.prompt == example.question for example in examples)
-    assert all(question_only_reward_fn(example.response, example.ground_truth)["reward"] == 1 for example in examples)
-    rows = tokenize_examples(examples, tokenizer, sft_config)
-    assert all(row.response_ids[-1] == tokenizer.eos_token_id for row in rows)

@@ -6,15 +6,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import SFT_helper
 from SFT_helper import (
     compute_entropy,
     encode_prompt,
-    get_masked_response_log_probs,
     get_response_log_probs,
     join_prompt_and_response_ids,
     masked_normalize,
     pad_token_id,
+    sft_loss,
     sft_microbatch_train_step,
     tokenize_prompt_and_output,
 )
@@ -134,79 +133,6 @@ def test_bfloat16_logits_are_scored_in_float32(autocasts):
     torch.testing.assert_close(scores["token_entropy"].double(), compute_entropy(logits.double()), atol=1e-5, rtol=0)
 
 
-def ragged_batch():
-    return join_prompt_and_response_ids(
-        [[5, 6, 7], [8], [9, 10, 11, 12, 13]], [[20, 21], [22, 23, 24, 25, 26], [27]], padding_id=0
-    )
-
-
-def test_masked_scores_equal_full_scores(tiny_model):
-    batch = ragged_batch()
-    mask = batch["response_mask"]
-    full = get_response_log_probs(tiny_model, batch["input_ids"], batch["labels"], return_token_entropy=True)
-    masked = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
-    for name in ("log_probs", "token_entropy"):
-        torch.testing.assert_close(masked[name][mask], full[name][mask], atol=1e-6, rtol=1e-6)
-        assert (masked[name][~mask] == 0).all()
-
-
-def test_masked_scores_have_the_same_gradient(tiny_model):
-    batch = ragged_batch()
-    gradients = []
-    for masked in (False, True):
-        tiny_model.zero_grad()
-        if masked:
-            log_probs = get_masked_response_log_probs(tiny_model, **batch)["log_probs"]
-        else:
-            log_probs = get_response_log_probs(tiny_model, batch["input_ids"], batch["labels"])["log_probs"]
-        sft_microbatch_train_step(log_probs, batch["response_mask"], 1)
-        gradients.append(torch.cat([p.grad.flatten() for p in tiny_model.parameters()]))
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 7])
-def test_scores_and_gradients_do_not_depend_on_the_chunks(tiny_model, monkeypatch, chunk_tokens):
-    """Several chunks recompute their logits in the backward pass; no chunk holds more than its share."""
-    batch = ragged_batch()
-    results, seen = [], []
-    tiny_model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    for size in (1024, chunk_tokens):
-        monkeypatch.setattr(SFT_helper, "LOGIT_CHUNK_TOKENS", size)
-        tiny_model.zero_grad()
-        seen.clear()
-        scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
-        sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
-        gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
-        results.append((scores["log_probs"].detach(), scores["token_entropy"], gradient))
-    assert max(seen) <= chunk_tokens
-    assert sum(seen) == 2 * 8  # forward, and again in backward
-    torch.testing.assert_close(results[0][:2], results[1][:2], atol=1e-6, rtol=1e-6)
-    assert (results[0][2] - results[1][2]).norm() < 2e-6 * results[0][2].norm()
-
-
-def test_only_response_positions_reach_the_output_layer(tiny_model):
-    """A prompt of 400 tokens with a response of 10 computes 10 rows of logits, not 409."""
-    batch = join_prompt_and_response_ids([list(range(1, 401))], [list(range(1, 11))], padding_id=0)
-    seen = []
-    tiny_model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    get_masked_response_log_probs(tiny_model, **batch)
-    assert seen == [(10, 512)]
-
-
-def test_masked_scores_refuse_models_that_change_their_logits(tiny_model):
-    tiny_model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        get_masked_response_log_probs(tiny_model, **ragged_batch())
-
-
-def test_padding_does_not_change_scores(tiny_model):
-    short = join_prompt_and_response_ids([[5, 6, 7]], [[20, 21]], padding_id=0)
-    batch = ragged_batch()
-    alone = get_masked_response_log_probs(tiny_model, **short)["log_probs"][short["response_mask"]]
-    together = get_masked_response_log_probs(tiny_model, **batch)["log_probs"][0][batch["response_mask"][0]]
-    torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-6)
-
-
 def test_masked_normalize_by_hand():
     tensor = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     mask = torch.tensor([[True, False, True], [False, False, True]])
@@ -265,19 +191,35 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch():
         torch.testing.assert_close(gradient, gradients[0], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "division", [[[0, 1, 2, 3, 4, 5, 6, 7]], [[5, 2], [7, 0, 1, 6, 3], [4]], [[3, 2, 1, 0], [4, 5, 6, 7]]]
+)
+def test_shares_of_the_loss_add_up_however_the_rows_are_divided(division):
+    """Unequal microbatches and any order: the divisor is the whole step's."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(8, 5, generator=generator) > 0.3
+    log_probs = values.clone().requires_grad_()
+    shares = [sft_loss(log_probs[rows], mask[rows], 3.0, num_step_rows=8) for rows in division]
+    sum(shares).backward()
+    assert sum(shares).item() == pytest.approx(-(values * mask).sum().item() / 3.0 / 8, abs=1e-12)
+    torch.testing.assert_close(log_probs.grad, -mask.double() / 3.0 / 8, atol=1e-12, rtol=0)
+
+
 def test_helpers_leave_their_inputs_alone(tiny_model, tokenizer):
     """Every helper, called on the tensors themselves: none is written to."""
     logits, tensor = torch.randn(2, 3, 4), torch.randn(2, 3, requires_grad=True)
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    batch = ragged_batch()
+    batch = join_prompt_and_response_ids([[5, 6, 7], [8]], [[20, 21], [22, 23]], padding_id=0)
     inputs = {"logits": logits, "tensor": tensor, "mask": mask, **batch}
     copies = {name: value.detach().clone() for name, value in inputs.items()}
     weights = [parameter.detach().clone() for parameter in tiny_model.parameters()]
     compute_entropy(logits)
     masked_normalize(tensor, mask, 2.0, dim=1)
+    sft_loss(tensor, mask, 2.0, 4)
     sft_microbatch_train_step(tensor, mask, 1)
     get_response_log_probs(ConstantLogits(logits), torch.zeros(2, 3).long(), torch.ones(2, 3).long(), True)
-    get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+    get_response_log_probs(tiny_model, batch["input_ids"], batch["labels"], return_token_entropy=True)
     for name, value in inputs.items():
         assert torch.equal(value, copies[name]), name
     assert all(torch.equal(a, b) for a, b in zip(weights, tiny_model.parameters(), strict=True))

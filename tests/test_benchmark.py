@@ -3,17 +3,26 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import REPOSITORY
 
-import benchmark
-from benchmark import BenchmarkConfig, Row, Summary
-from run_config import SFTConfig, UserError, load_config
+from experiments.benchmark import our_side
+from experiments.benchmark.__main__ import main
+from experiments.benchmark.environment import discard_another_machines, record_environment, trl_record
+from experiments.benchmark.figures import Row, Summary, read_rows, summarize, write_rows
+from experiments.benchmark.report import plot, table
+from experiments.benchmark.settings import BenchmarkConfig, grpo_settings, sft_settings
+from experiments.benchmark.trl_task import TRL_CHECKPOINTING, trl_task
+from experiments.benchmark.turns import only_visible, take_turn
+from plainrl.cli import load_config
+from plainrl.config import SFTConfig
+from plainrl.records import UserError
+from plainrl.run_records import describe_environment
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = REPOSITORY / "results"
 ROWS = [
     Row("sft", "ours", 1, "tokens_per_second", "tokens/s", 600.0),
     Row("sft", "trl", 1, "tokens_per_second", "tokens/s", 150.0),
@@ -37,45 +46,45 @@ def tiny_config(model, **values):
 
 
 def test_figures_are_summarized_over_pairs_and_compared_pair_by_pair():
-    summaries = {(row.figure, row.side): row for row in benchmark.summarize(ROWS)}
+    summaries = {(row.figure, row.side): row for row in summarize(ROWS)}
     assert summaries["tokens_per_second", "ours"] == Summary(
         "sft", "tokens_per_second", "tokens/s", "ours", (500.0, 550.0, 600.0), None
     )
-    peer = summaries["tokens_per_second", "trl"]
-    assert peer.spread == (100.0, 137.5, 150.0)
-    assert peer.ratio == (4.0, 4.0, 5.0)  # ours / peer: 600 / 150, 500 / 100, 550 / 137.5
+    trl = summaries["tokens_per_second", "trl"]
+    assert trl.spread == (100.0, 137.5, 150.0)
+    assert trl.ratio == (4.0, 4.0, 5.0)  # ours / trl: 600 / 150, 500 / 100, 550 / 137.5
     assert summaries["both_seconds", "twice the questions"].ratio == (2.1, 2.1, 2.1)  # twice the work / ours
     line = "| sft | tokens_per_second | tokens/s | trl | 100 | 137.5 | 150 | 4, 4, 5 |"
-    assert benchmark.table(benchmark.summarize(ROWS))[3] == line
+    assert table(summarize(ROWS))[3] == line
 
 
 def test_figures_survive_the_file_and_are_drawn(tmp_path):
-    benchmark.write_rows(tmp_path / "benchmark.csv", ROWS)
-    assert benchmark.read_rows(tmp_path / "benchmark.csv") == ROWS
-    benchmark.plot(ROWS, tmp_path / "benchmark.png")
+    write_rows(tmp_path / "benchmark.csv", ROWS)
+    assert read_rows(tmp_path / "benchmark.csv") == ROWS
+    plot(ROWS, tmp_path / "benchmark.png")
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    benchmark.plot([row for row in ROWS if row.benchmark == "logprob"], tmp_path / "nothing.png")
+    plot([row for row in ROWS if row.benchmark == "logprob"], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
 
 
 def test_a_turn_of_ours_on_a_tiny_model(tiny_model_folder):
     config = tiny_config(tiny_model_folder, sft_batch_size=4, num_measured_steps=1)
-    figures = benchmark.take_turn("sft", "ours", config, {})["ours"]
+    figures = take_turn("sft", "ours", config, {})["ours"]
     assert figures["tokens_per_second"] * figures["step_seconds"] == pytest.approx(4 * 150, rel=0.5)
     # 6 FLOP per weight and token: 2 layers of 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 weights; less for shared prompts
     assert 0 < figures["computed_tflop"] < 6 * 4 * 384 * (2 * 36864 + 512 * 64) / 1e12
     assert 0.1 < figures["peak_memory_gib"] < 4
-    assert benchmark.work_grade(config, "ours")["ours"]["graded_responses_per_second"] > 1000
+    assert our_side.work_grade(config, "ours")["ours"]["graded_responses_per_second"] > 1000
 
 
 def test_both_sides_are_given_the_same_work(tiny_model_folder, tmp_path):
     config = tiny_config(tiny_model_folder)
-    ours, trl = benchmark.grpo_settings(config, tmp_path), benchmark.trl_task("grpo", "trl", config, tmp_path)
+    ours, trl = grpo_settings(config, tmp_path), trl_task("grpo", "trl", config, tmp_path)
     assert ours.stop_string == "" and ours.sampling_min_tokens == ours.sampling_max_tokens == trl["response_tokens"]
     assert len(trl["prompts"]) == ours.n_grpo_steps * ours.num_questions_per_step == 4
     assert trl["batch_size"] == ours.rollout_batch_size and trl["microbatch_size"] == 8
-    assert benchmark.trl_task("sft", benchmark.TRL_CHECKPOINTING, config, tmp_path)["gradient_checkpointing"]
-    sft = benchmark.trl_task("sft", "trl", config, tmp_path)
+    assert trl_task("sft", TRL_CHECKPOINTING, config, tmp_path)["gradient_checkpointing"]
+    sft = trl_task("sft", "trl", config, tmp_path)
     assert not sft["gradient_checkpointing"]
     assert len(sft["prompt_ids"]) == len(sft["response_ids"]) == config.sft_batch_size
     assert json.loads(json.dumps(sft))["adam_betas"] == [0.9, 0.95]
@@ -85,66 +94,76 @@ def test_both_sides_are_given_the_same_work(tiny_model_folder, tmp_path):
     "folder", sorted({RESULTS / "benchmark", *(path.parent for path in RESULTS.glob("benchmark*/README.md"))}), ids=str
 )
 def test_the_table_in_the_results_is_what_the_figures_say(folder):
-    lines = benchmark.table(benchmark.summarize(benchmark.read_rows(folder / "benchmark.csv")))
+    lines = table(summarize(read_rows(folder / "benchmark.csv")))
     text = (folder / "README.md").read_text()
     assert [line for line in lines if line not in text] == []
     environment = json.loads((folder / "environment.json").read_text())
-    assert {"cpu", "cpu_count", "memory_gib", "versions", "peer"} <= environment.keys()
+    assert {"cpu", "cpu_count", "memory_gib", "versions"} <= environment.keys()
+    assert trl_record(environment)["versions"]["trl"]
+
+
+def test_the_record_of_a_later_measurement_keeps_what_an_older_file_calls_peer(tiny_model_folder, tmp_path):
+    path = tmp_path / "environment.json"
+    path.write_text(json.dumps({"ours": {"grade": {"seed": 3}}, "peer": {"grpo, trl": {"beta": 0}, "versions": 1}}))
+    record_environment(path, ["sft"], tiny_config(tiny_model_folder), {"versions": {"trl": "2"}})
+    record = json.loads(path.read_text())
+    assert record["trl"] == {"grpo, trl": {"beta": 0}, "versions": {"trl": "2"}} and "peer" not in record
+    assert record["ours"]["grade"] == {"seed": 3} and record["ours"]["sft"]["train_batch_size"] == 32
 
 
 def test_mistakes_are_named():
     for arguments in ([], ["speed"]):
-        with pytest.raises(UserError, match="usage: benchmark.py sft"):
-            benchmark.main(arguments)
+        with pytest.raises(UserError, match="usage: uv run python -m experiments.benchmark sft"):
+            main(arguments)
 
 
 def test_sft_is_measured_with_the_keys_that_are_given():
     def settings(*arguments):
-        path = benchmark.HERE / "grpo_train.yaml"
+        path = REPOSITORY / "grpo_train.yaml"
         config = load_config(BenchmarkConfig, path, ["preset=laptop", *arguments])
         given = [argument.partition("=")[0] for argument in arguments]
-        return benchmark.sft_settings(config.model_copy(update={"given": given}))
+        return sft_settings(config.model_copy(update={"given": given}))
 
-    preset = load_config(SFTConfig, benchmark.HERE / "config.yaml", ["preset=laptop"])
+    preset = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop"])
     assert settings().microbatch_tokens == preset.microbatch_tokens
     assert settings().learning_rate == preset.learning_rate
     changed = settings("compute_dtype=float32", "microbatch_tokens=512", "compile_policy=true")
     assert (changed.compute_dtype, changed.microbatch_tokens, changed.compile_policy) == ("float32", 512, True)
-    grpo_preset = load_config(BenchmarkConfig, benchmark.HERE / "grpo_train.yaml", ["preset=laptop"])
+    grpo_preset = load_config(BenchmarkConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop"])
     assert grpo_preset.microbatch_tokens != preset.microbatch_tokens
     same_as_in_grpo = settings(f"microbatch_tokens={grpo_preset.microbatch_tokens}")
     assert same_as_in_grpo.microbatch_tokens == grpo_preset.microbatch_tokens
 
 
 def test_figures_of_another_machine_do_not_stay(tmp_path, monkeypatch, capsys):
-    benchmark.write_rows(tmp_path / "benchmark.csv", ROWS)
-    here = benchmark.describe_environment()
+    write_rows(tmp_path / "benchmark.csv", ROWS)
+    here = describe_environment()
     for cpu, stays in ((here["cpu"], True), ("another", False)):
         (tmp_path / "environment.json").write_text(json.dumps({**here, "cpu": cpu}))
-        benchmark.discard_another_machines(tmp_path)
+        discard_another_machines(tmp_path)
         assert (tmp_path / "benchmark.csv").exists() == (tmp_path / "environment.json").exists() == stays
     assert "figures of another machine (another) are removed" in capsys.readouterr().out
 
 
 def test_trl_sees_one_gpu_alone():
-    assert benchmark.only_visible("cpu", "4,5") == {}
-    assert benchmark.only_visible("cuda:1", "4,5") == {"CUDA_VISIBLE_DEVICES": "5"}
-    assert benchmark.only_visible("cuda:1", "") == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert only_visible("cpu", "4,5") == {}
+    assert only_visible("cuda:1", "4,5") == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert only_visible("cuda:1", "") == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
-def test_the_peers_steps_are_timed_and_counted_as_ours(monkeypatch):
+def test_the_steps_of_trl_are_timed_and_counted_as_ours(monkeypatch):
     """A warm-up, two measured steps of one second each with its own peak, and one more that alone is counted."""
     names = ("GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer")
     monkeypatch.setitem(sys.modules, "trl", SimpleNamespace(**dict.fromkeys(names)))
-    benchmark_trl = importlib.import_module("benchmark_trl")
+    trl_side = importlib.import_module("experiments.benchmark.trl_side")
     times, peaks = iter([10.0, 11.0, 12.0, 50.0]), iter([1.0, 2.0, 3.0, 9.0])
-    monkeypatch.setattr(benchmark_trl, "peak_memory_gib", lambda: next(peaks))
-    monkeypatch.setattr(benchmark_trl, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(trl_side, "peak_memory_gib", lambda: next(peaks))
+    monkeypatch.setattr(trl_side, "time", SimpleNamespace(perf_counter=lambda: next(times)))
     weight = torch.ones(2, 3, requires_grad=True)
     accelerator = SimpleNamespace(backward=torch.Tensor.backward)
     trainer = SimpleNamespace(compute_loss=lambda: (torch.ones(4, 2) @ weight).sum(), accelerator=accelerator)
-    clock = benchmark_trl.StepClock()
-    counter = benchmark_trl.ProductCounter(trainer, clock, first_step=3)
+    clock = trl_side.StepClock()
+    counter = trl_side.MatmulCounter(trainer, clock, first_step=3)
     for _ in range(4):
         trainer.accelerator.backward(trainer.compute_loss())
         clock.on_step_end()

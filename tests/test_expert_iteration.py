@@ -9,18 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import expert_iteration_arguments
+from test_GRPO_train import documented_metrics
+from tiny import expert_iteration_arguments, read_lines, train_rows
 
-import expert_iteration
-from expert_iteration import fine_tune, keep_correct
-from math_data import Example
-from math_reward import grade_responses, r1_zero_reward_fn
-from policy_evaluation import Response
-from run_config import ExpertIterationConfig, UserError
-
-
-def metrics_of(path):
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+from experiments import expert_iteration
+from experiments.expert_iteration import choose_correct, fine_tune
+from plainrl.config import ExpertIterationConfig
+from plainrl.data import load_questions
+from plainrl.grading.rewards import grade_responses, r1_zero_reward_fn
+from plainrl.records import Example, Response, UserError
+from plainrl.rollouts import make_rollouts
 
 
 def without_measurements(rows):
@@ -72,7 +70,7 @@ def test_a_run_trains_on_the_correct_distinct_responses_as_they_were_sampled(
     arguments = expert_iteration_arguments(answering_model_folder, tmp_path, run_name="a", train_data=data)
     expert_iteration.main(arguments)
     sampled, batches = record
-    rows = [row for row in metrics_of(tmp_path / "a") if "train_step" in row]
+    rows = train_rows(tmp_path / "a")
     num_correct, num_updates = 0, 0
     for step, (responses, step_batches) in enumerate(zip(sampled, batches, strict=True), start=1):
         assert len(responses) == 8 * 16
@@ -99,12 +97,14 @@ def test_a_run_trains_on_the_correct_distinct_responses_as_they_were_sampled(
     assert num_correct > sum(row.get("rollout/num_kept", 0) for row in rows)  # there was something to merge
     assert [row["train_step"] for row in rows] == list(range(1, num_updates + 1))
 
-    documented = set(re.findall(r"\b(?:train|rollout|reward|time|memory)/\w+", expert_iteration.__doc__))
-    documented |= {f"rollout/response_length_{which}" for which in ("correct", "incorrect", "max")}
+    documented = documented_metrics("EI")
+    everything = read_lines(tmp_path / "a/metrics.jsonl")
+    assert {name for row in everything for name in row} == documented
+    documented = {name for name in documented if not name.startswith("eval")}
     for_each_update = {name for name in documented if name.startswith("train/")}
     for row, following in zip(rows, [*rows[1:], {"ei_step": 0}], strict=True):
         is_last = row["ei_step"] != following["ei_step"]
-        assert set(row) == {"train_step", "ei_step"} | (documented if is_last else for_each_update)
+        assert set(row) == (documented if is_last else {"train_step", "ei_step"} | for_each_update)
         assert all(row[name] is not None for name in for_each_update)
     files = {str(path.relative_to(tmp_path / "a")) for path in (tmp_path / "a").rglob("*")}
     assert {"final/config.json", "training.png", "samples/rollouts_000002.jsonl", "samples/eval_000001.jsonl"} <= files
@@ -117,7 +117,7 @@ def test_a_step_that_keeps_nothing_is_said_and_passed_over(answering_model_folde
     expert_iteration.main(arguments)
     output = capsys.readouterr().out
     assert [f"step {step}: none of 128 responses is correct" in output for step in (1, 2, 3)] == [True, True, False]
-    rows = [row for row in metrics_of(tmp_path / "a") if "train_step" in row]
+    rows = train_rows(tmp_path / "a")
     assert [(row["train_step"], row["ei_step"], row["rollout/num_kept"]) for row in rows] == [(0, 1, 0), (0, 2, 0)]
     assert not any(name.startswith("train/") for row in rows for name in row)
     weights = [Path(folder) / "model.safetensors" for folder in (answering_model_folder, tmp_path / "a" / "final")]
@@ -131,7 +131,7 @@ def test_a_stopped_and_resumed_run_is_the_run_that_would_have_been(
     common = {"train_data": data, "n_ei_steps": 3}
     expert_iteration.main(expert_iteration_arguments(answering_model_folder, tmp_path, run_name="straight", **common))
 
-    original, calls = expert_iteration.keep_correct, []
+    original, calls = expert_iteration.choose_correct, []
 
     def with_ctrl_c(*arguments):
         calls.append(None)
@@ -139,18 +139,20 @@ def test_a_stopped_and_resumed_run_is_the_run_that_would_have_been(
             os.kill(os.getpid(), signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(expert_iteration, "keep_correct", with_ctrl_c)
+    monkeypatch.setattr(expert_iteration, "choose_correct", with_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         expert_iteration.main(
             expert_iteration_arguments(answering_model_folder, tmp_path, run_name="stopped", **common)
         )
-    monkeypatch.setattr(expert_iteration, "keep_correct", original)
-    assert max(row.get("ei_step", 0) for row in metrics_of(tmp_path / "stopped")) == 2
+    monkeypatch.setattr(expert_iteration, "choose_correct", original)
+    assert max(row.get("ei_step", 0) for row in read_lines(tmp_path / "stopped/metrics.jsonl")) == 2
     expert_iteration.main([f"resume={tmp_path / 'stopped'}"])
 
     straight, stopped = (tmp_path / name for name in ("straight", "stopped"))
-    assert metrics_of(straight)[-1]["eval_all/seconds"] > 0
-    assert without_measurements(metrics_of(stopped)) == without_measurements(metrics_of(straight))
+    assert read_lines(straight / "metrics.jsonl")[-1]["eval_all/seconds"] > 0
+    assert without_measurements(read_lines(stopped / "metrics.jsonl")) == without_measurements(
+        read_lines(straight / "metrics.jsonl")
+    )
     assert (stopped / "final/model.safetensors").read_bytes() == (straight / "final/model.safetensors").read_bytes()
 
 
@@ -171,9 +173,16 @@ def make_group(config):
     return questions, responses, grades, config
 
 
+def kept_and_left(config):
+    """The rollouts of that group, with an advantage of 1 where they are kept, as `train` makes them."""
+    questions, responses, grades, _ = make_group(config)
+    is_kept = choose_correct(questions, responses, grades, config)
+    return make_rollouts(questions, responses, grades, [float(kept) for kept in is_kept], config.group_size)
+
+
 @pytest.mark.parametrize(("keep", "kept"), [("distinct", [0, 2, 7]), ("one", [0, 7])])
 def test_what_is_kept_of_each_question(keep, kept):
-    rollouts = keep_correct(*make_group(config_of(keep_correct=keep)))
+    rollouts = kept_and_left(config_of(keep_correct=keep))
     assert [index for index, rollout in enumerate(rollouts) if rollout.advantage == 1] == kept
     assert [rollout.advantage for rollout in rollouts].count(0) == 8 - len(kept)
     assert [rollout.example.question for rollout in rollouts] == ["q1"] * 4 + ["q2"] * 4
@@ -181,8 +190,8 @@ def test_what_is_kept_of_each_question(keep, kept):
 
 def test_a_question_that_comes_twice_counts_as_one():
     (question, _), responses, grades, config = make_group(config_of())
-    rollouts = keep_correct([question, question], responses[:4] * 2, grades[:4] * 2, config)
-    assert [index for index, rollout in enumerate(rollouts) if rollout.advantage] == [0, 2]
+    is_kept = choose_correct([question, question], responses[:4] * 2, grades[:4] * 2, config)
+    assert [index for index, kept in enumerate(is_kept) if kept] == [0, 2]
 
 
 def test_the_sampled_ids_are_trained_on_and_a_pass_ends_with_a_smaller_batch(tiny_model, tokenizer, monkeypatch):
@@ -194,7 +203,7 @@ def test_the_sampled_ids_are_trained_on_and_a_pass_ends_with_a_smaller_batch(tin
         return original(policy, batch, *arguments)
 
     monkeypatch.setattr(expert_iteration, "accumulate_gradients", accumulate_gradients)
-    kept = [rollout for rollout in keep_correct(*make_group(config_of())) if rollout.advantage]
+    kept = [rollout for rollout in kept_and_left(config_of()) if rollout.advantage]
     assert all(tokenizer.encode(rollout.response.text) != rollout.response.token_ids for rollout in kept)
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-2)
     rows = fine_tune(tiny_model, optimizer, kept, 0, 1, config_of(ei_epochs=2))
@@ -205,14 +214,14 @@ def test_the_sampled_ids_are_trained_on_and_a_pass_ends_with_a_smaller_batch(tin
     assert sum(row["train/loss_per_token"] for row in rows[2:]) < sum(row["train/loss_per_token"] for row in rows[:2])
 
 
-def test_a_loss_that_is_no_number_leaves_the_policy_alone(tiny_model, monkeypatch):
+def test_a_loss_that_is_nan_leaves_the_policy_alone(tiny_model, monkeypatch):
     original = expert_iteration.accumulate_gradients
     monkeypatch.setattr(
         expert_iteration, "accumulate_gradients", lambda *arguments: original(*arguments) | {"train/loss": float("nan")}
     )
     before = [parameter.detach().clone() for parameter in tiny_model.parameters()]
     optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=1e-3)
-    kept = [rollout for rollout in keep_correct(*make_group(config_of())) if rollout.advantage]
+    kept = [rollout for rollout in kept_and_left(config_of()) if rollout.advantage]
     with pytest.raises(UserError, match="step 7: loss nan"):
         fine_tune(tiny_model, optimizer, kept, 0, 7, config_of())
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.parameters(), strict=True))
@@ -223,4 +232,4 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         config_of(sampling_temperature=0)
     data = questions_file(tmp_path, str)
     with pytest.raises(UserError, match="has 20 questions, but a step takes 21; let it take 20 or fewer"):
-        expert_iteration.load_questions([], config_of(train_data=str(data), ei_batch_size=21))
+        load_questions([], config_of(train_data=str(data), ei_batch_size=21))

@@ -7,26 +7,21 @@ import shutil
 import pytest
 from tiny import REPOSITORY
 
-import plot_results
-from plot_results import (
-    Curve,
-    Panel,
-    Point,
-    difference_and_half_width,
-    make_table,
-    mean_and_half_width,
-    put_table,
-    read_curve,
-    wilson_interval,
-)
-from run_config import UserError
-from run_results import METRIC_COLUMNS, RUN_COLUMNS
-from sweep import read_sweep, variants_of
+from experiments import plot_results
+from experiments.catalog import FIGURES, TABLES
+from experiments.curves import Curve, Panel, points_by_step, read_series
+from experiments.intervals import difference_and_half_width, mean_and_half_width, wilson_interval
+from experiments.result_figures import AXES, QUANTITIES, draw
+from experiments.result_tables import START_OF_TABLE, make_methods_table, make_table, put_table
+from experiments.sweep_plan import read_sweep, variants_of
+from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS
+from plainrl.figure_style import draw_series, keep_possible, legend_height, num_legend_columns, smooth
+from plainrl.records import UserError
 
 RESULTS = REPOSITORY / "results"
 CURVES = {
     curve
-    for curves in [*plot_results.TABLES.values(), *(p.curves for ps in plot_results.FIGURES.values() for p in ps)]
+    for curves in [*TABLES.values(), *(group.curves for groups in FIGURES.values() for group in groups)]
     for curve in curves
 }
 
@@ -76,21 +71,22 @@ def test_intervals_by_hand():
 
 
 def test_a_curve_is_the_mean_over_seeds_where_all_have_the_step(results):
-    points, num_seeds = read_curve(BASELINE, Panel("", "eval_step", "eval/answer_reward", []), results)
-    half_widths = [4.302653 * 0.1 / math.sqrt(3), 0.1385]
-    assert num_seeds == 3
-    assert points == [
-        Point(0, pytest.approx(0.2), pytest.approx(half_widths[0])),
-        Point(1, pytest.approx(0.724), pytest.approx(half_widths[1], abs=1e-4)),
-    ]
-    by_minutes, _ = read_curve(BASELINE, Panel("", "minutes", "eval/answer_reward", []), results)
-    assert [point.x for point in by_minutes] == [0, pytest.approx(4)]
-    losses, _ = read_curve(BASELINE, Panel("", "train_step", "train/loss", []), results)
-    assert losses == [Point(1, 1, 0), Point(2, 2, 0)]
-    by_tokens = Panel("", "sampled_tokens", "eval/answer_reward", [])
-    assert read_curve(BASELINE, by_tokens, results) == ([], 0)  # it has sampled nothing
+    scores = read_series(BASELINE, Panel("rollout_batches", "eval/answer_reward"), results)
+    assert scores.seeds == [[(0, 0.1), (1, 0.762), (2, 0.4)], [(0, 0.2), (1, 0.66), (2, 0.5)], [(0, 0.3), (1, 0.75)]]
+    assert scores.mean == [(0, pytest.approx(0.2)), (1, pytest.approx(0.724))]
+    losses = read_series(BASELINE, Panel("optimizer_steps", "train/loss"), results)
+    assert losses.seeds == [[(1, 1), (2, 2)]] * 3 and losses.mean == [(1, 1), (2, 2)]
+    by_tokens = Panel("sampled_tokens", "eval/answer_reward")
+    assert read_series(BASELINE, by_tokens, results) == ([], [])  # it sampled nothing
     absent = BASELINE._replace(variant="learning_rate=3e-05")
-    assert read_curve(absent, Panel("", "train_step", "train/loss", []), results) == ([], 0)
+    assert read_series(absent, Panel("optimizer_steps", "train/loss"), results) == ([], [])
+
+
+def test_minutes_are_the_median_of_the_seeds(results):
+    """Steps of one, two and three minutes, and evaluations, which do not count."""
+    by_minutes = read_series(BASELINE, Panel("minutes", "eval/answer_reward"), results)
+    assert by_minutes.mean == [(0, pytest.approx(0.2)), (4, pytest.approx(0.724))]
+    assert by_minutes.seeds == [[(0, 0.1), (4, 0.762)], [(0, 0.2), (4, 0.66)], [(0, 0.3), (4, 0.75)]]
 
 
 def test_sampled_tokens_so_far_are_the_share_of_the_response_lengths_so_far():
@@ -99,9 +95,58 @@ def test_sampled_tokens_so_far_are_the_share_of_the_response_lengths_so_far():
     rows.insert(2, {"eval_step": 1, "eval/answer_reward": 0.2})
     rows.append({"eval_step": 2, "eval/answer_reward": 0.4})
     rows = [dict.fromkeys(METRIC_COLUMNS, "") | {key: str(value) for key, value in row.items()} for row in rows]
-    panel = Panel("", "sampled_tokens", "eval/answer_reward", [])
-    points = plot_results._by_step(rows, panel, {"sampled_tokens": "320"})
-    assert points == {0: (0, 0.1), 1: (240, 0.2), 2: (320, 0.4)}
+    panel = Panel("sampled_tokens", "eval/answer_reward")
+    points = points_by_step(rows, panel, {"sampled_tokens": "320"})
+    assert points == {0: (0, 0.1), 1: (0.24, 0.2), 2: (0.32, 0.4)}  # thousands
+
+
+def lines_in(axes):
+    return [(list(line.get_xdata()), list(line.get_ydata()), line.get_linewidth()) for line in axes.lines]
+
+
+@pytest.fixture
+def axes():
+    from matplotlib.figure import Figure
+
+    return Figure().add_subplot()
+
+
+def test_each_seed_is_a_thin_line_and_the_mean_a_thick_one(axes):
+    draw_series(axes, 0, "two seeds", [[(0, 0.0), (1, 0.2)], [(0, 0.0), (1, 0.6)]], [(0, 0.0), (1, 0.4)])
+    (*thin, thick) = lines_in(axes)
+    assert [line[:2] for line in thin] == [([0, 1], [0.0, 0.2]), ([0, 1], [0.0, 0.6])]
+    assert thick[:2] == ([0, 1], [0.0, 0.4]) and thick[2] > max(line[2] for line in thin)
+    assert not axes.collections, "no bands"
+    assert axes.get_legend_handles_labels()[1] == ["two seeds"]
+
+
+def test_a_smoothed_line_shows_its_raw_values_too(axes):
+    draw_series(axes, 0, "raw", [[(1, 4.0), (2, 2.0), (3, 0.0)]])
+    assert [line[1] for line in lines_in(axes)] == [[4.0, 2.0, 0.0]]
+    draw_series(axes, 1, "smoothed", [[(1, 4.0), (2, 2.0), (3, 0.0)]], window=2)
+    assert [line[1] for line in lines_in(axes)[1:]] == [[4.0, 2.0, 0.0], [4.0, 3.0, 1.0]]
+    assert smooth([1.0, 2.0, 6.0], window=1) == [1.0, 2.0, 6.0]
+
+
+def test_axes_end_where_the_possible_values_end(axes):
+    axes.plot([0, 1], [0.0, 1.0])
+    keep_possible(axes, 0.0, 1.0)
+    bottom, top = axes.get_ylim()
+    assert -0.03 < bottom < 0 and 1 < top < 1.03
+    axes.set_ylim(0.4, 0.7)  # never wider than it was
+    keep_possible(axes, 0.0, 1.0)
+    assert axes.get_ylim() == (0.4, 0.7)
+
+
+def test_a_legend_has_as_many_columns_as_fit():
+    assert num_legend_columns(["short"] * 3, 5.4) == 3
+    assert num_legend_columns(["x" * 40, "short"], 5.4) == 1
+    assert legend_height(["x" * 40, "short"], 5.4) > legend_height(["short"], 5.4)
+
+
+def test_every_panel_has_an_axis_with_quantity_and_unit():
+    panels = [panel for groups in FIGURES.values() for group in groups for panel in group.panels]
+    assert {panel.axis for panel in panels} == set(AXES) and {panel.metric for panel in panels} == set(QUANTITIES)
 
 
 def test_the_methods_table_by_hand(results):
@@ -115,7 +160,7 @@ def test_the_methods_table_by_hand(results):
         rows = list(csv.DictReader(file))
     finals = {"final_answer_reward": 0.7, "num_final_examples": 1024}
     write_csv(path, RUN_COLUMNS, [row | finals | {"wall_minutes": 5 + int(row["seed"]) ** 2} for row in rows])
-    assert plot_results.make_methods_table(results).splitlines()[2:] == [
+    assert make_methods_table(results).splitlines()[2:] == [
         "| untrained (zero-shot) | 0.000 (0.000 to 0.004) | 1 | 1,024 | 1.9 |",
         "| GRPO from the warm start, 24 steps, no further traces | 0.700 +- 0.000 | 3 | 1,024 | 6.0 |",
     ]
@@ -153,7 +198,7 @@ def test_all_is_drawn_and_written_that_has_results_and_the_rest_is_named(results
 def test_few_seeds_are_said(results, capsys):
     path = results / "grpo_learning_rate/metrics.csv"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if "05,2," not in line) + "\n")
-    assert plot_results.draw(plot_results.FIGURES["RL-eval-reward.png"], results, results / "figure.png")
+    assert draw(FIGURES["RL-eval-reward.png"], results, results / "figure.png")
     assert "learning_rate=2e-05 has 2 of at least 3 seeds" in capsys.readouterr().out
 
 
@@ -170,7 +215,7 @@ def test_mistakes_on_the_command_line(arguments):
 
 
 def test_curves_and_sweep_files_name_the_same_variants():
-    for path in (REPOSITORY / "sweeps").glob("*.yaml"):
+    for path in (REPOSITORY / "experiments/sweeps").glob("*.yaml"):
         named = {curve.variant for curve in CURVES if curve.sweep == path.stem}
         assert named == set(variants_of(read_sweep(path))), path
 
@@ -178,19 +223,19 @@ def test_curves_and_sweep_files_name_the_same_variants():
 def test_committed_tables_agree_with_the_committed_results():
     for path in RESULTS.glob("*/README.md"):
         text = path.read_text()
-        if plot_results.START_OF_TABLE in text:
+        if START_OF_TABLE in text:
             experiment, dash, preset = path.parent.name.partition("-")
-            table = make_table(experiment, plot_results.TABLES[experiment], RESULTS, dash + preset)
+            table = make_table(experiment, TABLES[experiment], RESULTS, dash + preset)
             assert table and put_table(text, table) == text, f"{path}: run plot_results.py"
 
 
 def test_the_committed_methods_table_agrees_with_the_committed_results():
     text = (REPOSITORY / "README.md").read_text()
-    assert plot_results.START_OF_TABLE in text
-    assert put_table(text, plot_results.make_methods_table(RESULTS)) == text, "README.md: run plot_results.py"
+    assert START_OF_TABLE in text
+    assert put_table(text, make_methods_table(RESULTS)) == text, "README.md: run plot_results.py"
 
 
 def test_committed_figures_are_those_that_have_results(tmp_path):
     plot_results.write_all(RESULTS, tmp_path)
-    committed = {name for name in plot_results.FIGURES if (RESULTS / name).exists()}
+    committed = {name for name in FIGURES if (RESULTS / name).exists()}
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} == committed

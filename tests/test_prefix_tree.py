@@ -1,4 +1,4 @@
-"""Prefix trees: the same scores and gradients as row by row, for far fewer positions; division into microbatches."""
+"""Prefix trees: the same scores and gradients as row by row, for far fewer positions."""
 
 import itertools
 import sys
@@ -8,24 +8,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import SFT_helper
-from policy_evaluation import can_compile_for_cpu, compile_blocks
-from prefix_tree import (
+from plainrl.devices import can_compile_for_cpu
+from plainrl.log_probs import get_masked_response_log_probs
+from plainrl.policy import compile_blocks
+from plainrl.prefix_tree import (
     NAME_PREFIX,
     NAMES,
     build_prefix_tree,
     gather_rows,
-    plan_microbatches,
     prefix_tree_attention,
     share_prefixes,
     shares_prefixes,
 )
-from SFT_helper import (
-    get_masked_response_log_probs,
-    get_response_log_probs,
-    join_prompt_and_response_ids,
-    sft_microbatch_train_step,
-)
+from SFT_helper import get_response_log_probs, join_prompt_and_response_ids, sft_loss
 
 TEMPLATE = list(range(100, 140))
 PROMPTS = {
@@ -55,7 +50,7 @@ def scores_and_gradient(model, batch, parts):
         width = int(batch["response_mask"][rows].nonzero()[:, 1].max()) + 1
         part = {name: tensor[rows, :width] for name, tensor in batch.items()}
         scores = get_masked_response_log_probs(model, **part, return_token_entropy=True)
-        sft_microbatch_train_step(scores["log_probs"], part["response_mask"], 1, num_step_rows=len(RESPONSES))
+        sft_loss(scores["log_probs"], part["response_mask"], 1.0, num_step_rows=len(RESPONSES)).backward()
         for index, row in enumerate(rows):
             mask = part["response_mask"][index]
             found[row] = torch.stack([scores["log_probs"][index][mask], scores["token_entropy"][index][mask]]).detach()
@@ -224,53 +219,3 @@ def test_compiled_blocks_compute_the_same():
         found = scores_and_gradient(model, batch, [list(range(6))])
         torch.testing.assert_close(found[0], scores, atol=4e-6, rtol=2e-6)
         assert (found[1] - gradient).norm() < 4e-6 * gradient.norm()
-
-
-def test_microbatches_keep_both_limits_and_groups_together():
-    prompts = [[1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 3, 4], [1, 2, 5, 6], [7] * 9]
-    responses = [[10] * 3, [11] * 2, [12] * 5, [13], [14] * 6]
-    assert plan_microbatches(prompts, responses, max_rows=5) == [[3, 1, 0, 2, 4]]
-    assert plan_microbatches(prompts, responses, max_rows=2) == [[3, 1], [0, 2], [4]]
-    # 5 + 2 tokens, then 2 + 3 with the prefix [1, 2] counted once; 5 more would make 17; the last has 15 by itself
-    assert plan_microbatches(prompts, responses, 5, max_tokens=12) == [[3, 1, 0], [2], [4]]
-    assert plan_microbatches(prompts, responses, 5, 12, counts_prefixes_once=False) == [[3, 1], [0], [2], [4]]
-    assert plan_microbatches(prompts, responses, 5, max_tokens=1) == [[3], [1], [0], [2], [4]]
-    assert plan_microbatches([], [], 5) == []
-
-
-def test_what_a_microbatch_counts_is_what_its_tree_computes():
-    """The limit is on the nodes, give or take each row's last token, from which nothing is predicted."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = [TEMPLATE + [200 + index // 4] * 3 for index in range(24)]
-    responses = [[300 + index] * int(torch.randint(1, 30, (), generator=generator)) for index in range(24)]
-    plan = plan_microbatches(prompts, responses, max_rows=24, max_tokens=150)
-    assert sorted(index for indices in plan for index in indices) == list(range(24))
-    for indices in plan:
-        batch = join_prompt_and_response_ids([prompts[i] for i in indices], [responses[i] for i in indices], 0)
-        tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
-        assert tree.token_ids.shape[1] + len(indices) <= 150
-
-
-@pytest.mark.parametrize("num_copies", [1, 4])
-def test_no_tensor_grows_with_rows_times_vocabulary(sharing_model, monkeypatch, num_copies):
-    """Neither saved for the backward pass nor made by an operation: logits exist a chunk at a time."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        num_logits = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == 512:
-                    self.num_logits = max(self.num_logits, tensor.numel() // 512)
-            return result
-
-    monkeypatch.setattr(SFT_helper, "LOGIT_CHUNK_TOKENS", 6)
-    monkeypatch.setattr(SFT_helper, "CPU_BLOCK_NUMBERS", 2 * 512)
-    prompts = [[5, 6, 7 + index] for index in range(6 * num_copies)]
-    batch = join_prompt_and_response_ids(prompts, RESPONSES * num_copies, padding_id=0)
-    with Largest() as largest:
-        scores = get_masked_response_log_probs(sharing_model, **batch, return_token_entropy=True)
-        sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
-    assert 6 <= largest.num_logits <= 64  # the weight itself, transposed, has 64 rows of 512

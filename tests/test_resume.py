@@ -1,5 +1,9 @@
 """A run that was killed and resumed is the run that would have been, bit for bit, with the real engine."""
 
+import importlib
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from kill_and_resume import RUNS, find_differences, find_torn, kill, start, steps_of, wait_for
@@ -12,25 +16,40 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_killed_and_resumed_run_is_the_run_that_would_have_been(name, answering_model_folder, tmp_path):
-    """One run is left alone; one is killed while it saves its second checkpoint, and resumed."""
+def run_killed_and_resumed(name, background):
+    """Kill a run while it saves its second checkpoint, and resume it; return what is to be looked at."""
     script, arguments_of, settings = RUNS[name]
+    folder = background.new_folder("runs")
+    settings = settings | SETTINGS[name] | {"run_name": "killed"}
 
-    def run(run_name, **more):
-        arguments = arguments_of(
-            answering_model_folder, tmp_path, run_name=run_name, **settings | SETTINGS[name] | more
-        )
-        return start(script, arguments, tmp_path / f"{run_name}.log")
+    def run(**more):
+        arguments = arguments_of(background.answering_model, folder, **settings | more)
+        return start(script, arguments, folder / "killed.log", background.start)
 
-    straight, killed = run("straight"), run("killed")
-    folder = tmp_path / "killed"
-    wait_for(lambda: any(folder.glob("checkpoints/*step_000002*")), killed)
+    killed = run()
+    wait_for(lambda: any(folder.glob("killed/checkpoints/*step_000002*")), killed)
     kill(killed)
-    assert killed.returncode == -9
-    assert find_torn(folder) == []
-    assert straight.wait() == 0, (tmp_path / "straight.log").read_text()[-3000:]
-    assert run("killed", resume="auto").wait() == 0, (tmp_path / "killed.log").read_text()[-3000:]
+    torn = find_torn(folder / "killed")
+    return folder / "killed", killed.returncode, torn, run(resume="auto").wait()
+
+
+KILLED = {name: partial(run_killed_and_resumed, name) for name in RUNS}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.background(job=KILLED[name])) for name in RUNS])
+def test_a_killed_and_resumed_run_is_the_run_that_would_have_been(
+    name, background, answering_model_folder, engine, tmp_path, monkeypatch
+):
+    """The killed run and the resumed one are processes with engines of their own; the run left alone is made here."""
+    script, arguments_of, settings = RUNS[name]
+    settings = settings | SETTINGS[name] | {"run_name": "straight"}
+    monkeypatch.setattr("policy_evaluation.init_vllm", lambda *_, **__: engine)
+    importlib.import_module(Path(script).stem).main(arguments_of(answering_model_folder, tmp_path, **settings))
+
+    folder, killed_status, torn, resumed_status = background.result(KILLED[name])
+    assert killed_status == -9
+    assert torn == []
+    assert resumed_status == 0, folder.with_suffix(".log").read_text()[-3000:]
     assert find_differences(tmp_path / "straight", folder) == []
     assert steps_of(folder) == list(range(1, len(steps_of(folder)) + 1))
     assert (folder / "environment_resumed_000001.json").exists() or (

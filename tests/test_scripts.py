@@ -1,60 +1,86 @@
-"""The scripts: for real on a tiny model with a real engine, their mistakes in one line, the README's commands."""
+"""The scripts: for real on a tiny model with a real engine, their mistakes in one line, the documented commands."""
 
-import importlib
 import json
 import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import tomllib
 
 import pytest
 import torch
 import yaml
-from tiny import REPOSITORY, run_script, tiny_arguments
+from test_structure import tracked_files
+from tiny import (
+    REPOSITORY,
+    FakeEvaluator,
+    read_lines,
+    run_python,
+    run_script,
+    tiny_arguments,
+    train_rows,
+    write_lines,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import benchmark
 import SFT_train
-from math_data import load_sft_examples
-from policy_evaluation import Evaluator
-from run_config import ExpertIterationConfig, GRPOConfig, SFTConfig, UserError, load_config, run_main
-
-MODULES = [
-    "SFT_helper",
-    "GRPO_helper",
-    "policy_evaluation",
-    "SFT_train",
-    "GRPO_train",
-    "expert_iteration",
-    "run_checkpoint",
-    "run_config",
-    "run_directory",
-    "run_guard",
-    "run_results",
-    "sweep",
-    "plot_results",
-    "prefix_tree",
-    "benchmark",
-    "math_data",
-    "math_equality",
-    "math_estimate",
-    "math_reward",
-    "math_worker",
-]
+from experiments.benchmark.turns import TURNS
+from plainrl.cli import load_config, run_main
+from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
+from plainrl.data import load_sft_examples
+from plainrl.records import UserError
 
 
-@pytest.fixture(scope="module")
-def sft_run(tiny_model_folder, tmp_path_factory):
-    """One whole run of SFT_train.py: 3 steps, evaluated at 0, 2 and 3."""
-    runs_dir = tmp_path_factory.mktemp("runs")
-    result = run_script("SFT_train.py", *tiny_arguments(tiny_model_folder, runs_dir, run_name="tiny"))
+def run_sft(background):
+    """Run SFT_train.py: 3 steps, evaluated at 0, 2 and 3; then look at final/ in another process (see FRESH_ENGINE)."""
+    runs_dir, start = background.new_folder("runs"), background.start
+    arguments = tiny_arguments(background.tiny_model, runs_dir, run_name="tiny")
+    result = run_script("SFT_train.py", *arguments, start=start)
+    path = runs_dir / "tiny"
+    arguments = [*tiny_arguments(path / "final", runs_dir, run_name="again"), "data=arithmetic"]
+    environment = os.environ | {"CXX": "no-compiler"}
+    return path, result, run_python("-c", FRESH_ENGINE, path, *arguments, start=start, env=environment)
+
+
+# What stands in final/ is the trained policy: first no weights are copied into the engine, then the script does it.
+FRESH_ENGINE = """
+import json, runpy, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from plainrl import engine
+from plainrl.cli import read_yaml
+from plainrl.config import SFTConfig
+from plainrl.data import derive_seed, load_validation_set, validation_subset
+from policy_evaluation import VALIDATION_SAMPLING_SEED
+from SFT_helper import encode_prompt
+folder = Path(sys.argv[1])
+config = SFTConfig.model_validate(read_yaml(folder / "config.yaml"))
+examples = validation_subset(load_validation_set(config), config)
+tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+llm = engine.init_vllm(str(folder / "final"), "cpu", 0, dtype="float32", max_model_len=384)
+ids = [encode_prompt(example.prompt, tokenizer) for example in examples]
+seeds = [derive_seed(VALIDATION_SAMPLING_SEED, "evaluation", index) for index in range(len(ids))]
+responses = engine.sample_responses(llm, ids, engine.sampling_params(config), seeds)
+(folder / "without_sync.json").write_text(json.dumps([response.text for response in responses]))
+engine.init_vllm = lambda *_, **__: llm
+sys.argv = ["policy_evaluation.py", *sys.argv[2:]]
+runpy.run_path("policy_evaluation.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def sft_run(background):
+    """The folder of a whole run of SFT_train.py, and what it printed."""
+    path, result, _ = background.result(run_sft)
     assert result.returncode == 0, result.stderr
-    return runs_dir / "tiny", result
+    return path, result
 
 
+needs_sft_run = pytest.mark.background(job=run_sft)
+
+
+@needs_sft_run
 def test_sft_run_leaves_everything_in_its_folder(sft_run):
     path, result = sft_run
     lines = result.stdout.splitlines()
@@ -72,15 +98,22 @@ def test_sft_run_leaves_everything_in_its_folder(sft_run):
     assert (saved.learning_rate, saved.run_name) == (1e-3, "tiny")
 
 
+SFT_METRICS = {
+    *("train/loss", "train/loss_per_token", "train/token_entropy", "train/num_response_tokens", "train/grad_norm"),
+    *("train/loss_scale", "train/learning_rate", "train/epoch", "time/step", "time/tokens_per_second"),
+    "memory/peak_gib",
+}
+
+
+@needs_sft_run
 def test_sft_run_logs_every_metric_at_every_step(sft_run):
     rows = [json.loads(line) for line in (sft_run[0] / "metrics.jsonl").read_text().splitlines()]
     train = [row for row in rows if "train_step" in row]
     assert [row["train_step"] for row in train] == [1, 2, 3]
     assert [row["eval_step"] for row in rows if "eval/num_examples" in row] == [0, 2, 3]
     assert [row["eval_step"] for row in rows if "eval_all/num_examples" in row] == [3]
-    documented = set(re.findall(r"(?:train|time|memory)/\w+", SFT_train.__doc__))
     for row in train:
-        assert set(row) == documented | {"train_step"}
+        assert set(row) == SFT_METRICS | {"train_step"}
         assert all(value is not None for value in row.values())
     assert train[-1]["train/loss_per_token"] < train[0]["train/loss_per_token"]
     for row in rows:
@@ -89,71 +122,45 @@ def test_sft_run_logs_every_metric_at_every_step(sft_run):
             assert row["eval/num_examples"] == 8
 
 
-def test_final_folder_loads_and_gives_the_evaluated_score_again(sft_run, tmp_path):
+@needs_sft_run
+def test_every_metric_of_an_sft_run_is_defined_in_the_documentation(sft_run):
+    rows = read_lines(sft_run[0] / "metrics.jsonl")
+    defined = set(re.findall(r"`(\w+/\w+)`", (REPOSITORY / "docs/metrics.md").read_text()))
+    logged = {name.replace("eval_all/", "eval/") for row in rows for name in row if "/" in name}
+    assert not logged - defined
+
+
+@needs_sft_run
+def test_final_folder_loads_and_gives_the_evaluated_score_again(sft_run, background):
     """In float32 the same seeds give the same tokens in a fresh process and engine, not only a like score."""
     final = sft_run[0] / "final"
     AutoTokenizer.from_pretrained(final)
     assert AutoModelForCausalLM.from_pretrained(final).dtype == torch.float32
-    result = run_script("policy_evaluation.py", *tiny_arguments(final, tmp_path, run_name="again"), "data=arithmetic")
+    result = background.result(run_sft)[2]
     assert result.returncode == 0, result.stderr
     for heading in ("format 1, answer 1", "format 1, answer 0", "format 0"):
         assert f"=== {heading}: " in result.stdout
     assert re.search(r"answer_reward +\d", result.stdout)
     first, again = (
-        path.read_text()
-        for path in (sft_run[0] / "samples/eval_000003.jsonl", tmp_path / "again/samples/eval_000000.jsonl")
+        [row["response"] for row in read_lines(path)]
+        for path in (
+            sft_run[0] / "samples/eval_000003.jsonl",
+            sft_run[0].with_name("again") / "samples/eval_000000.jsonl",
+        )
     )
-    responses = [[json.loads(line)["response"] for line in text.splitlines()] for text in (first, again)]
-    assert responses[0] == responses[1]
+    assert first == again
 
 
-def test_final_folder_loads_in_a_fresh_engine_without_a_sync(sft_run):
+@needs_sft_run
+def test_final_folder_loads_in_a_fresh_engine_without_a_sync(sft_run, background):
     """What stands in the folder is the trained policy: no weights are copied here, and the tokens are the same.
 
     Also where there is no C++ compiler, which the engine otherwise uses for a helper of its sampler.
     """
-    code = """
-import sys
-from pathlib import Path
-from transformers import AutoTokenizer
-from math_data import load_validation_set, validation_subset
-from policy_evaluation import VALIDATION_SAMPLING_SEED, derive_seed, init_vllm, sample_responses, sampling_params
-from run_config import SFTConfig, read_yaml
-from SFT_helper import encode_prompt
-folder = Path(sys.argv[1])
-config = SFTConfig.model_validate(read_yaml(folder / "config.yaml"))
-examples = validation_subset(load_validation_set(config), config)
-tokenizer = AutoTokenizer.from_pretrained(folder / "final")
-llm = init_vllm(str(folder / "final"), "cpu", 0, dtype="float32", max_model_len=384)
-ids = [encode_prompt(example.prompt, tokenizer) for example in examples]
-seeds = [derive_seed(VALIDATION_SAMPLING_SEED, "evaluation", index) for index in range(len(ids))]
-for response in sample_responses(llm, ids, sampling_params(config), seeds):
-    print(repr(response.text))
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(sft_run[0])],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"CXX": "no-compiler"},
-        timeout=300,
-    )
+    result = background.result(run_sft)[2]
     assert result.returncode == 0, result.stderr
-    evaluated = (sft_run[0] / "samples/eval_000003.jsonl").read_text().splitlines()
-    assert result.stdout.splitlines()[-len(evaluated) :] == [repr(json.loads(row)["response"]) for row in evaluated]
-
-
-class FakeEvaluator(Evaluator):
-    """An evaluator without an engine, for tests of the training loop alone."""
-
-    def __init__(self, config, run, tokenizer, examples):
-        self.config, self.run, self.tokenizer = config, run, tokenizer
-
-    def evaluate(self, policy, eval_step, examples=None, prefix="eval"):
-        metrics = {"answer_reward": 0.0, "format_reward": 0.0, "response_length": 1.0, "truncated_fraction": 0.0}
-        metrics["num_examples"] = 8
-        self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
-        return metrics
+    evaluated = [row["response"] for row in read_lines(sft_run[0] / "samples/eval_000003.jsonl")]
+    assert json.loads((sft_run[0] / "without_sync.json").read_text()) == evaluated
 
 
 @pytest.fixture
@@ -163,11 +170,6 @@ def without_engine(monkeypatch):
 
 def select(config):
     return SFT_train.select_examples(load_sft_examples(config), config)
-
-
-def metrics_of(path):
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "train_step" in row]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(without_engine, tiny_model_folder, tmp_path):
@@ -234,7 +236,7 @@ def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_fo
     with pytest.raises(UserError, match=r"step 2: loss nan.*arithmetic train, question \d+"):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="bad", learning_rate="1e38"))
     assert "nothing newer than the last checkpoint" in capsys.readouterr().err
-    assert [row["train_step"] for row in metrics_of(tmp_path / "bad")] == [1]
+    assert [row["train_step"] for row in train_rows(tmp_path / "bad")] == [1]
     assert not (tmp_path / "bad/checkpoints").exists()
 
 
@@ -243,7 +245,7 @@ def test_weights_that_are_no_numbers_never_become_a_checkpoint(without_engine, t
     arguments = tiny_arguments(
         tiny_model_folder, tmp_path, run_name="bad", learning_rate="1e39", checkpoint_interval=1, eval_interval=50
     )
-    with pytest.raises(UserError, match="infinite or no numbers after step 1: they are not saved"):
+    with pytest.raises(UserError, match="infinite or NaN after step 1: they are not saved"):
         SFT_train.main(arguments)
     assert "nothing newer than the last checkpoint" in capsys.readouterr().err
     assert list((tmp_path / "bad").glob("checkpoints/*")) == []
@@ -313,7 +315,7 @@ def test_a_signal_lets_the_step_finish_and_saves(
         run_main(SFT_train.main)
     assert caught.value.code == status
     assert "state after step 1 saved" in capsys.readouterr().err
-    assert len(metrics_of(tmp_path / "stopped")) == 1
+    assert len(train_rows(tmp_path / "stopped")) == 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "stopped/checkpoints/step_000001/model")
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
@@ -324,7 +326,7 @@ def test_out_of_memory_on_a_gpu_saves_and_names_what_reduces_it(
     original = SFT_train.accumulate_gradients
 
     def third_step_is_too_large(*arguments):
-        if len(metrics_of(tmp_path / "oom")) == 2:
+        if len(train_rows(tmp_path / "oom")) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return original(*arguments)
 
@@ -345,7 +347,7 @@ def test_steps_override_epochs_and_epochs_may_be_fractions(without_engine, tiny_
         ("half", {"num_epochs": 0.5}, 2),
     ):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, **overrides))
-        rows = metrics_of(tmp_path / name)
+        rows = train_rows(tmp_path / name)
         assert len(rows) == num_steps
         assert rows[-1]["train/epoch"] == pytest.approx(num_steps * 8 / 24)
 
@@ -360,12 +362,9 @@ def test_learning_rate_schedules_by_hand():
     assert SFT_train.learning_rate_at(1, 10, SFTConfig(learning_rate=0.5)) == 0.5
 
 
-def write_lines(path, records):
-    path.write_text("".join(record if isinstance(record, str) else json.dumps(record) + "\n" for record in records))
-    return path
-
-
 GSM8K = {"question": "How many legs have 3 cats?", "answer": "3*4=<<3*4=12>>12\n#### 12"}
+
+
 TRACE = {"problem": "1 + 1?", "reasoning_trace": " 2 </think> <answer> 2 </answer>", "expected_answer": "2"}
 
 
@@ -389,7 +388,7 @@ def test_examples_are_drawn_from_the_filtered_ones(tmp_path):
 def test_a_response_is_taught_to_end(tokenizer, tmp_path):
     """With the stop string at its end, or else with EOS."""
     records = [TRACE, {"prompt": "1 + 1?", "response": "It is \\boxed{2}."}]
-    config = SFTConfig(train_data=str(write_lines(tmp_path / "sft.jsonl", records)))
+    config = SFTConfig(train_data=write_lines(tmp_path / "sft.jsonl", records))
     rows = SFT_train.tokenize_examples(load_sft_examples(config), tokenizer, config)
     assert [row.response_ids[-1] == tokenizer.eos_token_id for row in rows] == [False, True]
     assert [row.response_ids.count(tokenizer.eos_token_id) for row in rows] == [0, 1]
@@ -397,7 +396,7 @@ def test_a_response_is_taught_to_end(tokenizer, tmp_path):
 
 def test_responses_over_the_sampling_limit_are_counted(tokenizer, tmp_path, capsys):
     config = SFTConfig(
-        train_data=str(write_lines(tmp_path / "sft.jsonl", [TRACE])), sampling_max_tokens=4, sampling_min_tokens=1
+        train_data=write_lines(tmp_path / "sft.jsonl", [TRACE]), sampling_max_tokens=4, sampling_min_tokens=1
     )
     SFT_train.tokenize_examples(load_sft_examples(config), tokenizer, config)
     assert "1 of 1 training responses are longer than sampling_max_tokens = 4" in capsys.readouterr().out
@@ -406,7 +405,7 @@ def test_responses_over_the_sampling_limit_are_counted(tokenizer, tmp_path, caps
 def test_long_examples_are_never_cut(tokenizer, tmp_path, capsys):
     records = [TRACE, TRACE | {"problem": "long " * 200}]
     config = SFTConfig(
-        train_data=str(write_lines(tmp_path / "sft.jsonl", records)), max_context_tokens=160, sampling_max_tokens=16
+        train_data=write_lines(tmp_path / "sft.jsonl", records), max_context_tokens=160, sampling_max_tokens=16
     )
     examples = select(config)
     with pytest.raises(
@@ -419,6 +418,8 @@ def test_long_examples_are_never_cut(tokenizer, tmp_path, capsys):
 
 
 ONE_EACH = {"num_sft_examples": "all", "num_eval_examples": 1}
+
+
 BAD_INPUTS = {
     "missing file": ({"train_data": "none.jsonl"}, "none.jsonl does not exist"),
     "empty file": ({"train_data": "empty.jsonl"}, "empty.jsonl is empty"),
@@ -465,62 +466,68 @@ def test_gsm8k_layout_trains_by_changing_data_keys_only(without_engine, tiny_mod
     )
     data = {"train_data": train, "validation_data": validation}
     SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="gsm8k", **data))
-    assert len(metrics_of(tmp_path / "gsm8k")) == 3
+    assert len(train_rows(tmp_path / "gsm8k")) == 3
     assert "left out: 2 of 26 training examples have their question in" in capsys.readouterr().out
     with pytest.raises(UserError, match="train_data = .*: 16 of 16 training examples have their question in"):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, **data | {"train_data": validation}))
 
 
-def test_mistakes_end_in_one_line_without_a_traceback():
-    result = run_script("SFT_train.py", "preset=laptop", "learning_rat=1e-5")
+def run_with_a_mistake(background):
+    return run_script("SFT_train.py", "preset=laptop", "learning_rat=1e-5", start=background.start)
+
+
+@pytest.mark.background(job=run_with_a_mistake)
+def test_mistakes_end_in_one_line_without_a_traceback(background):
+    result = background.result(run_with_a_mistake)
     assert result.returncode == 2
     assert result.stderr == "error: unknown key learning_rat (command line): did you mean learning_rate?\n"
 
 
-def test_importing_a_module_is_light():
-    """No import parses arguments, starts CUDA, or brings in vLLM or wandb."""
-    code = (
-        f"import sys; sys.argv.append('nonsense')\nfor name in {MODULES!r}: __import__(name)\n"
-        "import torch; assert not torch.cuda.is_initialized(); assert not {'vllm', 'wandb'} & set(sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=120)
-    assert result.returncode == 0, result.stderr
+def documentation():
+    """Every page that a user reads."""
+    return {path.name: path.read_text() for path in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"))}
 
 
-def test_no_module_shadows_a_library():
-    import importlib.metadata
-
-    taken = set(sys.stdlib_module_names) | {name.lower() for name in importlib.metadata.packages_distributions()}
-    assert not {path.stem.lower() for path in REPOSITORY.glob("*.py")} & taken
-
-
-def readme_commands():
-    text = (REPOSITORY / "README.md").read_text()
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+def documented_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", "\n".join(documentation().values()), re.DOTALL)
     return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if "python " in line]
 
 
+ARGUMENTS = {  # of what is no script with a configuration
+    "tests/kill_and_resume.py": {"--kills", "20", "--soak", "200"},
+    "experiments.sweep": {"--dry-run", "--gpus", "0,1", "--keep-weights", "seeds", "--variant"},
+    "experiments.benchmark": {*TURNS, "all", "results_dir"},
+    "experiments.runs": {"compare", "runs/A", "runs/B", "other_runs"},
+    "experiments.grader_report": {"pairs.tsv"},
+}
+
+
 def test_readme_commands_exist():
-    commands = readme_commands()
+    commands = [re.split("[#>|]", command)[0].strip() for command in documented_commands()]
     assert "pip install -q uv && uv run python SFT_train.py" in commands
+    schemas = (SFTConfig, GRPOConfig, ExpertIterationConfig)
     for command in commands:
-        script, *arguments = command.split("#")[0].partition("python ")[2].split()
-        assert (REPOSITORY / script).is_file(), command
+        script, *arguments = command.partition("python ")[2].split()
+        if script == "-m":
+            script, *arguments = arguments
+            path = REPOSITORY / script.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
+        else:
+            assert (REPOSITORY / script).is_file() or "my_" in script, command  # one of the user's own
+        keys = {"data", "config", "--help"}.union(*(schema.model_fields for schema in schemas))
+        keys |= ARGUMENTS.get(script, set())
         for argument in arguments:
             key = argument.partition("=")[0]
-            schemas = (SFTConfig, GRPOConfig, ExpertIterationConfig)
-            keys = {"data", "config", "--help", "--report"}.union(*(schema.model_fields for schema in schemas))
-            keys |= {"sweep.py": {"--dry-run"}, "benchmark.py": set(benchmark.TURNS) | {"all"}}.get(script, set())
-            is_sweep = key.startswith("sweeps/") and (REPOSITORY / key).is_file()
+            is_sweep = key.startswith("experiments/sweeps/") and (REPOSITORY / key).is_file()
             assert key in keys or is_sweep, command
 
 
 def test_readme_sets_up_what_the_project_and_its_presets_name():
     """`uv sync` groups exist; `hf download` brings the model, and the folder of data, that the GPU presets name."""
-    text = (REPOSITORY / "README.md").read_text()
+    text = "\n".join(documentation().values())
     groups = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["dependency-groups"]
     assert set(re.findall(r"--(?:no-)?group (\w+)", text)) == {"cpu", "gpu", "flash"} <= set(groups)
-    for file in ("config.yaml", "grpo_train.yaml", "expert_iteration.yaml"):
+    for file in ("config.yaml", "grpo_train.yaml", "experiments/expert_iteration.yaml"):
         for preset in ("one-gpu", "two-gpu"):
             values = yaml.safe_load((REPOSITORY / file).read_text())["presets"][preset]
             assert f"hf download {values['model']}\n" in text
@@ -529,32 +536,26 @@ def test_readme_sets_up_what_the_project_and_its_presets_name():
 
 
 def test_readme_names_files_that_exist():
-    text = (REPOSITORY / "README.md").read_text()
-    assert "pip install -q uv && uv run pytest" in text
-    assert "@@" not in text
-    for name in re.findall(r"`([\w/]+\.(?:py|yaml|prompt|md))`", text):
-        assert (REPOSITORY / name).is_file(), name
+    """In docs/, a name may leave out the folder; NAME stands for a name of the user's own."""
+    assert "pip install -q uv && uv run pytest" in documentation()["README.md"]
+    known = {path.name for path in tracked_files()}
+    for page, text in documentation().items():
+        assert "@@" not in text
+        for name in re.findall(r"`([\w/]+\.(?:py|yaml|prompt|md))`", text):
+            is_known = page != "README.md" and (name in known or name.startswith("NAME"))
+            assert (REPOSITORY / name).is_file() or is_known, f"{page}: {name}"
+        without_code = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+        for name in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", without_code):
+            folder = REPOSITORY if page == "README.md" else REPOSITORY / "docs"
+            assert (folder / name).exists(), f"{page}: link to {name}"
 
 
 def test_each_fault_in_the_readme_has_its_test():
     """The table "What happens when..." names a test in each row, and the test exists."""
-    table = (REPOSITORY / "README.md").read_text().partition("### What happens when")[2].partition("\n\n`uv run")[0]
+    table = documentation()["running.md"].partition("## What happens when...\n")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 15
     tests = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py"))
     for row in rows:
         names = re.findall(r"`(test_\w+)`", row.split("|")[-2])
         assert names and all(f"def {name}(" in tests for name in names), row
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_public_functions_are_documented(name):
-    module = importlib.import_module(name)
-    for attribute, value in vars(module).items():
-        if (
-            not attribute.startswith("_")
-            and getattr(value, "__module__", None) == name
-            and callable(value)
-            and attribute != "RewardFunction"
-        ):
-            assert value.__doc__, f"{name}.{attribute}"

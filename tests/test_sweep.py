@@ -13,11 +13,11 @@ import pytest
 import yaml
 from tiny import REPOSITORY
 
-import sweep
-from run_config import UserError
-from run_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
+from experiments import sweep, sweep_plan
+from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
+from plainrl.records import UserError
 
-# token_mean fails, masked_normalize waits for a signal in its first sitting, the others end well
+# token_mean fails, masked_normalize waits for a signal in its first session, the others end well
 FAKE_SCRIPT = """
 import json, signal, sys, time
 from pathlib import Path
@@ -59,7 +59,7 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "GRPO_train.py").write_text(FAKE_SCRIPT)
     shutil.copy(REPOSITORY / "grpo_train.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(sweep_plan, "REPOSITORY", tmp_path)
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
     write_sweep()
     return tmp_path
@@ -149,7 +149,7 @@ def test_changed_settings_are_not_taken_for_the_same(workplace):
 
 def test_a_fingerprint_follows_from_what_is_computed_alone(workplace):
     def fingerprint(*overrides):
-        return sweep.plan(Path("mine.yaml"), ["preset=laptop", *overrides])[1][0].fingerprint
+        return sweep_plan.plan(Path("mine.yaml"), ["preset=laptop", *overrides])[1][0].fingerprint
 
     same = fingerprint("learning_rate=1e-5", "wandb_mode=offline", "max_rollout_seconds=7200")
     assert same == fingerprint("learning_rate=0.00001", "runs_dir=elsewhere") != fingerprint("learning_rate=2e-5")
@@ -172,7 +172,10 @@ def test_failures_are_listed_with_their_last_line_and_the_others_run(workplace, 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number, status):
     write_sweep({"slow": {"length_normalization": "masked_normalize"}, **VARIANTS})
-    code = "import pathlib, sweep, run_config\nsweep.REPOSITORY = pathlib.Path.cwd()\nrun_config.run_main(sweep.main)\n"
+    code = (
+        "from pathlib import Path\nfrom experiments import sweep, sweep_plan\nfrom plainrl.cli import run_main\n"
+        "sweep_plan.REPOSITORY = Path.cwd()\nrun_main(sweep.main)\n"
+    )
     command = [sys.executable, "-c", code, "mine.yaml", "preset=laptop", "seeds=[0]"]
     process = subprocess.Popen(
         command,
@@ -189,7 +192,9 @@ def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number
     output, _ = process.communicate(timeout=30)
     assert process.returncode == status
     assert (folder / "saved").read_text() == "once"
-    assert "to go on: uv run python sweep.py mine.yaml preset=laptop seeds=[0]" in output.replace("'", "")
+    assert "to continue: uv run python -m experiments.sweep mine.yaml preset=laptop seeds=[0]" in output.replace(
+        "'", ""
+    )
     assert not Path("runs/mine-b-seed0").exists() and not Path("results").exists()
 
     run_sweep("seeds=[0]")
@@ -215,9 +220,9 @@ def test_one_run_at_a_time_on_each_gpu(workplace, monkeypatch):
 
 def test_another_preset_has_results_of_its_own_and_no_laptop_settings(workplace):
     write_sweep(laptop={"group_size": 4})
-    results, runs = sweep.plan(Path("mine.yaml"), ["preset=laptop"])
+    results, runs = sweep_plan.plan(Path("mine.yaml"), ["preset=laptop"])
     assert (str(results), runs[0].folder.name, runs[0].settings["group_size"]) == ("results/mine", "mine-b-seed0", 4)
-    results, runs = sweep.plan(Path("mine.yaml"), [], preset="one-gpu")
+    results, runs = sweep_plan.plan(Path("mine.yaml"), [], preset="one-gpu")
     assert (str(results), runs[0].folder.name) == ("results/mine-one-gpu", "mine-one-gpu-b-seed0")
     assert "group_size" not in runs[0].settings and runs[0].settings["preset"] == "one-gpu"
 
@@ -229,17 +234,17 @@ def test_another_preset_has_results_of_its_own_and_no_laptop_settings(workplace)
         ({"script": "train.py"}, [], "mine.yaml: script: Input should be 'SFT_train.py'"),
         ({"seeds": []}, [], "mine.yaml: seeds: "),
         ({"minutes": {"b": 1}}, [], "mine.yaml: minutes: give one number, or one for each of b, a"),
-        ({"variants": {"x/y": {}}}, [], "mine.yaml: variants: 'x/y' is to name a folder"),
+        ({"variants": {"x/y": {}}}, [], "mine.yaml: variants: 'x/y' must name a folder"),
         ({"variants": {"x": {"lr": 1}}}, [], "mine.yaml, x: unknown key lr"),
-        ({"settings": {"seed": 1}}, [], "mine.yaml: seed is not among the settings of a sweep"),
+        ({"settings": {"seed": 1}}, [], "mine.yaml: seed must not be a setting of a sweep"),
         ({}, ["seeds=0"], "seeds = 0: write a list"),
         ({}, ["seeds=[0"], "seeds = [0: write a list"),
         ({}, ["seeds=[true]"], "seeds = [true]: write a list"),
         ({}, ["seeds=2001-99-99"], "seeds = 2001-99-99: write a list"),
         ({}, ["seeds=[0,0]"], "seeds = [0,0]: write a list of different"),
-        ({"seeds": [1, 1]}, [], "mine.yaml: seeds: Value error, each may stand there once"),
+        ({"seeds": [1, 1]}, [], "mine.yaml: seeds: Value error, a seed stands there twice"),
         ({"grid": {"seed": []}}, [], "mine.yaml: grid.seed: "),
-        ({"variants": {"x": {"preset": "laptop"}}}, [], "mine.yaml: preset is one for all variants"),
+        ({"variants": {"x": {"preset": "laptop"}}}, [], "mine.yaml: all variants share one preset"),
         ({}, ["learning_rate"], "argument 'learning_rate': write key=value"),
         ({}, ["learning_rate=fast"], "mine.yaml, b: learning_rate = 'fast'"),
     ],
@@ -252,17 +257,36 @@ def test_mistakes_are_named_before_anything_runs(workplace, values, overrides, m
     assert not Path("runs").exists()
 
 
-SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
+SWEEPS = sorted((REPOSITORY / "experiments/sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_committed_sweep_counts_as_finished(path, monkeypatch, capsys):
+    """The fingerprints in results/*/runs.csv hold wherever a script has moved to."""
+    monkeypatch.chdir(REPOSITORY)
+    sweep.main([str(path.relative_to(REPOSITORY)), "--dry-run", "preset=laptop"])
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert lines and {line.split()[0] for line in lines} == {"finished"}
+    assert summary.startswith(f"0 of {len(lines)} runs to go, ")
+
+
+def test_a_run_is_started_from_any_folder():
+    def command(name):
+        path = REPOSITORY / f"experiments/sweeps/{name}.yaml"
+        return sweep_plan.plan(path, ["preset=laptop"])[1][0].command
+
+    assert command("expert_iteration")[:3] == [sys.executable, "-m", "experiments.expert_iteration"]
+    assert command("zero_shot")[:2] == [sys.executable, str(REPOSITORY / "policy_evaluation.py")]
 
 
 @pytest.mark.parametrize("preset", ["laptop", "one-gpu"])
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_file_is_valid_for_its_script(path, preset):
-    if preset not in (sweep.read_sweep(path).presets or [preset]):
-        with pytest.raises(UserError, match="written for preset=laptop, not one-gpu"):
-            sweep.plan(path, [f"preset={preset}"])
+    if preset not in (sweep_plan.read_sweep(path).presets or [preset]):
+        with pytest.raises(UserError, match="its settings are for preset=laptop, not for preset=one-gpu"):
+            sweep_plan.plan(path, [f"preset={preset}"])
         return
-    _, runs = sweep.plan(path, [f"preset={preset}"])
+    _, runs = sweep_plan.plan(path, [f"preset={preset}"])
     assert len({run.folder for run in runs}) == len(runs)
     trained = [run for run in runs if run.script != "policy_evaluation.py"]
     assert len({run.seed for run in trained}) in (0, 3)

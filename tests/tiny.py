@@ -1,14 +1,21 @@
-"""Tiny models, and the arguments of whole runs of the scripts on them."""
+"""Tiny models, the arguments of whole runs of the scripts on them, and what several tests share."""
 
+import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from math_data import PROMPTS_FOLDER, arithmetic_records, format_response
+from plainrl.checkpoint import TrainingState, fingerprint
+from plainrl.data import PROMPTS_FOLDER, format_response
+from plainrl.grading.rewards import REWARD_FUNCTIONS
+from plainrl.sources import arithmetic_records
+from policy_evaluation import Evaluator
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -17,8 +24,9 @@ def make_tiny_model(folder):
     """Save a random Llama of 2 layers, width 64, tied embeddings, with a byte-level BPE of the embedded data."""
     records = arithmetic_records("train", (2, 3), 20)[:200]
     texts = [(PROMPTS_FOLDER / "r1_zero.prompt").read_text()] * 20
+    reward = REWARD_FUNCTIONS["r1_zero"]
     texts += [
-        f"{record.question}{format_response(record.reasoning, record.ground_truth, 'r1_zero')}" for record in records
+        f"{record.question}{format_response(record.reasoning, record.ground_truth, reward)}" for record in records
     ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +62,8 @@ def make_tiny_model(folder):
 
 def make_answering_model(folder, tiny_model_folder):
     """Save a tiny model that keeps the format of r1_zero and guesses a digit: its rewards, and gradients, vary."""
-    from SFT_helper import get_masked_response_log_probs, tokenize_prompt_and_output
+    from plainrl.log_probs import get_masked_response_log_probs
+    from SFT_helper import tokenize_prompt_and_output
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
@@ -112,7 +121,7 @@ def grpo_arguments(model, runs_dir, **overrides):
 
 
 def expert_iteration_arguments(model, runs_dir, **overrides):
-    """The arguments of a run of expert_iteration.py: 2 steps of 8 questions x 16 responses, 2 passes over the kept."""
+    """The arguments of a run of expert iteration: 2 steps of 8 questions x 16 responses, 2 passes over the kept."""
     values = {
         "warm_start": "",
         "n_ei_steps": 2,
@@ -130,8 +139,75 @@ def _without_sft_keys(arguments):
     return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
 
 
-def run_script(name, *arguments, folder=REPOSITORY):
+def run_script(name, *arguments, folder=REPOSITORY, start=subprocess.Popen):
     """Run a script of the repository to its end."""
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / name), *arguments], capture_output=True, text=True, cwd=folder, timeout=300
-    )
+    return run_python(str(REPOSITORY / name), *arguments, folder=folder, start=start)
+
+
+def run_python(*arguments, folder=REPOSITORY, start=subprocess.Popen, **options):
+    """Run Python with arguments to its end; `start` starts the process."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = start([sys.executable, *map(str, arguments)], cwd=folder, **pipes, **options)
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+class FakeEvaluator(Evaluator):
+    """An evaluator without an engine, for tests of the training loops alone. Every score is zero."""
+
+    def __init__(self, config, run, tokenizer, examples):
+        self.config, self.run, self.tokenizer, self.examples = config, run, tokenizer, examples
+
+    def sync(self, policy, with_probes=True):
+        return {}
+
+    def sleep(self):
+        pass
+
+    def evaluate(self, policy, eval_step):
+        return self._log(eval_step, "eval")
+
+    def evaluate_finally(self, policy, num_steps, examples):
+        self._log(num_steps, "eval_all")
+
+    def _log(self, eval_step, prefix):
+        metrics = {"answer_reward": 0.0, "format_reward": 0.0, "response_length": 1.0, "truncated_fraction": 0.0}
+        metrics["num_examples"] = 8
+        self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
+        return metrics
+
+
+def new_state(model, tokenizer, data="data"):
+    """The state of a training that has not begun."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return TrainingState(model, tokenizer, optimizer, fingerprint([data]))
+
+
+def take_step(state, step):
+    """One step of a training that draws from all global generators."""
+    noise = torch.randn(()).item() + random.random() + np.random.rand()
+    ids = torch.randint(0, 512, (2, 8))
+    (state.policy(ids).logits.square().mean() * (1 + noise)).backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.complete_step(step, metrics_bytes=10 * step)
+
+
+def write_lines(path, records):
+    """Write records, or lines that are none, to a JSON-lines file; return its path as a text."""
+    path.write_text("".join(record if isinstance(record, str) else json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def read_lines(path):
+    """The objects in a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def train_rows(folder):
+    """The rows of a run's metrics that belong to optimizer steps."""
+    return [row for row in read_lines(folder / "metrics.jsonl") if "train_step" in row]

@@ -1,0 +1,1 @@
+"""What is run with the scripts: `uv run python -m experiments.NAME`."""

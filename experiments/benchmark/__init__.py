@@ -1,0 +1,1 @@
+"""This code against TRL, on one machine: `uv run python -m experiments.benchmark`."""

@@ -1,0 +1,115 @@
+"""Every figure and every table of results/: which curves, which metrics, under which names.
+
+A curve is a variant of a sweep. An experiment may borrow variants of another one. Add a figure or a table here.
+"""
+
+from experiments.curves import Curve, Group, Panel
+from plainrl.run_records import EVAL_SCORE
+
+ENTROPY, LOSS, GRAD_NORM = "eval/token_entropy", "train/loss_per_token", "train/grad_norm"
+
+SFT_EXAMPLES = [Curve("sft_examples", f"num_sft_examples={n}", f"{n} examples") for n in (128, 256, 512, 1024, "all")]
+SFT_FILTER = [
+    Curve("sft_filter", "filter_correct=false", "all traces"),
+    Curve("sft_filter", "filter_correct=true", "correct traces alone"),
+    Curve("sft_examples", "num_sft_examples=1024", "none corrupted"),
+]
+LEARNING_RATES = [
+    Curve("grpo_learning_rate", f"learning_rate={rate}", f"learning rate {float(rate):g}", f"learning rate {short}")
+    for rate, short in (("5e-06", "5e-6"), ("1e-05", "1e-5"), ("2e-05", "2e-5"), ("0.0001", "1e-4"))
+]
+ON_POLICY = Curve("grpo_off_policy", "on_policy", "on-policy")  # the baseline again, on the later experiments' machine
+BASELINE = Curve("grpo_learning_rate", "learning_rate=2e-05", "baseline: masked_mean, std, on-policy", "baseline")
+MASKED_MEAN = BASELINE._replace(short="masked_mean (baseline)")
+LENGTH_NORMALIZATION = [
+    MASKED_MEAN,
+    Curve("grpo_ablation", "masked_normalize", "masked_normalize"),
+    Curve("grpo_ablation", "token_mean", "token_mean"),
+]
+ADVANTAGES = [
+    BASELINE,
+    Curve("grpo_ablation", "no_std_normalization", "without std normalization"),
+    Curve("grpo_ablation", "no_baseline", "without baseline and std"),
+]
+CLIP = [
+    ON_POLICY,
+    Curve("grpo_ablation", "off_policy_clip", "off-policy, clip"),
+    Curve("grpo_ablation", "off_policy_no_clip", "off-policy, no clip"),
+]
+OFF_POLICY = [
+    ON_POLICY,
+    Curve("grpo_ablation", "off_policy_clip", "1 x 32"),
+    Curve("grpo_off_policy", "2x64", "2 x 64"),
+    Curve("grpo_off_policy", "4x128", "4 x 128"),
+]
+CHECKPOINTS = [
+    ON_POLICY._replace(label="from the early checkpoint"),
+    Curve("sft_checkpoint", "final", "from the late checkpoint"),
+]
+PROMPTS = [ON_POLICY._replace(label="r1_zero"), Curve("prompt", "question_only", "question_only")]
+SFT_CONTINUED = [
+    BASELINE._replace(label="GRPO", short=""),
+    Curve("sft_continued", "all_traces", "SFT continued, 1,600 traces"),
+    Curve("sft_continued", "same_traces", "SFT continued, the warm start's traces", "SFT continued, 256 traces"),
+]
+METHODS = [*SFT_CONTINUED, Curve("expert_iteration", "default", "expert iteration")]
+METHODS_TABLE = [
+    Curve("zero_shot", "r1_zero", "untrained (zero-shot)"),
+    Curve("warm-start", "default", "warm start: 16 SFT steps on 256 traces"),
+    BASELINE._replace(label="GRPO from the warm start, 24 steps, no further traces"),
+    Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no further traces"),
+    Curve("sft_continued", "same_traces", "SFT from the warm start, 100 steps on its own 256 traces"),
+    Curve("sft_continued", "all_traces", "SFT from the warm start, 100 steps on 1,600 traces"),
+]
+SFT_PANELS = [Panel("optimizer_steps", LOSS), Panel("optimizer_steps", EVAL_SCORE)]
+REWARD_AND_ENTROPY = [Panel("rollout_batches", EVAL_SCORE), Panel("rollout_batches", ENTROPY)]
+FIGURES = {
+    "SFT-train-loss.png": [
+        Group("SFT on more examples", SFT_EXAMPLES, SFT_PANELS),
+        Group("SFT with three in ten traces corrupted", SFT_FILTER, SFT_PANELS),
+    ],
+    "RL-eval-reward.png": [Group("GRPO on held-out questions", LEARNING_RATES, REWARD_AND_ENTROPY)],
+    "Module-ablation-eval.png": [
+        Group(
+            "Length normalization",
+            LENGTH_NORMALIZATION,
+            [Panel("rollout_batches", EVAL_SCORE), Panel("optimizer_steps", GRAD_NORM)],
+        ),
+        Group("Advantages", ADVANTAGES, REWARD_AND_ENTROPY),
+        Group("Off-policy, with and without the clip", CLIP, REWARD_AND_ENTROPY),
+    ],
+    "GRPO-eval-reward.png": [
+        Group(
+            "Updates per rollout batch: epochs x batch size",
+            OFF_POLICY,
+            [Panel("rollout_batches", EVAL_SCORE), Panel("minutes", EVAL_SCORE)],
+        ),
+        Group("From two SFT checkpoints", CHECKPOINTS, REWARD_AND_ENTROPY),
+    ],
+    "prompt/prompts.png": [
+        Group(
+            "GRPO with two prompts",
+            PROMPTS,
+            [Panel("rollout_batches", EVAL_SCORE), Panel("rollout_batches", "eval/response_length")],
+        )
+    ],
+    "expert_iteration/methods.png": [
+        Group(
+            "Four methods from one warm start",
+            METHODS,
+            [Panel("minutes", EVAL_SCORE), Panel("sampled_tokens", EVAL_SCORE), Panel("minutes", ENTROPY)],
+        )
+    ],
+}
+TABLES = {
+    "sft_examples": SFT_EXAMPLES,
+    "sft_filter": SFT_FILTER,
+    "grpo_learning_rate": LEARNING_RATES,
+    "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
+    "grpo_off_policy": OFF_POLICY,
+    "sft_checkpoint": CHECKPOINTS,
+    "prompt": PROMPTS,
+    "sft_continued": SFT_CONTINUED,
+    "expert_iteration": METHODS,
+    "zero_shot": [Curve("zero_shot", "r1_zero", "untrained, r1_zero prompt")],
+}

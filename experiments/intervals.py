@@ -1,0 +1,49 @@
+"""The statistics of the tables: means over seeds, differences of means, shares, each with its 95 % interval.
+
+mean          m +- t_{0.975, n-1} s / sqrt(n)    s: sample standard deviation over n seeds
+difference    Welch, 1947: the two standard deviations may differ
+share         Wilson, 1927: right answers among n questions
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from scipy import stats
+
+
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and half the width of its 95 % t-interval; the half width of one value is 0.
+
+    >>> mean_and_half_width([0.5])
+    (0.5, 0.0)
+    """
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, 0.0
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def difference_and_half_width(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
+    """Return the difference of two means, and half the width of its 95 % interval.
+
+    Args:
+        values: one value per seed, at least two.
+        baseline: likewise; its mean is subtracted.
+
+    Source: Welch, "The generalization of Student's problem", 1947.
+    """
+    if statistics.pstdev(values) == statistics.pstdev(baseline) == 0:
+        return statistics.fmean(values) - statistics.fmean(baseline), 0.0
+    low, high = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval()
+    return float(low + high) / 2, float(high - low) / 2
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a probability, given the share of successes in n trials.
+
+    Source: Wilson, "Probable inference", 1927.
+    """
+    interval = stats.binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

@@ -1,0 +1,210 @@
+"""What a sweep file asks for: its variants and seeds, as runs of a script with valid settings.
+
+A sweep file names a script, seeds, settings of all runs, and variants. Each variant with each seed is one run.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from plainrl.checkpoint import fingerprint
+from plainrl.cli import choose_preset, load_config, read_yaml
+from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig, is_setting
+from plainrl.records import UserError
+
+REPOSITORY = Path(__file__).parent.parent
+EVALUATION_SCRIPT = "policy_evaluation.py"
+SET_BY_THE_SWEEP = {"seed", "run_name", "resume", "resume_with_changes", "config"}
+Scalar = bool | int | float | str
+Settings = dict[str, Scalar | list[Scalar]]
+
+
+class Script(NamedTuple):
+    """A script that a sweep can run: its configuration, its YAML file, and how Python starts it."""
+
+    schema: type[RunConfig]
+    yaml_path: str
+    command: tuple[str, ...]
+
+
+SCRIPTS = {  # the names are part of every committed fingerprint: keep them, wherever the script moves
+    "SFT_train.py": Script(SFTConfig, "config.yaml", ("SFT_train.py",)),
+    "GRPO_train.py": Script(GRPOConfig, "grpo_train.yaml", ("GRPO_train.py",)),
+    "expert_iteration.py": Script(
+        ExpertIterationConfig, "experiments/expert_iteration.yaml", ("-m", "experiments.expert_iteration")
+    ),
+    EVALUATION_SCRIPT: Script(SFTConfig, "config.yaml", (EVALUATION_SCRIPT,)),
+}
+
+
+def _all_different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a seed stands there twice")
+    return seeds
+
+
+class Sweep(BaseModel):
+    """A sweep file. Its variants are `variants` and, beside them, every point of `grid`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    script: Literal[tuple(SCRIPTS)] = Field(description="the script to run")  # pyright: ignore[reportInvalidTypeForm]
+    presets: list[str] = Field([], description="the presets it is written for; empty: all")
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_all_different)] = Field(
+        description="the seeds of each variant"
+    )
+    minutes: float | dict[str, float] = Field(description="estimate per run on the laptop preset, or one per variant")
+    settings: Settings = Field({}, description="settings of all runs")
+    laptop: Settings = Field({}, description="settings of all runs, with the laptop preset alone")
+    variants: dict[str, Settings] = Field({}, description="name -> settings of the variant")
+    grid: dict[str, Annotated[list[Scalar], Field(min_length=1)]] = Field(
+        {}, description="key -> values: every combination is a variant, named like `a=1,b=2`"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One variant with one seed; `settings` are its overrides as the script's schema reads them."""
+
+    script: str
+    variant: str
+    seed: int
+    folder: Path
+    arguments: Sequence[str]
+    settings: Mapping[str, Any]
+    minutes: float
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of script and settings. Committed results carry it."""
+        return fingerprint([self.script, *sorted(self.settings.items())])[:12]
+
+    @property
+    def log(self) -> Path:
+        """The file that receives its output."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def command(self) -> list[str]:
+        """The command that starts it."""
+        *options, target = SCRIPTS[self.script].command
+        return [sys.executable, *options, target if options else str(REPOSITORY / target), *self.arguments]
+
+
+def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tuple[Path, list[Run]]:
+    """Return the folder of a sweep's results, and its runs, seed by seed.
+
+    Args:
+        path: the sweep file.
+        overrides: `key=value`, for every run; `seeds=[...]` replaces the seeds of the file.
+        preset: used where neither overrides nor the file name one; auto chooses by the CUDA devices.
+
+    Raises:
+        UserError: a key or value is wrong; names the file and the field.
+    """
+    sweep = read_sweep(path)
+    extra = dict(_split(override) for override in overrides)
+    seeds = _parse_seeds(extra.pop("seeds", str(sweep.seeds)))
+    preset = extra.get("preset") or str(sweep.settings.get("preset", preset))
+    preset = choose_preset()[0] if preset == "auto" else preset
+    if sweep.presets and preset not in sweep.presets:
+        raise UserError(f"{path}: its settings are for preset={' or '.join(sweep.presets)}, not for preset={preset}")
+    if any("preset" in settings for settings in (sweep.laptop, *variants_of(sweep).values())):
+        raise UserError(f"{path}: all variants share one preset: put it under settings, or on the command line")
+    name = path.stem if preset == "laptop" else f"{path.stem}-{preset}"
+    shared = sweep.settings | (sweep.laptop if preset == "laptop" else {})
+    runs = []
+    for variant, settings in variants_of(sweep).items():
+        texts = {key: _text(value) for key, value in (shared | settings).items()} | extra | {"preset": preset}
+        _check_keys(path, variant, settings, extra, texts)
+        arguments = [f"{key}={text}" for key, text in texts.items()]
+        resolved = _resolve(sweep.script, arguments, f"{path}, {variant}")
+        chosen = {key: resolved[key] for key in texts if is_setting(key)}
+        minutes = sweep.minutes[variant] if isinstance(sweep.minutes, dict) else sweep.minutes
+        for seed in seeds:
+            folder = Path(resolved["runs_dir"]) / f"{name}-{variant}-seed{seed}"
+            own_arguments = [f"seed={seed}", f"run_name={folder.name}", "resume=auto"]
+            runs.append(Run(sweep.script, variant, seed, folder, [*arguments, *own_arguments], chosen, minutes))
+    runs.sort(key=lambda run: seeds.index(run.seed))  # a session that ends early leaves whole seeds
+    return Path("results") / name, runs
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Return a sweep file.
+
+    Raises:
+        UserError: it does not exist, or a field is wrong; names file and field.
+    """
+    try:
+        sweep = Sweep.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise UserError(f"{path}: {'; '.join(problems)}") from None
+    names = variants_of(sweep)
+    for name in names:
+        if not re.fullmatch(r"[\w.,=+-]+", name):
+            raise UserError(f"{path}: variants: {name!r} must name a folder: use letters, digits and . , = + - _")
+    if isinstance(sweep.minutes, dict) and set(sweep.minutes) != set(names):
+        raise UserError(f"{path}: minutes: give one number, or one for each of {', '.join(names)}")
+    return sweep
+
+
+def variants_of(sweep: Sweep) -> Mapping[str, Settings]:
+    """Return the settings of each variant by its name.
+
+    >>> list(variants_of(Sweep(script="SFT_train.py", seeds=[0], minutes=1, grid={"a": [1e-5, 2], "b": [True]})))
+    ['a=1e-05,b=true', 'a=2,b=true']
+    """
+    variants = dict(sweep.variants)
+    for values in itertools.product(*sweep.grid.values()) if sweep.grid else ():
+        point: Settings = dict(zip(sweep.grid, values, strict=True))
+        variants[",".join(f"{key}={_text(value)}" for key, value in point.items())] = point
+    return variants or {"default": {}}
+
+
+def _check_keys(
+    path: Path, variant: str, settings: Settings, extra: Mapping[str, str], texts: Mapping[str, str]
+) -> None:
+    """Raise a UserError if the command line overrides a variant's own key, or a key belongs to the sweep itself."""
+    if overridden := set(settings) & set(extra):
+        key = min(overridden)
+        raise UserError(f"{key} on the command line: {path} sets it in its variants ({variant}); leave it out")
+    if own := SET_BY_THE_SWEEP & set(texts):
+        raise UserError(f"{path}: {min(own)} must not be a setting of a sweep: the sweep sets it for each run")
+
+
+def _parse_seeds(text: str) -> list[int]:
+    seeds = [int(digits) for digits in re.findall(r"\d+", text)]
+    if not re.fullmatch(r"\[\d+(, ?\d+)*\]", text) or len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds = {text}: write a list of different whole numbers, like seeds=[0,1]")
+    return seeds
+
+
+def _resolve(script: str, arguments: list[str], where: str) -> dict[str, Any]:
+    """Return the whole configuration that a run will have."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the run prints the same lines itself
+            config = load_config(SCRIPTS[script].schema, REPOSITORY / SCRIPTS[script].yaml_path, arguments)
+            return config.model_dump(mode="json")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"argument {override!r}: write key=value")
+    return key, text
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,111 @@
+"""The committed figures of a sweep, results/<sweep>/: their columns, how a run comes in, how they are read.
+
+    runs.csv      one row per run, RUN_COLUMNS. A run with a row is finished, also when its folder is gone
+    metrics.csv   the METRICS of its metrics.jsonl, in the order in which they were logged
+
+    minutes         of training steps and evaluations, as logged, without loading, saving and lost work
+    wall_minutes    of the run's processes, with a warm start that was made first
+    last_*, best_*  over the evaluations on the validation subset
+    final_*         on the whole validation set, at the end
+    sampled_tokens  in training
+
+A cell is empty where the run logged no such value. Numbers have 5 significant digits.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plainrl.cli import read_yaml
+from plainrl.run_records import EVAL_SCORE, read_metrics
+
+FINAL_SCORE = "eval_all/answer_reward"
+METRICS = (
+    *("train/loss_per_token", "train/loss", "train/token_entropy", "train/grad_norm"),
+    *("rollout/reward", "rollout/response_length", "rollout/zero_advantage_fraction"),
+    *("rollout/log_prob_gap_multiplicative", "time/sync", "time/rollout", "time/train", "time/step"),
+    *(EVAL_SCORE, "eval/format_reward", "eval/response_length", "eval/token_entropy", "eval/seconds"),
+    *("eval/num_format_1_answer_1", "eval/num_format_1_answer_0", "eval/num_format_0"),
+    *(FINAL_SCORE, "eval_all/num_examples"),
+)
+METRIC_COLUMNS = ("variant", "seed", "train_step", "eval_step", *METRICS)
+RUN_COLUMNS = (
+    *("variant", "seed", "fingerprint", "minutes", "wall_minutes", "train_steps"),
+    *("last_answer_reward", "best_answer_reward", "num_eval_examples", "final_answer_reward", "num_final_examples"),
+    *("sampled_tokens", "peak_memory_gib"),
+)
+
+
+def collect_run(
+    folder: Path, results: Path, names: Mapping[str, Any], wall_minutes: float, order: Sequence[str]
+) -> dict[str, Any]:
+    """Write a run's figures into a sweep's results; return its row of runs.csv.
+
+    Args:
+        folder: the folder of the run.
+        results: the folder of the sweep's results; made if it does not exist.
+        names: variant, seed and fingerprint.
+        wall_minutes: time that the run's processes took.
+        order: the sweep's variants; rows are sorted by this order, then by seed.
+    """
+    rows = read_metrics(folder)
+    summary = {**names, "wall_minutes": wall_minutes, **summarize_run(folder)}
+    results.mkdir(parents=True, exist_ok=True)
+    kept = [{**names, **row} for row in rows if any(row.get(name) is not None for name in METRICS)]
+    _replace_rows(results / "metrics.csv", METRIC_COLUMNS, kept, order)
+    _replace_rows(results / "runs.csv", RUN_COLUMNS, [summary], order)  # last: this row makes the run finished
+    return summary
+
+
+def summarize_run(folder: Path) -> dict[str, Any]:
+    """Return a run's values for runs.csv, None where it logged nothing."""
+    rows = read_metrics(folder)
+
+    def known(name: str) -> list[Any]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    def last(name: str) -> Any:
+        return known(name)[-1] if known(name) else None
+
+    lengths = known("rollout/response_length")
+    settings = read_yaml(folder / "config.yaml")
+    batch_size = settings.get("rollout_batch_size") or settings.get("ei_batch_size", 0) * settings.get("group_size", 0)
+    return {
+        "minutes": sum(sum(known(name)) for name in ("time/step", "eval/seconds", "eval_all/seconds")) / 60,
+        "train_steps": last("train_step"),
+        "last_answer_reward": last(EVAL_SCORE),
+        "best_answer_reward": max(known(EVAL_SCORE), default=None),
+        "num_eval_examples": last("eval/num_examples"),
+        "final_answer_reward": last(FINAL_SCORE),
+        "num_final_examples": last("eval_all/num_examples"),
+        "sampled_tokens": round(sum(lengths) * batch_size) if lengths and batch_size else None,
+        "peak_memory_gib": max(known("memory/peak_gib"), default=None),
+    }
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; an empty list if the file does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
+    """Replace a run's rows in a CSV file. The file is written anew and then renamed, so it is never half written."""
+    texts = [{column: _text(row.get(column)) for column in columns} for row in rows]
+    replaced = {(row["variant"], row["seed"]) for row in texts}
+    texts += [row for row in read_table(path) if (row["variant"], row["seed"]) not in replaced]
+    places = {variant: place for place, variant in enumerate(order)}
+    texts.sort(key=lambda row: (places.get(row["variant"], len(places)), row["variant"], int(row["seed"])))
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(texts)
+    unfinished.replace(path)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

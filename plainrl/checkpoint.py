@@ -1,0 +1,326 @@
+"""Checkpoints: the state of a training run after a step. A resumed run continues as if it had never stopped.
+
+    step_*/  model/                 policy and tokenizer, Transformers format, float32 weights
+             optimizer.safetensors  AdamW's moments and step counts, by parameter name
+             state.json             step, size of metrics.jsonl, random states, configuration, fingerprint of the data
+             manifest.json          size and SHA-256 of every file above, checked before anything is loaded
+
+What follows from this state is not stored again. The learning rate and the position in the data follow from the step
+and the seed. The best score follows from metrics.jsonl.
+
+A checkpoint is written under another name, flushed to the disk, then renamed. It is therefore complete, or it is not
+there. No pickle is read.
+"""
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from plainrl.records import UserError
+
+if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+SPARE_BYTES = 64 * 2**20  # for the tokenizer, and for metrics and samples that are written later
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of every global random generator, as JSON: Python, NumPy, torch on the CPU and on each GPU."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    gpu_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in gpu_states],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put the global random generators into states that `random_states` returned.
+
+    If there are fewer GPUs than before, the states of the missing ones are left out. If there are more, the additional
+    ones keep the state that the seed gave them.
+    """
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(_decode(states["torch"]))
+    for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(_decode(state), device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every global random generator. This project's own draws use private generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@dataclass
+class TrainingState:
+    """What training changes: the policy, its optimizer, and the step that they have reached.
+
+    Args:
+        data_fingerprint: SHA-256 of the training data, see `fingerprint`.
+        step: the last complete step.
+        metrics_bytes: size of metrics.jsonl after that step, in bytes.
+        is_whole: whether the weights are those after `step`. The first `optimizer.step()` of the next step makes it
+            false, and `complete_step` makes it true again.
+        is_being_saved: whether a checkpoint is being written.
+        generators: the states of the global random generators after that step.
+    """
+
+    policy: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    optimizer: torch.optim.Optimizer
+    data_fingerprint: str
+    step: int = 0
+    metrics_bytes: int = 0
+    is_whole: bool = True
+    is_being_saved: bool = False
+    generators: dict[str, Any] = field(default_factory=random_states)
+
+    def __post_init__(self) -> None:
+        """Register a hook, so that `is_whole` is false as soon as the optimizer changes the weights."""
+        self.optimizer.register_step_pre_hook(self._weights_move)
+
+    def complete_step(self, step: int, metrics_bytes: int) -> None:
+        """Record that a step is complete and its metrics are written. From here on it can be saved."""
+        self.step, self.metrics_bytes, self.generators, self.is_whole = step, metrics_bytes, random_states(), True
+
+    def can_be_saved(self) -> bool:
+        """Return whether the weights are those after `step` and all of them are finite."""
+        # aminmax returns NaN if any element is NaN, so that no tensor of booleans is needed.
+        extremes = (torch.stack(torch.aminmax(tensor.detach())) for tensor in self.policy.parameters())
+        return self.is_whole and all(bool(torch.isfinite(pair).all()) for pair in extremes)
+
+    def _weights_move(self, *_: object) -> None:
+        self.is_whole = False
+
+
+def fingerprint(items: Iterable[object]) -> str:
+    """Return a SHA-256 of training data. A resumed run needs the same data, because its position counts in them."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]) -> None:
+    """Write a checkpoint into a new folder, which appears only once it is complete.
+
+    Args:
+        path: the folder to make.
+        state: what is saved. Its `is_whole` must be true.
+        record: what state.json holds besides: configuration, wandb run.
+
+    Raises:
+        RuntimeError: the weights are between two steps.
+        UserError: there is too little free disk space, or weights are infinite or NaN. Earlier checkpoints are kept.
+    """
+    if not state.is_whole:
+        raise RuntimeError(f"the weights are between step {state.step} and the next: nothing to save")
+    if not state.can_be_saved():
+        raise UserError(
+            f"weights are infinite or NaN after step {state.step}: they are not saved, and earlier checkpoints "
+            "are kept; start a new run with a lower learning_rate"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = checkpoint_bytes(state)
+    _require_space(path, num_bytes)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    state.is_being_saved = True
+    try:
+        state.policy.save_pretrained(unfinished / "model")
+        state.tokenizer.save_pretrained(unfinished / "model")
+        save_file(optimizer_tensors(state.policy, state.optimizer), unfinished / "optimizer.safetensors")
+        step = {"step": state.step, "metrics_bytes": state.metrics_bytes, "data_fingerprint": state.data_fingerprint}
+        (unfinished / "state.json").write_text(json.dumps(step | dict(record) | {"random_states": state.generators}))
+        (unfinished / MANIFEST).write_text(json.dumps(describe_files(unfinished), indent=2))
+        for file in [*unfinished.rglob("*"), unfinished]:
+            flush_to_disk(file)
+        unfinished.rename(path)
+        flush_to_disk(path.parent)
+    except Exception as error:  # of any type, because each library wraps the system's error in its own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not is_disk_full(error):
+            raise
+        _require_space(path, num_bytes)
+        raise UserError(f"the disk of {path.parent} is full ({error}); free disk space, then resume the run") from error
+    finally:
+        state.is_being_saved = False
+
+
+def checkpoint_bytes(state: TrainingState) -> int:
+    """Return about how many bytes a checkpoint of this state takes on disk."""
+    tensors = [*state.policy.parameters(), *optimizer_tensors(state.policy, state.optimizer).values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SPARE_BYTES
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of each file in a folder, by relative path. The manifest is left out."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(2) as threads:
+        digests = threads.map(_sha256, files)
+        return {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(files, digests, strict=True)
+        }
+
+
+def find_damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None if it is complete. A file may be missing, cut or altered."""
+    try:
+        expected = dict(json.loads((path / MANIFEST).read_text()))
+        found = describe_files(path)
+    except (FileNotFoundError, ValueError, TypeError) as error:  # any other OSError is not the checkpoint's fault
+        return f"{MANIFEST} or a file it names cannot be read: {error}"
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is not in {MANIFEST}"
+        if found[name] != expected[name]:
+            return f"{name} is not what was written: {found[name]} instead of {expected[name]}"
+    return None
+
+
+def newest_whole_checkpoint(paths: Sequence[Path]) -> Path | None:
+    """Return the newest complete checkpoint of a list ordered by step, or None. Rename damaged newer ones."""
+    for path in reversed(paths):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        aside = path.with_name(f"damaged_{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        print(f"{path} is damaged and passed over ({damage}); it is renamed to {path.rename(aside)}")
+    return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json."""
+    return json.loads((path / "state.json").read_text())
+
+
+def restore(path: Path, state: TrainingState) -> None:
+    """Restore the optimizer, the random generators and the step from a complete checkpoint.
+
+    The policy must already have been loaded from the checkpoint's `model/`.
+
+    Raises:
+        UserError: the checkpoint was made with other training data.
+    """
+    record = read_record(path)
+    if record["data_fingerprint"] != state.data_fingerprint:
+        raise UserError(
+            f"{path} was made with other training data (another file content, tokenizer or number of examples): "
+            "start a new run; to keep the weights, name its model/ folder as model"
+        )
+    load_optimizer_tensors(load_file(path / "optimizer.safetensors"), state.policy, state.optimizer)
+    set_random_states(record["random_states"])
+    state.complete_step(record["step"], record["metrics_bytes"])
+
+
+def optimizer_tensors(policy: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return an optimizer's state as tensors named `exp_avg.<parameter>` and so on. It is empty before a first step."""
+    return {
+        f"{key}.{name}": value.detach().contiguous()
+        for name, parameter in policy.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    tensors: Mapping[str, torch.Tensor], policy: "PreTrainedModel", optimizer: torch.optim.Optimizer
+) -> None:
+    """Load tensors that `optimizer_tensors` returned into an optimizer of the same parameters."""
+    indices = {name: index for index, (name, _) in enumerate(policy.named_parameters())}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition(".")
+        state.setdefault(indices[name], {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file so that it holds the old text or the new one, even if the machine stops meanwhile."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    flush_to_disk(unfinished)
+    unfinished.replace(path)
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the disk holds the content of a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left in a run's folder: unfinished checkpoints and empty stack dumps.
+
+    A dump with content is renamed, so that the next phase that hangs does not overwrite it.
+    """
+    for path in [*folder.glob("checkpoints/.step_*"), *folder.glob(".final.unfinished")]:
+        shutil.rmtree(path)
+    for path in folder.glob("stacks_*.txt"):
+        if path.stat().st_size == 0:
+            path.unlink()
+        else:
+            path.rename(path.with_name(f"earlier_{path.stem}_{int(path.stat().st_mtime)}.txt"))
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint. It is renamed first, so that an interruption leaves no partial checkpoint under its name."""
+    removed = path.with_name(f".{path.name}.removed")
+    path.rename(removed)
+    shutil.rmtree(removed)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Return whether an error says that the disk or its quota is full."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    return is_full or any(text in str(error) for text in texts)  # a library may have wrapped the system's error
+
+
+def _require_space(path: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"too little free disk space for {path}: it takes {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "
+            f"{(num_bytes - free) / 1e9:.2f} GB are missing; earlier checkpoints are kept; free disk space, then resume"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

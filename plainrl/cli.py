@@ -1,0 +1,288 @@
+"""A script's command line: configuration, `--help`, signals, and errors in one line.
+
+The configuration comes from schema defaults -> YAML file -> preset -> `key=value` arguments. Each later source
+overrides the earlier ones. The result is validated once, at the end. A resumed run reads its own configuration instead
+of the YAML file.
+"""
+
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from plainrl.config import ConfigType, RunConfig, describe_changes
+from plainrl.help import explain, help_text
+from plainrl.records import Stopped, UserError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
+
+
+def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list[str]) -> ConfigType:
+    """Return the validated configuration of a script.
+
+    Args:
+        schema: the typed configuration to fill.
+        yaml_path: the script's YAML file. `config=path` among the arguments names another one.
+        arguments: the command line after the script's name, each `key=value` (value in YAML syntax).
+
+    With `resume`, the resolved configuration of that run replaces the YAML file; see `resumed_config`.
+
+    Raises:
+        UserError: an argument, key or value is wrong. The message names it, where it stands and what to do.
+    """
+    if {"--help", "-h"} & set(arguments):
+        keys = [argument.partition("=")[0] for argument in arguments if argument not in ("--help", "-h")]
+        print_help(schema, Path(yaml_path), keys)
+        raise SystemExit(0)
+    overrides = _parse_arguments(arguments, schema)
+    if overrides.get("resume", "auto") not in ("", "auto"):
+        return resumed_config(schema, Path(overrides["resume"]), overrides)
+    yaml_path = Path(overrides.get("config", yaml_path))
+    yaml_values = read_yaml(yaml_path)
+    presets = yaml_values.pop("presets", None) or {}
+    if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
+        raise UserError(f"{yaml_path}: presets must hold one block of `key: value` lines per name")
+    preset = str(overrides.get("preset", yaml_values.get("preset", "auto")))
+    if preset == "auto":
+        preset, reason = choose_preset()
+        print(f"preset: {preset} ({reason})")
+    elif not presets:
+        raise UserError(f"preset = {preset}: {yaml_path} has no presets; leave preset out, or add the block")
+    if presets and preset not in presets:
+        raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(map(str, presets))}")
+    preset_values = presets.get(preset, {})
+
+    config = _validate(
+        schema,
+        {
+            str(yaml_path): yaml_values,
+            f"{yaml_path}, preset {preset}": preset_values,
+            "command line": {key: value for key, value in overrides.items() if key != "config"},
+        },
+        {"preset": preset, "resume": ""},
+    )
+    if overrides.get("resume") == "auto":
+        folder = newest_unfinished_run(schema, config)
+        if folder is not None:
+            return resumed_config(schema, folder, overrides)
+        print("resume = auto: there is no unfinished run with a checkpoint, so this is a new one")
+    for warning in config.warnings():
+        print(f"warning: {warning}")
+    return config
+
+
+def print_help(schema: type[RunConfig], yaml_path: Path, keys: Sequence[str]) -> None:
+    """Print all keys by group, or explain the named ones."""
+    for key in keys:
+        print(explain(schema, yaml_path, key, read_yaml(yaml_path)))
+    if not keys:
+        print(help_text(schema, yaml_path, command_of(Path(sys.argv[0]))))
+
+
+def command_of(script: Path) -> str:
+    """Return how a script is started, after `python`.
+
+    >>> command_of(Path("GRPO_train.py")), command_of(Path("/a/experiments/benchmark/__main__.py"))
+    ('GRPO_train.py', '-m experiments.benchmark')
+    """
+    if "experiments" not in script.parts:
+        return script.name
+    names = script.with_suffix("").parts[script.parts.index("experiments") :]
+    return f"-m {'.'.join(name for name in names if name != '__main__')}"
+
+
+def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> ConfigType:
+    """Return the configuration that a run's folder holds, with the changes of the command line if they are allowed.
+
+    Args:
+        schema: the script's configuration.
+        folder: the run's folder.
+        overrides: what the command line gives.
+
+    Raises:
+        UserError: there is no such run, another configuration file or preset is named, or settings differ although
+            `resume_with_changes` is not true. The message lists them.
+    """
+    if "config" in overrides:
+        raise UserError(
+            f"config = {overrides['config']}: {folder} goes on with its own config.yaml; leave config out, and name "
+            "the keys that are to change"
+        )
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"resume = {folder}: {path} does not exist; name the folder of a run, or use resume=auto")
+    saved = read_yaml(path)
+    if overrides.get("preset", "auto") not in ("auto", saved.get("preset")):
+        raise UserError(
+            f"preset = {overrides['preset']}: {folder} was started with preset {saved.get('preset')}, whose values it "
+            "keeps; leave preset out, and name the keys that are to change"
+        )
+    overrides = {key: value for key, value in overrides.items() if key != "preset"}
+    fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
+    config = _validate(schema, {str(path): saved, "command line": overrides}, fixed)
+    changes = describe_changes(saved, config.model_dump(mode="json"))
+    if changes and not overrides.get("resume_with_changes"):
+        raise UserError(
+            f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
+            "them with resume_with_changes=true"
+        )
+    print(f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}")
+    return config
+
+
+def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | None:
+    """Return the folder that `resume=auto` means: the one of run_name if given, else the newest unfinished run."""
+    if config.run_name:
+        folder = Path(config.runs_dir) / config.run_name
+        return folder if (folder / "config.yaml").is_file() else None
+    unfinished = [
+        path.parent
+        for path in Path(config.runs_dir).glob("*/config.yaml")
+        if (path.parent / "checkpoints").is_dir()
+        and (path.parent / "lock").is_file()
+        and not (path.parent / "final").is_dir()
+    ]
+    own = [folder for folder in unfinished if _is_readable(schema, folder / "config.yaml")]
+    # the newest by its lock, because each process that starts or resumes a run writes it
+    return max(own, key=lambda folder: (folder / "lock").stat().st_mtime, default=None)
+
+
+def choose_preset() -> tuple[str, str]:
+    """Return the preset for this machine, and the reason. No CUDA context is started."""
+    import torch
+
+    num_devices = torch.cuda.device_count()
+    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2)]
+    return preset, f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not UTF-8, is not YAML (the message names the line) or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config = {path}: {error.strerror or error}; name a YAML file that exists") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
+    return values
+
+
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main`. A UserError becomes one line and exit status 2, a signal exit status 128 + its number."""
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal_number)
+
+    previous_handlers = handle_signals(stop)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        sys.exit(2)
+    except Stopped as stopped:
+        _say(f"stopped by {stopped}")
+        sys.exit(stopped.status)
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C")
+        sys.exit(130)
+    finally:
+        restore_handlers(previous_handlers)
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Set the handler of each signal that asks a run to stop, and return the previous handlers.
+
+    A signal that is ignored, as under nohup, stays ignored.
+    """
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
+
+
+def restore_handlers(previous: Mapping[int, Any]) -> None:
+    """Set the handlers again that `handle_signals` returned."""
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    """Print a last line to stderr. A closed terminal is not an error."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # else the interpreter exits with status 120
+
+
+def _validate(
+    schema: type[ConfigType], layers: Mapping[str, Mapping[str, Any]], fixed: Mapping[str, Any]
+) -> ConfigType:
+    """Return the validated configuration. Each layer is named by its source, and later layers override earlier ones."""
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, values in layers.items():
+        merged |= values
+        sources |= dict.fromkeys(values, source)
+    try:
+        return schema.model_validate(merged | dict(fixed))
+    except ValidationError as error:
+        raise UserError(_describe(error, schema, sources)) from None
+
+
+def _is_readable(schema: type[RunConfig], path: Path) -> bool:
+    try:
+        schema.model_validate(read_yaml(path))
+    except (UserError, ValidationError):
+        return False
+    return True
+
+
+def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str, Any]:
+    text_keys = {"config"} | {name for name, field in schema.model_fields.items() if field.annotation is str}
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
+        if not separator or not key.isidentifier():
+            raise UserError(f"argument {argument!r}: write key=value; --help lists the keys")
+        if key in overrides:
+            raise UserError(f"{key} is given twice on the command line: keep one")
+        try:
+            is_text = key in text_keys or not text or re.fullmatch(r"0\d+", text)  # YAML reads 010 as 8
+            overrides[key] = text if is_text else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):  # ValueError: it looks like a date but is not one
+            overrides[key] = text
+    return overrides
+
+
+def _describe(error: ValidationError, schema: type[RunConfig], sources: dict[str, str]) -> str:
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        if not item["loc"]:
+            problems[item["msg"]] = item["msg"].removeprefix("Value error, ")
+            continue
+        key = str(item["loc"][0])
+        where = f" ({sources[key]})" if key in sources else ""
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.5)
+            fix = f"did you mean {near[0]}?" if near else "--help lists the keys"
+            problems[key] = f"unknown key {key}{where}: {fix}"
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            previous = f"{problems[key]}, or " if key in problems else f"{key} = {item['input']!r}{where}: "
+            problems[key] = previous + message
+    return "; ".join(problems.values())

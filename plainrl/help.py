@@ -1,0 +1,170 @@
+"""What `--help` and docs/configuration.md say: the keys by group, and one key explained.
+
+`uv run python -m plainrl.help > docs/configuration.md` writes the page again; a test compares it with the schema.
+"""
+
+import difflib
+import textwrap
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
+from plainrl.records import UserError
+
+# The algorithm's own keys first. Every key of every schema stands in exactly one group.
+GROUPS = {
+    "SFT": (
+        *("num_sft_examples", "examples_seed", "filter_correct", "drop_long_examples", "num_epochs", "max_steps"),
+        *("lr_schedule", "warmup_fraction", "arithmetic_corrupt_fraction"),
+    ),
+    "GRPO": (
+        *("n_grpo_steps", "rollout_batch_size", "epochs_per_rollout_batch", "loss_type", "cliprange"),
+        *("use_std_normalization", "advantage_eps", "length_normalization", "mask_truncated_responses"),
+    ),
+    "expert iteration": ("n_ei_steps", "ei_batch_size", "ei_epochs", "keep_correct"),
+    "rollouts": ("warm_start", "group_size", "num_logged_groups"),
+    "batch and optimizer": (
+        *("train_batch_size", "gradient_accumulation_steps", "microbatch_tokens", "normalize_constant"),
+        *("learning_rate", "adam_betas", "weight_decay", "max_grad_norm", "loss_scale"),
+    ),
+    "model, prompt, reward, data": (
+        *("model", "prompt", "reward", "train_data", "validation_data", "arithmetic_terms", "arithmetic_max_term"),
+        "max_context_tokens",
+    ),
+    "sampling": (
+        *("sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens", "stop_string"),
+    ),
+    "evaluation": ("eval_interval", "num_eval_examples", "num_final_eval_examples"),
+    "devices and precision": (
+        *("policy_device", "evaluator_device", "compute_dtype", "engine_dtype", "attn_implementation"),
+        *("gradient_checkpointing", "compile_policy", "scoring_batch_size"),
+    ),
+    "engine": ("gpu_memory_utilization", "engine_cache_gib", "engine_eager", "max_sync_error", "num_sync_tokens"),
+    "run": (
+        *("preset", "seed", "run_name", "runs_dir", "checkpoint_interval", "keep_last", "keep_best", "resume"),
+        *("resume_with_changes", "wandb_mode", "wandb_project"),
+    ),
+    "time limits": (
+        *("max_rollout_seconds", "max_grade_seconds", "max_train_seconds", "max_evaluate_seconds", "max_save_seconds"),
+    ),
+}
+SCHEMAS = {  # schema -> command, YAML file
+    SFTConfig: ("SFT_train.py", "config.yaml"),
+    GRPOConfig: ("GRPO_train.py", "grpo_train.yaml"),
+    ExpertIterationConfig: ("-m experiments.expert_iteration", "experiments/expert_iteration.yaml"),
+}
+
+
+def help_text(schema: type[RunConfig], yaml_path: str | Path, command: str) -> str:
+    """Return every key of a schema with its default and meaning, by group."""
+    lines = [
+        f"usage: uv run python {command} [key=value ...]",
+        f"       uv run python {command} --help KEY        explains one key",
+        "",
+        f"Values come from the defaults below, then {Path(yaml_path).name}, then its preset, then the command line.",
+        f"config=FILE reads another YAML file than {Path(yaml_path).name}.",
+    ]
+    for group, keys in keys_by_group(schema).items():
+        lines += ["", f"{group}:"]
+        for key in keys:
+            lines += [f"  {key}={default_of(schema, key)}", _indented(schema.model_fields[key].description, 6)]
+    return "\n".join(lines)
+
+
+def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_values: Mapping[str, Any]) -> str:
+    """Return what one key means, its type and default, and its values in the YAML file.
+
+    Raises:
+        UserError: there is no such key; names the nearest one.
+    """
+    if key not in schema.model_fields:
+        near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.5)
+        raise UserError(f"--help {key}: no such key; {f'did you mean {near[0]}?' if near else '--help lists them'}")
+    group = next(group for group, keys in keys_by_group(schema).items() if key in keys)
+    lines = [
+        f"{key}   ({group})",
+        _indented(schema.model_fields[key].description, 2),
+        f"  type      {type_of(schema, key)}",
+        f"  default   {default_of(schema, key)}",
+    ]
+    if key in yaml_values:
+        lines.append(f"  {Path(yaml_path).name}   {as_yaml(yaml_values[key])}")
+    for preset, values in (yaml_values.get("presets") or {}).items():
+        if key in values:
+            lines.append(f"  preset {preset}   {as_yaml(values[key])}")
+    return "\n".join(lines)
+
+
+def configuration_page() -> str:
+    """Return docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key, its default and its meaning. This page is generated: `uv run python -m plainrl.help`.",
+        "",
+        "Values come from the defaults below, then the YAML file, then its preset, then `key=value` arguments.",
+        "The presets stand in the YAML files. `--help KEY` shows the values that they give to one key.",
+        "",
+        "| script | YAML file |",
+        "|---|---|",
+    ]
+    lines += [f"| `{command}` | `{path}` |" for command, path in SCHEMAS.values()]
+    for group in GROUPS:
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| key | default | meaning |", "|---|---|---|"]
+        for key in GROUPS[group]:
+            owners = [schema for schema in SCHEMAS if key in schema.model_fields]
+            defaults = dict.fromkeys(f"`{default_of(schema, key) or '(empty)'}`" for schema in owners)
+            text = str(owners[0].model_fields[key].description).replace("|", "\\|")
+            lines.append(f"| `{key}` | {', '.join(defaults)} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def keys_by_group(schema: type[RunConfig]) -> dict[str, list[str]]:
+    """Return the keys of a schema by group; those of no group come first, as `other`."""
+    grouped = {group: [key for key in keys if key in schema.model_fields] for group, keys in GROUPS.items()}
+    known = {key for keys in GROUPS.values() for key in keys}
+    other = [key for key in schema.model_fields if key not in known]
+    return {group: keys for group, keys in {"other": other, **grouped}.items() if keys}
+
+
+def default_of(schema: type[RunConfig], key: str) -> str:
+    """Return the default of a key as it would be written on the command line."""
+    return as_yaml(schema.model_fields[key].default)
+
+
+def type_of(schema: type[RunConfig], key: str) -> str:
+    """Return the type of a key, or its choices.
+
+    >>> type_of(GRPOConfig, "length_normalization"), type_of(GRPOConfig, "seed")
+    ('masked_mean, masked_normalize or token_mean', 'int')
+    """
+    annotation = schema.model_fields[key].annotation
+    if typing.get_origin(annotation) is typing.Literal:
+        *choices, last = map(str, typing.get_args(annotation))
+        return f"{', '.join(choices)} or {last}"
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value in YAML, in one line.
+
+    >>> as_yaml((0.9, 0.95)), as_yaml(1e-05), as_yaml(None)
+    ('[0.9, 0.95]', '1.0e-05', 'null')
+    """
+    if isinstance(value, tuple):
+        value = list(value)
+    if value == "":
+        return ""
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("\n...")
+
+
+def _indented(text: str | None, num_spaces: int) -> str:
+    return textwrap.fill(str(text), 100, initial_indent=" " * num_spaces, subsequent_indent=" " * num_spaces)
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")

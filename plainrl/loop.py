@@ -1,0 +1,145 @@
+"""What surrounds the steps of every training run: resume, stop, time, log, save, evaluate.
+
+    with TrainingLoop(...) as loop:
+        for step in loop:                    # the steps that are left
+            with loop.phase("rollout"):      # timed, and held to a time limit
+                ...
+            loop.log(rows)                   # one row per optimizer step
+
+The state is saved every `checkpoint_interval` steps and after the last one, and whenever the run is stopped. The policy
+is evaluated before the first step, every `eval_interval` steps and after the last one. A resumed run goes on after the
+step of its checkpoint, and is then the run that would have been.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, Self
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plainrl.checkpoint import TrainingState, fingerprint
+from plainrl.config import TrainConfig
+from plainrl.guard import StopGuard
+from plainrl.run_folder import RunFolder
+from plainrl.run_records import Metrics
+
+
+class Evaluates(Protocol):
+    """What the loop needs of an evaluator: see policy_evaluation.Evaluator."""
+
+    def evaluate(self, policy: PreTrainedModel, eval_step: int) -> object:
+        """Sample, grade, log and print."""
+        ...
+
+    def sleep(self) -> None:
+        """Free the engine's memory on a shared GPU until the next weight sync."""
+        ...
+
+
+class TrainingLoop:
+    """The steps of a run that are left, in a `with` statement."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: torch.optim.Optimizer,
+        data: Iterable[object],
+        num_steps: int,
+        evaluator: Evaluates,
+        run: RunFolder,
+        config: TrainConfig,
+        name: str,
+    ) -> None:
+        """Bring policy, optimizer and folder to where the run goes on from; a new run starts at step 0.
+
+        Args:
+            policy: on its device; a resumed run has loaded it from its checkpoint.
+            tokenizer: saved beside it.
+            optimizer: of the policy.
+            data: what the steps draw from. A run is resumed with the same data only.
+            num_steps: of the whole run.
+            evaluator: of the run.
+            run: its folder.
+            config: intervals, and what checkpoints are kept.
+            name: shown before the progress bar.
+        """
+        self.seconds: dict[str, float] = {}  # `time/<phase>` of the present step
+        self._state = TrainingState(policy, tokenizer, optimizer, fingerprint(data))
+        self._num_steps, self._evaluator, self._run, self._config = num_steps, evaluator, run, config
+        run.restore(self._state, num_steps)
+        self._train_step = run.last_train_step()
+        self._guard = StopGuard(self._state, run.save_checkpoint, run.path)
+        first = self._state.step
+        self._progress = tqdm(range(first + 1, num_steps + 1), name, num_steps, unit="step", initial=first)
+
+    def __enter__(self) -> Self:
+        self._guard.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.close()
+        self._guard.__exit__(*error)  # saves the state if an error or a signal ends the run
+
+    def __iter__(self) -> Iterator[int]:
+        self._save_and_evaluate()
+        for step in self._progress:
+            self._guard.stop_if_requested()
+            self.seconds = {}
+            yield step
+            self._run.complete_step(self._state, step)
+            self._guard.stop_if_requested()
+            self._save_and_evaluate()
+        self._guard.stop_if_requested()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step, and end the process if it takes longer than its limit.
+
+        A signal that has come stops the run before the phase begins.
+        """
+        self._guard.stop_if_requested()
+        with self._run.watched(name, self.seconds):
+            yield
+
+    def log(self, rows: Sequence[Metrics], of_step: Metrics | None = None) -> list[dict[str, Any]]:
+        """Log the metrics of the step's optimizer steps, numbered by `train_step`; return them so.
+
+        Args:
+            rows: one per optimizer step.
+            of_step: what is measured once per step. It goes to the last row, or makes one of its own if there is none.
+        """
+        numbered = [{"train_step": self._train_step + index, **row} for index, row in enumerate(rows, start=1)]
+        self._train_step += len(numbered)
+        if of_step is not None:
+            numbered = numbered or [{"train_step": self._train_step}]
+            numbered[-1] |= of_step
+        for row in numbered:
+            self._run.log(row)
+        return numbered
+
+    def show(self, **values: object) -> None:
+        """Show values behind the progress bar."""
+        self._progress.set_postfix(values, refresh=False)
+
+    def _save_and_evaluate(self) -> None:
+        """Save and evaluate where the intervals say so. Saved first: an evaluation that fails loses nothing."""
+        state, config = self._state, self._config
+        is_saved = state.step > 0 and is_due(state.step, config.checkpoint_interval, self._num_steps)
+        is_evaluated = is_due(state.step, config.eval_interval, self._num_steps)
+        if is_saved:
+            self._run.save_checkpoint(state)
+        if is_evaluated:
+            self._evaluator.evaluate(state.policy, state.step)
+            if state.step < self._num_steps:
+                with self._run.watched("evaluate"):
+                    self._evaluator.sleep()
+        if is_saved or is_evaluated:
+            self._run.prune_checkpoints(config.keep_last, config.keep_best)
+
+
+def is_due(step: int, interval: int, last_step: int) -> bool:
+    """Whether something that is done every `interval` steps, and after the last, is done after this step."""
+    return step % interval == 0 or step == last_step

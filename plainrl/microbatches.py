@@ -1,0 +1,80 @@
+"""Decide which rows share a forward and backward pass.
+
+The division into microbatches changes speed and memory, but no gradient. Every mean is over the whole optimizer step.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plainrl.prefix_tree import common_length, shares_prefixes
+from SFT_helper import join_prompt_and_response_ids
+
+
+def microbatches(
+    policy: PreTrainedModel,
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    padding_id: int,
+    max_rows: int,
+    max_tokens: int = 0,
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yield each microbatch: the indices of its rows, and their tensors on the policy's device.
+
+    The tensors are `input_ids`, `labels` and `response_mask`, as `SFT_helper.tokenize_prompt_and_output` returns them.
+
+    Args:
+        policy: the policy, on its device. If it shares prefixes, a shared prefix counts once.
+        prompt_ids, response_ids, max_rows, max_tokens: as in `plan_microbatches`.
+        padding_id: token id that fills rows up.
+    """
+    for indices in plan_microbatches(prompt_ids, response_ids, max_rows, max_tokens, shares_prefixes(policy)):
+        tensors = join_prompt_and_response_ids(
+            [prompt_ids[index] for index in indices], [response_ids[index] for index in indices], padding_id
+        )
+        yield indices, {name: tensor.to(policy.device) for name, tensor in tensors.items()}
+
+
+def plan_microbatches(
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    max_rows: int,
+    max_tokens: int = 0,
+    counts_prefixes_once: bool = True,
+) -> list[list[int]]:
+    """Divide rows into microbatches. A new one begins if the next row would exceed one of the two limits.
+
+    Rows with the same prompt stand next to each other, and so do rows of similar length. The plan depends on the rows
+    alone.
+
+    Args:
+        prompt_ids, response_ids: token ids of each row.
+        max_rows: most rows of a microbatch.
+        max_tokens: most tokens of a microbatch. 0 means no limit. A single row may have more.
+        counts_prefixes_once: whether a prefix that rows share counts once, as in a prefix tree, or with every row.
+
+    Returns:
+        The indices of the rows, microbatch by microbatch.
+
+    >>> plan_microbatches([[1, 2], [3, 4], [1, 2]], [[5], [6], [7]], max_rows=3, max_tokens=4)
+    [[0, 2], [1]]
+    """
+    rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, row in zip(prompt_ids, rows, strict=True):
+        longest[tuple(prompt)] = max(len(row), longest.get(tuple(prompt), 0))
+    plan: list[list[int]] = []
+    num_tokens = 0
+    previous: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: (longest[tuple(prompt_ids[i])], prompt_ids[i], len(rows[i]))):
+        num_new = len(rows[index])
+        if counts_prefixes_once:
+            num_new -= common_length(previous, rows[index])
+        if not plan or len(plan[-1]) == max_rows or 0 < max_tokens < num_tokens + num_new:
+            plan.append([])
+            num_tokens, num_new = 0, len(rows[index])
+        plan[-1].append(index)
+        num_tokens += num_new
+        previous = rows[index]
+    return plan

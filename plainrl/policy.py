@@ -1,0 +1,195 @@
+"""The policy: load it, choose kernels and precision, make its optimizer, clip its gradient, score with it."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from plainrl.config import RunConfig, TrainConfig
+from plainrl.devices import has_module
+from plainrl.log_probs import changes_logits, get_masked_response_log_probs
+from plainrl.microbatches import microbatches
+from plainrl.model_files import resolve_model
+from plainrl.prefix_tree import share_prefixes
+from plainrl.records import Response, UserError, first_line
+
+MOST_LOSS_SCALE_REDUCTION = 1024  # if the gradient still overflows then, no scale helps
+Metrics = TypeVar("Metrics", bound=Mapping[str, float])
+
+
+def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
+
+    Args:
+        config: names the model.
+        checkpoint: folder of a checkpoint. If given, its policy is loaded instead.
+
+    Raises:
+        UserError: the model is unknown, incomplete or not supported, or its context is too short.
+    """
+    transformers_logging.disable_progress_bar()
+    folder = str(checkpoint / "model") if checkpoint else resolve_model(config.model)
+    try:
+        policy = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # of the files, or of the attention's package
+        raise UserError(
+            f"model = {config.model}: {folder} could not be loaded ({first_line(error)}); it needs config, weights "
+            "and tokenizer in Transformers format"
+        ) from error
+    if name := changes_logits(policy):
+        raise UserError(
+            f"model = {config.model}: it changes its logits ({name}), which is not supported; use another model"
+        )
+    context = getattr(policy.config, "max_position_embeddings", None)
+    if context is not None and config.max_context_tokens > context:
+        raise UserError(
+            f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
+            "lower it to that"
+        )
+    if config.policy_device != "cpu":  # with a mask, cuDNN's backward pass can give NaN (PyTorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
+    share_prefixes(policy)
+    return policy.eval(), tokenizer
+
+
+def compile_blocks(policy: PreTrainedModel) -> None:
+    """Compile the policy's blocks in place. One graph serves any number of tokens, and parameters keep their names."""
+    for block in cast(Any, policy.base_model).layers:
+        block.compile(dynamic=True)
+
+
+def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """Put the policy into training mode, as configured, and return its AdamW optimizer."""
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    if config.compile_policy:
+        compile_blocks(policy)
+    policy.train()
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def choose_attention(config: RunConfig) -> str:
+    """Return the attention implementation as configured. `auto` is flash-attention 2 if it can run, else sdpa.
+
+    Raises:
+        UserError: flash_attention_2 is configured, but it cannot run.
+    """
+    obstacles = {
+        "a CUDA policy_device": config.policy_device == "cpu",
+        "compute_dtype = bfloat16 or float16": config.compute_dtype == "float32",
+        "the package flash-attn (`uv sync --no-group cpu --group gpu --group flash`)": not has_module("flash_attn"),
+    }
+    missing = [need for need, is_missing in obstacles.items() if is_missing]
+    if config.attn_implementation == "flash_attention_2" and missing:
+        raise UserError(f"attn_implementation = flash_attention_2 needs {' and '.join(missing)}; or use auto")
+    if config.attn_implementation == "auto":
+        return "sdpa" if missing else "flash_attention_2"
+    return config.attn_implementation
+
+
+def autocast(policy: PreTrainedModel, compute_dtype: str) -> torch.autocast:
+    """Return the context in which the policy computes: with matmuls in 16 bits, or in plain float32."""
+    dtype = torch.float16 if compute_dtype == "float16" else torch.bfloat16
+    return torch.autocast(policy.device.type, dtype=dtype, enabled=compute_dtype != "float32")
+
+
+def compute_clipped_gradient(
+    policy: PreTrainedModel, accumulate: Callable[[float], Metrics], config: TrainConfig
+) -> tuple[Metrics, float, float]:
+    """Compute the gradient of an optimizer step, and clip its norm to `max_grad_norm`.
+
+        g = (gradient of loss_scale * loss) / loss_scale,      g <- g * min(1, max_grad_norm / |g|)
+
+    In float16, numbers below 6e-8 are zero and numbers above 65,504 are infinite. The loss is therefore multiplied by a
+    loss scale. The gradient is accumulated in float32 and divided by the scale there. If it overflows, the whole
+    gradient is computed again with half the scale, so that no batch is skipped. Each step starts with the configured
+    scale, so that a resumed run does not have to restore it.
+
+    Args:
+        policy: the policy, whose gradients are None or zero.
+        accumulate: adds loss_scale times the step's gradient to the parameters' gradients, and returns the step's
+            metrics.
+        config: `compute_dtype`, `loss_scale`, `max_grad_norm`.
+
+    Returns:
+        What `accumulate` returned, the norm before clipping, and the scale that was used (1 except in float16). The
+        norm may be infinite or NaN, see `require_finite`.
+
+    Source: Micikevicius et al., Mixed Precision Training, 2018, section 3.2. If a gradient overflows, they skip the
+    step instead.
+    """
+    loss_scale = config.loss_scale if config.compute_dtype == "float16" else 1.0
+    smallest = max(loss_scale / MOST_LOSS_SCALE_REDUCTION, 1.0)
+    while True:
+        metrics = accumulate(loss_scale)
+        if loss_scale != 1:
+            torch._foreach_div_([p.grad for p in policy.parameters() if p.grad is not None], loss_scale)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+        can_be_fixed = all(map(math.isfinite, metrics.values())) and loss_scale > smallest
+        if math.isfinite(grad_norm) or not can_be_fixed:
+            return metrics, grad_norm, loss_scale
+        smaller = max(loss_scale / 2, smallest)
+        tqdm.write(
+            f"the gradient overflows float16 times loss_scale = {loss_scale:g}; computed again with {smaller:g}",
+            file=sys.stdout,
+        )
+        loss_scale = smaller
+        policy.zero_grad(set_to_none=True)
+
+
+def require_finite(step: int, loss: float, grad_norm: float, advice: str) -> None:
+    """Raise a UserError if loss or gradient norm is infinite or NaN. Call it before the weights change."""
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {advice}")
+
+
+def score_responses(
+    policy: PreTrainedModel,
+    responses: Sequence[Response],
+    padding_id: int,
+    batch_size: int,
+    compute_dtype: str = "float32",
+) -> list[dict[str, Tensor]]:
+    """Score the sampled token ids with the policy, without gradients and without dropout.
+
+    Args:
+        policy: the policy. It is put back into its mode, training or evaluation, afterwards.
+        responses: with their prompts, in any order. Responses of similar length share a forward pass.
+        padding_id: token id that fills rows up.
+        batch_size: most responses in a forward pass.
+        compute_dtype: dtype of the matmuls.
+
+    Returns:
+        For each response, in the order given, its `log_probs` and `token_entropy` in nats. Each has shape (number of
+        response tokens,), float32, on the CPU.
+    """
+    prompts, tokens = [response.prompt_ids for response in responses], [response.token_ids for response in responses]
+    was_training = policy.training
+    policy.eval()
+    scores: dict[int, dict[str, Tensor]] = {}
+    for indices, batch in microbatches(policy, prompts, tokens, padding_id, batch_size):
+        with torch.inference_mode(), autocast(policy, compute_dtype):
+            batch_scores = get_masked_response_log_probs(policy, **batch, return_token_entropy=True)
+        for row, index in enumerate(indices):
+            mask = batch["response_mask"][row]
+            scores[index] = {name: values[row, mask].float().cpu() for name, values in batch_scores.items()}
+    policy.train(was_training)
+    return [scores[index] for index in range(len(responses))]

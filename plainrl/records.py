@@ -1,0 +1,83 @@
+"""What flows through a run, and the two ways in which a user ends one.
+
+Example            a question, its prompt, its ground truth, perhaps a response to imitate
+TokenizedExample   the same as token ids, for SFT
+Response           token ids that the engine sampled, with its log-probs
+Rollout            a response with its rewards and its advantage
+"""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # reading records should not wait for torch
+    from torch import Tensor
+
+
+class Example(NamedTuple):
+    """A question, the prompt that asks it, its ground truth, and the response to imitate where there is one."""
+
+    question: str
+    prompt: str
+    ground_truth: str | None
+    response: str | None
+    source: str
+
+
+class TokenizedExample(NamedTuple):
+    """A training example as token ids."""
+
+    example: Example
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+class Response(NamedTuple):
+    """A sampled response. `log_probs` are the engine's, one per token, under the sampling distribution."""
+
+    prompt_ids: list[int]
+    text: str
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: str
+
+
+@dataclass
+class Rollout:
+    """A response with its rewards and its advantage: what the update needs."""
+
+    example: Example
+    response: Response
+    rewards: dict[str, float]
+    advantage: float  # in expert iteration: 1 if the response is kept, else 0
+    grading_failure: str | None = None
+    old_log_probs: "Tensor | None" = None  # (number of response tokens,), of the policy that sampled
+
+    @property
+    def is_truncated(self) -> bool:
+        """Whether the response was cut at the length limit."""
+        return self.response.finish_reason == "length"
+
+
+class UserError(ValueError):
+    """A mistake that a user can fix. It is shown as one line, without a traceback, with exit status 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run. As a KeyboardInterrupt, so that no library takes it for an error of its own."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.status = 128 + signal_number
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a library's error; its kind if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Return the mean; None of nothing."""
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,186 @@
+"""Responses to a step's questions: sample, grade, summarize and record them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from plainrl.config import GRPOConfig, RolloutConfig
+from plainrl.data import derive_seed
+from plainrl.devices import peak_memory_gib
+from plainrl.engine import require_small_sync_error, sampling_params, stream_responses
+from plainrl.grading.rewards import Grade, count_failures, grade_response
+from plainrl.records import Example, Response, Rollout, mean
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+MIN_TOKENS_TO_CHECK = 128  # fewest tokens of a rollout batch that can check the weight sync
+
+
+@contextmanager
+def thread_pool(num_threads: int) -> Iterator[Executor]:
+    """Provide threads in a `with` statement. Unlike with ThreadPoolExecutor's, an error cancels what is queued."""
+    threads = ThreadPoolExecutor(num_threads)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def sample_groups(
+    llm: "LLM",
+    questions: Sequence[Example],
+    prompt_ids: Sequence[list[int]],
+    chosen: Sequence[int],
+    step: int,
+    config: RolloutConfig,
+    grading_threads: Executor,
+) -> tuple[list[Response], list[Future[Grade]]]:
+    """Sample `group_size` responses to each chosen question. The responses of a group stand next to each other.
+
+    Every request has its own seed, which is derived from (seed, step, question, sample).
+
+    Args:
+        llm: the engine.
+        questions: all training questions.
+        prompt_ids: token ids of each question's prompt.
+        chosen: indices of the questions of this step. If one comes twice, its second group has other seeds.
+        step: the number of the rollout batch.
+        config: sampling settings, group size, seed, reward function.
+        grading_threads: where responses are graded.
+
+    Returns:
+        The responses, and a future with the grade of each. A response is graded as soon as it is finished, while the
+        engine goes on with the others.
+    """
+    requests: list[tuple[int, int]] = []  # question, sample
+    for place, index in enumerate(chosen):  # a question may come twice, where one epoch ends and the next begins
+        first = list(chosen[:place]).count(index) * config.group_size
+        requests += [(index, sample) for sample in range(first, first + config.group_size)]
+    responses: dict[int, Response] = {}
+    gradings: dict[int, Future[Grade]] = {}
+    for position, response in stream_responses(
+        llm,
+        [prompt_ids[index] for index, _ in requests],
+        sampling_params(config),
+        [derive_seed(config.seed, "rollout", step, index, sample) for index, sample in requests],
+    ):
+        truth = questions[requests[position][0]].ground_truth or ""
+        responses[position] = response
+        gradings[position] = grading_threads.submit(grade_response, response.text, truth, config.reward_function)
+    order = range(len(requests))
+    return [responses[position] for position in order], [gradings[position] for position in order]
+
+
+def make_rollouts(
+    questions: Sequence[Example],
+    responses: Sequence[Response],
+    grades: Sequence[Grade],
+    advantages: Sequence[float],
+    group_size: int,
+) -> list[Rollout]:
+    """Join what the update needs of each response. The responses stand in the order of the questions, G for each."""
+    repeated = [question for question in questions for _ in range(group_size)]
+    return [
+        Rollout(question, response, grade.rewards, advantage, grade.failure)
+        for question, response, grade, advantage in zip(repeated, responses, grades, advantages, strict=True)
+    ]
+
+
+def measure_gap(rollouts: Sequence[Rollout], log_probs: Tensor, config: GRPOConfig) -> dict[str, float]:
+    """Return the sum and the maximum of |engine - policy log-prob|, and the number of tokens.
+
+    Args:
+        rollouts: the rollouts, which hold the engine's log-probs.
+        log_probs: (tokens,), the policy's log-probs of all response tokens, one response after the other, on the CPU.
+        config: gives `sampling_min_tokens`. That many first tokens of each response are left out, because the engine
+            samples them without EOS.
+    """
+    engine = torch.tensor([value for rollout in rollouts for value in rollout.response.log_probs])
+    counts = torch.cat([torch.arange(len(row.response.token_ids)) >= config.sampling_min_tokens for row in rollouts])
+    gap = (engine - log_probs).abs() * counts
+    return {"gap_sum": gap.sum().item(), "gap_max": gap.max().item(), "num_gap_tokens": counts.sum().item()}
+
+
+def check_gap(error: float | None, num_tokens: float, max_error: float) -> None:
+    """Raise a SyncError if the engine's log-probs of its rollouts differ from the policy's by more than the limit.
+
+    Args:
+        error: exp(mean |engine - policy log-prob|), or None if nothing was compared.
+        num_tokens: how many tokens the mean is over. Below MIN_TOKENS_TO_CHECK the mean says little, so that nothing is
+            raised.
+        max_error: the limit, `max_sync_error`.
+    """
+    if error is not None and num_tokens >= MIN_TOKENS_TO_CHECK:
+        require_small_sync_error(error, max_error)
+
+
+def old_log_probs_in(rollouts: Sequence[Rollout]) -> Tensor:
+    """Return the old log-probs of all response tokens, one response after the other: (tokens,), in nats."""
+    return torch.cat([cast(Tensor, rollout.old_log_probs) for rollout in rollouts])
+
+
+def summarize_step(
+    rollouts: Sequence[Rollout], sync_metrics: Mapping[str, float], seconds: Mapping[str, float], config: RolloutConfig
+) -> dict[str, float | None]:
+    """Return what is logged once per rollout batch: its responses, the weight sync, the time of each phase, memory.
+
+    `time/step` is the sum of the phases, in seconds. `time/tokens_per_second` is the number of sampled tokens, divided
+    by the seconds of the rollout phase.
+    """
+    num_tokens = sum(len(rollout.response.token_ids) for rollout in rollouts)
+    return {
+        **summarize_rollouts(rollouts, config),
+        **{f"rollout/{name}": value for name, value in sync_metrics.items()},
+        **seconds,
+        "time/step": sum(seconds.values()),
+        "time/tokens_per_second": num_tokens / seconds["time/rollout"],
+        "memory/peak_gib": peak_memory_gib(config.policy_device),
+    }
+
+
+def summarize_rollouts(rollouts: Sequence[Rollout], config: RolloutConfig) -> dict[str, float | None]:
+    """Return the metrics of a rollout batch, over all its responses. docs/metrics.md defines them."""
+    groups = torch.tensor([rollout.rewards["reward"] for rollout in rollouts]).view(-1, config.group_size)
+    failures = count_failures([rollout.grading_failure for rollout in rollouts])
+    lengths = [len(rollout.response.token_ids) for rollout in rollouts]
+    right = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] == 1]
+    wrong = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] != 1]
+    return {
+        "rollout/reward": groups.mean().item(),
+        "rollout/format_reward": mean([rollout.rewards["format_reward"] for rollout in rollouts]),
+        "rollout/answer_reward": mean([rollout.rewards["answer_reward"] for rollout in rollouts]),
+        "rollout/reward_std_within_groups": groups.std(dim=1).mean().item() if config.group_size > 1 else None,
+        "rollout/all_right_fraction": (groups == 1).all(dim=1).float().mean().item(),
+        "rollout/all_wrong_fraction": (groups == 0).all(dim=1).float().mean().item(),
+        "rollout/zero_advantage_fraction": mean([float(rollout.advantage == 0) for rollout in rollouts]),
+        "rollout/response_length": mean(lengths),
+        "rollout/response_length_correct": mean(right),
+        "rollout/response_length_incorrect": mean(wrong),
+        "rollout/response_length_max": max(lengths),
+        "rollout/truncated_fraction": mean([float(rollout.is_truncated) for rollout in rollouts]),
+        **{f"reward/{name}": count for name, count in failures.items()},
+    }
+
+
+def write_rollouts(path: Path, rollouts: Sequence[Rollout], config: RolloutConfig) -> None:
+    """Write the first `num_logged_groups` groups of a rollout batch as JSON lines."""
+    with path.open("w") as file:
+        for rollout in rollouts[: config.num_logged_groups * config.group_size]:
+            row = {
+                "prompt": rollout.example.prompt,
+                "response": rollout.response.text,
+                "ground_truth": rollout.example.ground_truth,
+                **rollout.rewards,
+                "advantage": rollout.advantage,
+                "response_length": len(rollout.response.token_ids),
+                "finish_reason": rollout.response.finish_reason,
+            }
+            file.write(json.dumps(row) + "\n")

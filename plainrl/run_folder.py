@@ -1,0 +1,363 @@
+"""One run's folder: create or resume it, lock it, log, save checkpoints, finish.
+
+runs/<name>/  config.yaml       resolved configuration
+              environment*.json versions, git commit and diff, hardware, command line; one more file for each resumption
+              metrics.jsonl     one JSON object per logged step, in order of time
+              samples/          graded responses: those of each evaluation, and the first groups of each rollout batch
+              checkpoints/      step_*/: the complete state of the run, see plainrl/checkpoint.py
+              final/            the trained policy: model and tokenizer, Transformers format
+              *.png             figures, drawn from metrics.jsonl
+              lock              held by the process that writes to the folder
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+import yaml
+
+from plainrl.checkpoint import (
+    TrainingState,
+    fingerprint,
+    flush_to_disk,
+    is_disk_full,
+    newest_whole_checkpoint,
+    read_record,
+    remove_checkpoint,
+    remove_leftovers,
+    restore,
+    write_checkpoint,
+    write_durably,
+)
+from plainrl.cli import read_yaml
+from plainrl.config import RunConfig, describe_changes, is_setting
+from plainrl.guard import watched
+from plainrl.records import UserError, first_line
+from plainrl.run_records import EVAL_SCORE, Metrics, describe_environment, json_number, read_metrics, start_wandb
+
+EVALUATION = "evaluation"  # the script whose runs train no policy, so that they leave no final/
+BEFORE_CONFIGURATION = {  # what a process may leave if it is killed while it makes a run's folder
+    "lock",
+    "samples",
+    "environment.json",
+    ".environment.json.unfinished",
+    ".config.yaml.unfinished",
+}
+LOCK_ATTEMPTS = 3  # several, because the table of runs holds each lock for a moment to see whether it is free
+PHASE_LIMITS = {
+    "sync": "max_rollout_seconds",
+    "rollout": "max_rollout_seconds",
+    "grade": "max_grade_seconds",
+    "old_log_probs": "max_train_seconds",
+    "train": "max_train_seconds",
+    "evaluate": "max_evaluate_seconds",
+    "save": "max_save_seconds",
+}
+
+
+class RunFolder:
+    """The folder of one run, and the only place that writes metrics. Use it in a `with` statement.
+
+    A resumed run goes on from `checkpoint`. In a new run it is None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        lock: IO[str],
+        checkpoint: Path | None = None,
+        resumption: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.config, self.checkpoint = path, config, checkpoint
+        self._lock, self._resumption = lock, resumption
+        self._wandb_run: Any = None
+        self._wandb_run_id = read_record(checkpoint)["wandb_run_id"] if checkpoint else None
+
+    @classmethod
+    def open(cls, config: RunConfig, script: str) -> Self:
+        """Return the folder that `config.resume` names, or a new one if that is empty."""
+        folder = getattr(config, "resume", "")
+        run = cls._take_up(Path(folder), config, script) if folder else cls.create(config, script)
+        print(f"run folder: {run.path}")
+        return run
+
+    @classmethod
+    def create(cls, config: RunConfig, script: str) -> Self:
+        """Make a new folder `runs_dir/run_name` and record configuration and environment.
+
+        If run_name is empty, the folder is named `<script>-<time>`.
+
+        Raises:
+            UserError: the folder is not empty, or it cannot be made.
+        """
+        name = config.run_name or f"{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        path = Path(config.runs_dir) / name
+        resolved = config.model_copy(update={"run_name": name})
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(file.name not in BEFORE_CONFIGURATION for file in path.iterdir()):
+                raise UserError(
+                    f"run_name = {name}: {path} exists already; go on with it by resume={path}, give another run_name, "
+                    "or remove it"
+                )
+            lock = lock_folder(path)
+            (path / "samples").mkdir(exist_ok=True)
+            write_durably(path / "environment.json", json.dumps({"script": script} | describe_environment(), indent=2))
+            _write_configuration(path, resolved)  # last, because it makes the folder a run
+            flush_to_disk(path.parent)
+        except OSError as error:
+            raise UserError(
+                f"runs_dir = {config.runs_dir}: cannot make {path} ({error.strerror}); name another folder"
+            ) from None
+        return cls(path, resolved, lock)
+
+    @classmethod
+    def _take_up(cls, path: Path, config: RunConfig, script: str) -> Self:
+        """Return an existing folder. `restore` later brings it back to its newest complete checkpoint, or to its start.
+
+        Raises:
+            UserError: another process writes to the folder, it belongs to another script, the run is finished, all its
+                checkpoints are damaged, or its metrics were lost.
+        """
+        lock = lock_folder(path)
+        if (made_by := script_of(path)) != script:
+            raise UserError(
+                f"resume = {path}: this is a run of another script ({made_by}, not {script}); use that script"
+            )
+        settings = config.model_dump(mode="json")
+        changes = describe_changes(read_yaml(path / "config.yaml"), settings)
+        if (path / "final").is_dir() and not changes:
+            raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
+        remove_leftovers(path)
+        checkpoint = newest_whole_checkpoint(list_checkpoints(path))
+        damaged = sorted((path / "checkpoints").glob("damaged_*"))
+        if damaged and checkpoint is None:
+            raise UserError(
+                f"resume = {path}: every checkpoint is damaged ({', '.join(file.name for file in damaged)}); begin a "
+                "new run under another run_name"
+            )
+        record: dict[str, Any] = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
+        if checkpoint and record["config_sha256"] != _fingerprint(config):
+            changes = describe_changes(record["config"], settings)
+            print(f"changed since the checkpoint: {', '.join(changes)}")
+        _require_metrics(path / "metrics.jsonl", record)
+        print(f"going on after step {record['step']} of {path}" if checkpoint else f"starting {path} again")
+        return cls(path, config, lock, checkpoint, {"resumed_after_step": record["step"], "changed_settings": changes})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._wandb_run is not None:
+            self._try_wandb(lambda run: run.finish(exit_code=0 if error_type is None else 1))
+        is_new = self._resumption is None
+        if error_type is not None and is_new and not self.metrics_bytes() and not list_checkpoints(self.path):
+            shutil.rmtree(self.path)  # nothing was run, so that the name is free for the next try
+        self._lock.close()
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            return
+        if is_disk_full(error):
+            raise UserError(
+                f"the disk of {self.path} is full ({error}); free disk space, then go on with resume={self.path}"
+            ) from error
+        if is_out_of_memory(error):
+            raise UserError(
+                f"out of memory on the GPU ({first_line(error)}); reduce memory by smaller microbatches (a smaller "
+                "microbatch_tokens or a larger gradient_accumulation_steps), "
+                "gradient_checkpointing=true, or a smaller gpu_memory_utilization (vLLM's share); a resumed run "
+                "accepts them with resume_with_changes=true"
+            ) from error
+
+    def log(self, metrics: Metrics) -> None:
+        """Append one line to metrics.jsonl, which holds it when this returns. None, NaN and infinities become null."""
+        row = {name: json_number(value) for name, value in metrics.items()}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._wandb_run is not None:
+            known = {name: value for name, value in row.items() if value is not None}
+            self._try_wandb(lambda run: run.log(known))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all rows logged so far."""
+        return read_metrics(self.path)
+
+    def last_train_step(self) -> int:
+        """Return the last optimizer step logged so far. Before the first it is 0."""
+        return max((row["train_step"] for row in self.read_metrics() if "train_step" in row), default=0)
+
+    def metrics_bytes(self) -> int:
+        """Return the size of metrics.jsonl in bytes. A run resumed from a checkpoint cuts the file to it."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def watched(self, phase: str, seconds: dict[str, float] | None = None) -> AbstractContextManager[None]:
+        """Time a phase and end the process if it exceeds its limit. See `plainrl.guard.watched`."""
+        return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds)
+
+    def restore(self, state: TrainingState, num_steps: int) -> None:
+        """Bring state and folder back to the step that the run goes on from. A new run stays at step 0.
+
+        A resumed run changes metrics, configuration and policy in its folder only here. If the model or the engine
+        fails before, nothing is lost.
+
+        Args:
+            state: the run's, with the policy already loaded from the checkpoint.
+            num_steps: how many steps the run is to have in all.
+
+        Raises:
+            UserError: the run is already beyond `num_steps`, or the checkpoint was made with other training data.
+        """
+        if self.checkpoint is not None:
+            restore(self.checkpoint, state)
+        if state.step > num_steps:
+            raise UserError(
+                f"resume = {self.path}: the run is at step {state.step} already, {num_steps} are asked for; ask for "
+                f"more, or evaluate {self.checkpoint}/model"
+            )
+        if self._resumption is not None:
+            if (self.path / "metrics.jsonl").exists():
+                os.truncate(self.path / "metrics.jsonl", state.metrics_bytes)  # so that no step is logged twice
+            shutil.rmtree(self.path / "final", ignore_errors=True)  # no longer final
+            _write_configuration(self.path, self.config)
+            name = f"environment_resumed_{state.step:06d}.json"
+            write_durably(self.path / name, json.dumps({**self._resumption, **describe_environment()}, indent=2))
+
+    def complete_step(self, state: TrainingState, step: int) -> None:
+        """Record that a step is complete and all its metrics are logged."""
+        state.complete_step(step, self.metrics_bytes())
+
+    def save_checkpoint(self, state: TrainingState) -> Path:
+        """Write checkpoints/step_* if it is not there yet, and return its path."""
+        path = self.path / "checkpoints" / f"step_{state.step:06d}"
+        if not path.exists():
+            record = {
+                "config": self.config.model_dump(mode="json"),
+                "config_sha256": _fingerprint(self.config),
+                "wandb_run_id": self._wandb_run_id,
+            }
+            if self.metrics_bytes():
+                flush_to_disk(self.path / "metrics.jsonl")
+            with self.watched("save"):
+                write_checkpoint(path, state, record)
+        return path
+
+    def prune_checkpoints(self, keep_last: int, keep_best: bool) -> None:
+        """Remove all checkpoints but the newest `keep_last` and, with `keep_best`, the one with the best evaluation."""
+        saved = list_checkpoints(self.path)
+        kept = saved[-keep_last:]
+        scores = {row["eval_step"]: row[EVAL_SCORE] for row in self.read_metrics() if EVAL_SCORE in row}
+        evaluated = [path for path in saved if _step_of(path) in scores]
+        if keep_best and evaluated:
+            kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))
+        for path in saved:
+            if path not in kept:
+                remove_checkpoint(path)
+
+    def finish(self) -> Path:
+        """Link the policy of the last checkpoint as final/, which takes no further disk space, and return its path."""
+        final, unfinished = self.path / "final", self.path / ".final.unfinished"
+        for path in (final, unfinished):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(list_checkpoints(self.path)[-1] / "model", unfinished, copy_function=_link_or_copy)
+        unfinished.rename(final)
+        print(f"model, metrics, samples and figures: {self.path} (load the model from {final})")
+        return final
+
+    def start_wandb(self) -> None:
+        """Start wandb, if it is on. It receives whatever is logged from here on."""
+        self._wandb_run = start_wandb(self.config, self.path, self._wandb_run_id)
+        if self._wandb_run is not None:
+            self._wandb_run_id = self._wandb_run.id
+
+    def _try_wandb(self, call: Callable[[Any], object]) -> None:
+        try:
+            call(self._wandb_run)
+        except Exception as error:  # of any type, because wandb must not end a run that has metrics.jsonl
+            print(f"warning: wandb failed ({first_line(error)}) and is off from here on; metrics.jsonl has everything")
+            self._wandb_run = None
+
+
+def lock_folder(path: Path) -> IO[str]:
+    """Lock a run's folder and return the open lock file. The lock lasts until the file is closed or the process ends.
+
+    Raises:
+        UserError: another process holds the lock. The message names process and host.
+    """
+    file = (path / "lock").open("a+")
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+    else:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(f"{path} is being written by {holder}; wait for it or stop it, or use another run_name")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def script_of(folder: Path) -> str | None:
+    """Return the script that made a run's folder, read from environment.json, or None if that cannot be read."""
+    try:
+        return json.loads((folder / "environment.json").read_text())["script"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that a GPU ran out of memory. From vLLM's allocator it is a plain RuntimeError."""
+    is_cuda_error = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    return is_cuda_error or isinstance(error, torch.OutOfMemoryError)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, the newest last."""
+    return sorted((folder / "checkpoints").glob("step_*"))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _require_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise a UserError if metrics.jsonl is shorter than when the checkpoint was made."""
+    num_bytes = path.stat().st_size if path.exists() else 0
+    if num_bytes < record["metrics_bytes"]:
+        raise UserError(
+            f"{path} has {num_bytes} bytes, but {record['metrics_bytes']} when the checkpoint of step "
+            f"{record['step']} was made; put the file back, or start a new run from that checkpoint's model/"
+        )
+
+
+def _fingerprint(config: RunConfig) -> str:
+    return fingerprint([{key: value for key, value in config.model_dump(mode="json").items() if is_setting(key)}])
+
+
+def _write_configuration(folder: Path, config: RunConfig) -> None:
+    path = folder / "config.yaml"
+    values = config.model_dump(mode="json", exclude={"resume", "resume_with_changes"})
+    text = yaml.safe_dump(values, sort_keys=False)
+    if not path.exists() or path.read_text() != text:
+        write_durably(path, text)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # the file system has no hard links
+        shutil.copy2(source, target)

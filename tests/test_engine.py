@@ -1,0 +1,173 @@
+"""The real vLLM engine on the CPU: the log-probabilities of Transformers, synced weights, sampling by seeds."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from plainrl.engine import (
+    SyncError,
+    check_policy_sync,
+    init_vllm,
+    load_policy_into_vllm_instance,
+    sample_responses,
+    sleep_vllm_instance,
+)
+from plainrl.policy import score_responses
+from plainrl.records import UserError
+from SFT_helper import encode_prompt
+
+QUESTIONS = [f"User: What is {i} + {i * i}? Think step by step, please, and then give the answer." for i in range(1, 7)]
+
+
+@pytest.fixture
+def prompt_ids(tokenizer):
+    ids = [encode_prompt(question, tokenizer) for question in QUESTIONS]
+    assert min(map(len, ids)) > 33  # longer than a cache block, so that a stale prefix cache can show
+    return ids
+
+
+def sampling(**options):
+    from vllm import SamplingParams
+
+    return SamplingParams(**({"temperature": 1.0, "max_tokens": 24} | options))
+
+
+def changed_policy(folder, seed):
+    """The tiny model with other weights in every tensor, the tied output layer included."""
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.5 * parameter.std() * torch.randn_like(parameter))
+    return policy
+
+
+def check(policy, engine, prompt_ids):
+    return check_policy_sync(policy, engine, prompt_ids, padding_id=0, num_tokens=16, max_error=1.0001)
+
+
+def test_synced_engine_gives_the_log_probs_of_transformers(engine, tiny_model_folder, prompt_ids):
+    policy = changed_policy(tiny_model_folder, seed=1)
+    load_policy_into_vllm_instance(policy, engine)
+    responses = sample_responses(engine, prompt_ids, sampling(), seeds=range(6))
+    scores = score_responses(policy, responses, padding_id=0, batch_size=4)
+    for response, score in zip(responses, scores, strict=True):
+        assert len(response.token_ids) == len(response.log_probs) > 0
+        torch.testing.assert_close(torch.tensor(response.log_probs), score["log_probs"], atol=1e-4, rtol=0)
+
+
+def test_sync_check_passes_after_each_of_several_syncs(engine, tiny_model_folder, prompt_ids):
+    for seed in (2, 3):
+        policy = changed_policy(tiny_model_folder, seed)
+        load_policy_into_vllm_instance(policy, engine)
+        assert check(policy, engine, prompt_ids)["sync_multiplicative_error"] < 1.0001
+
+
+def test_sync_check_fails_without_the_sync(engine, tiny_model_folder, prompt_ids):
+    load_policy_into_vllm_instance(changed_policy(tiny_model_folder, 2), engine)
+    with pytest.raises(SyncError, match="max_sync_error = 1.0001"):
+        check(changed_policy(tiny_model_folder, 4), engine, prompt_ids)
+
+
+def test_sync_check_fails_with_named_parameters(engine, tiny_model_folder, prompt_ids, monkeypatch):
+    load_policy_into_vllm_instance(changed_policy(tiny_model_folder, 2), engine)
+    policy = changed_policy(tiny_model_folder, 5)
+    monkeypatch.setattr(policy, "state_dict", lambda: dict(policy.named_parameters()))
+    load_policy_into_vllm_instance(policy, engine)
+    with pytest.raises(SyncError, match="tied output layer"):
+        check(policy, engine, prompt_ids)
+
+
+def test_sync_check_fails_without_resetting_the_prefix_cache(engine, tiny_model_folder, prompt_ids, monkeypatch):
+    before = changed_policy(tiny_model_folder, 2)
+    load_policy_into_vllm_instance(before, engine)
+    check(before, engine, prompt_ids)  # leaves the probe prompts in the cache
+    policy = changed_policy(tiny_model_folder, 6)
+    monkeypatch.setattr(engine, "reset_prefix_cache", lambda: True)
+    load_policy_into_vllm_instance(policy, engine)
+    with pytest.raises(SyncError, match="prefix cache that was not reset"):
+        check(policy, engine, prompt_ids)
+    monkeypatch.undo()
+    load_policy_into_vllm_instance(policy, engine)
+    check(policy, engine, prompt_ids)
+
+
+def test_sync_check_fails_on_weights_that_are_not_numbers(engine, tiny_model_folder, prompt_ids):
+    policy = changed_policy(tiny_model_folder, 2)
+    load_policy_into_vllm_instance(policy, engine)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight[0, 0] = float("nan")
+    with pytest.raises(SyncError):
+        check(policy, engine, prompt_ids)
+
+
+def test_sampling_follows_the_seeds_whatever_else_is_in_the_batch(engine, prompt_ids):
+    together = sample_responses(engine, prompt_ids, sampling(), seeds=range(6))
+    reversed_order = sample_responses(engine, prompt_ids[::-1], sampling(), seeds=range(6)[::-1])[::-1]
+    alone = [sample_responses(engine, [ids], sampling(), seeds=[seed])[0] for seed, ids in enumerate(prompt_ids)]
+    tokens = [response.token_ids for response in together]
+    assert tokens == [response.token_ids for response in reversed_order] == [response.token_ids for response in alone]
+    other = sample_responses(engine, prompt_ids, sampling(), seeds=range(6, 12))
+    assert tokens != [response.token_ids for response in other]
+
+
+def test_more_prompts_than_one_prefill_takes(engine, tokenizer):
+    """A prefill in pieces kills seeded requests on the CPU in vLLM 0.32; 60 long prompts would need one."""
+    ids = [encode_prompt(f"{i} " + "What is it? " * 60, tokenizer) for i in range(60)]
+    assert sum(map(len, ids)) > 8192
+    responses = sample_responses(engine, ids, sampling(max_tokens=4), seeds=range(60))
+    assert len(responses) == 60
+    assert all(1 <= len(response.token_ids) <= 4 for response in responses)
+
+
+def test_settings_that_vllm_refuses_end_in_one_line(tiny_model_folder):
+    with pytest.raises(UserError, match=r"vLLM did not start on cpu .*look at gpu_memory_utilization"):
+        init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=100_000)
+
+
+class RecordingEngine:
+    """Stands in for a sleeping GPU engine, to hold the order of calls that its sleep mode needs."""
+
+    def __init__(self):
+        self.calls = []
+        self.is_asleep = False
+        self.gives_up_its_cache = True
+        self.llm_engine = self
+        self.vllm_config = self.model_config = self
+        self.dtype = torch.bfloat16
+
+    def is_sleeping(self):
+        return self.is_asleep
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+        self.is_asleep = True
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags[0]}")
+
+    def collective_rpc(self, method, kwargs):
+        weights = dict(kwargs["weights_iterator"])
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+        assert "lm_head.weight" in weights
+        self.calls.append(method)
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset_prefix_cache")
+        return self.gives_up_its_cache
+
+
+def test_a_sleeping_engine_is_woken_in_the_right_order(tiny_model):
+    engine = RecordingEngine()
+    load_policy_into_vllm_instance(tiny_model, engine)
+    sleep_vllm_instance(engine)
+    load_policy_into_vllm_instance(tiny_model, engine)
+    woken = ["wake weights", "reload_weights", "wake kv_cache", "reset_prefix_cache"]
+    assert engine.calls == ["reload_weights", "reset_prefix_cache", "sleep 2", *woken]
+
+
+def test_a_prefix_cache_that_stays_is_an_error(tiny_model):
+    engine = RecordingEngine()
+    engine.gives_up_its_cache = False
+    with pytest.raises(SyncError, match="did not give up its prefix cache"):
+        load_policy_into_vllm_instance(tiny_model, engine)

@@ -1,0 +1,171 @@
+"""The fast log-probs of response tokens: those of SFT_helper.get_response_log_probs, values and gradients."""
+
+import math
+
+import pytest
+import torch
+
+from plainrl import log_probs
+from plainrl.log_probs import get_masked_response_log_probs
+from plainrl.prefix_tree import share_prefixes
+from SFT_helper import (
+    compute_entropy,
+    get_response_log_probs,
+    join_prompt_and_response_ids,
+    sft_microbatch_train_step,
+)
+
+RESPONSES = [[20, 21], [20, 22, 23, 24], [20, 21], [25], [26, 27, 28, 29, 30], [31, 32]]  # two of them the same
+
+
+def ragged_batch():
+    return join_prompt_and_response_ids(
+        [[5, 6, 7], [8], [9, 10, 11, 12, 13]], [[20, 21], [22, 23, 24, 25, 26], [27]], padding_id=0
+    )
+
+
+def test_label_scores_by_hand():
+    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0]]])
+    scores = log_probs._score_labels(logits, torch.tensor([[1, 1]]), True)
+    expected = torch.tensor([[math.log(0.75), math.log(0.2)]])
+    torch.testing.assert_close(scores["log_probs"], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores["token_entropy"], compute_entropy(logits), atol=1e-6, rtol=0)
+    assert set(log_probs._score_labels(logits, torch.tensor([[1, 1]]), False)) == {"log_probs"}
+
+
+@pytest.mark.parametrize("block_numbers", [1, 2 * 7, 2**21])
+def test_the_gradient_of_label_scores_is_that_of_finite_differences(block_numbers, monkeypatch):
+    """Whatever the blocks; one logit is impossible. Entropies have no gradient."""
+    monkeypatch.setattr(log_probs, "CPU_BLOCK_NUMBERS", block_numbers)
+    logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 6, 3])
+
+    def scores_of(logits):
+        return log_probs._score_labels(logits, labels, False)["log_probs"]
+
+    assert torch.autograd.gradcheck(scores_of, logits, eps=1e-7, atol=1e-6)
+    impossible = logits.detach().clone()
+    impossible[0, 3] = -math.inf
+    impossible.requires_grad_()
+    scores = log_probs._score_labels(impossible, labels, True)
+    assert not scores["token_entropy"].requires_grad
+    scores["log_probs"].sum().backward()
+    expected = torch.nn.functional.one_hot(labels, 7) - impossible.detach().softmax(-1)
+    torch.testing.assert_close(impossible.grad, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("autocasts", [False, True])
+def test_bfloat16_logits_are_scored_in_float32(autocasts):
+    """Also where the policy computes: under autocast, which makes matmuls bfloat16."""
+    logits = torch.randn(1, 2, 50_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[..., 7] = -torch.inf
+    labels = torch.tensor([[3, 4]])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocasts):
+        scores = log_probs._score_labels(logits, labels, True)
+    expected = logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(scores["log_probs"].double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores["token_entropy"].double(), compute_entropy(logits.double()), atol=1e-5, rtol=0)
+
+
+def test_masked_scores_equal_full_scores(tiny_model):
+    batch = ragged_batch()
+    mask = batch["response_mask"]
+    full = get_response_log_probs(tiny_model, batch["input_ids"], batch["labels"], return_token_entropy=True)
+    masked = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+    for name in ("log_probs", "token_entropy"):
+        torch.testing.assert_close(masked[name][mask], full[name][mask], atol=1e-6, rtol=1e-6)
+        assert (masked[name][~mask] == 0).all()
+
+
+def test_masked_scores_have_the_same_gradient(tiny_model):
+    """In float64: in float32 two ways to compute a softmax differ by a few 1e-6 here."""
+    tiny_model, batch = tiny_model.double(), ragged_batch()
+    gradients = []
+    for masked in (False, True):
+        tiny_model.zero_grad()
+        if masked:
+            log_probs = get_masked_response_log_probs(tiny_model, **batch)["log_probs"]
+        else:
+            log_probs = get_response_log_probs(tiny_model, batch["input_ids"], batch["labels"])["log_probs"]
+        sft_microbatch_train_step(log_probs, batch["response_mask"], 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in tiny_model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 7])
+def test_scores_and_gradients_do_not_depend_on_the_chunks(tiny_model, monkeypatch, chunk_tokens):
+    """Several chunks recompute their logits in the backward pass; no chunk holds more than its share."""
+    batch = ragged_batch()
+    results, seen = [], []
+    tiny_model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    for size in (1024, chunk_tokens):
+        monkeypatch.setattr(log_probs, "LOGIT_CHUNK_TOKENS", size)
+        tiny_model.zero_grad()
+        seen.clear()
+        scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+        sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
+        gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+        results.append((scores["log_probs"].detach(), scores["token_entropy"], gradient))
+    assert max(seen) <= chunk_tokens
+    assert sum(seen) == 2 * 8  # forward, and again in backward
+    torch.testing.assert_close(results[0][:2], results[1][:2], atol=1e-6, rtol=1e-6)
+    assert (results[0][2] - results[1][2]).norm() < 2e-6 * results[0][2].norm()
+
+
+def test_only_response_positions_reach_the_output_layer(tiny_model):
+    """A prompt of 400 tokens with a response of 10 computes 10 rows of logits, not 409."""
+    batch = join_prompt_and_response_ids([list(range(1, 401))], [list(range(1, 11))], padding_id=0)
+    seen = []
+    tiny_model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    get_masked_response_log_probs(tiny_model, **batch)
+    assert seen == [(10, 512)]
+
+
+def test_masked_scores_refuse_models_that_change_their_logits(tiny_model):
+    tiny_model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        get_masked_response_log_probs(tiny_model, **ragged_batch())
+
+
+def test_padding_does_not_change_scores(tiny_model):
+    short = join_prompt_and_response_ids([[5, 6, 7]], [[20, 21]], padding_id=0)
+    batch = ragged_batch()
+    alone = get_masked_response_log_probs(tiny_model, **short)["log_probs"][short["response_mask"]]
+    together = get_masked_response_log_probs(tiny_model, **batch)["log_probs"][0][batch["response_mask"][0]]
+    torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-6)
+
+
+def test_scoring_leaves_inputs_and_weights_alone(tiny_model):
+    batch = ragged_batch()
+    copies = {name: value.clone() for name, value in batch.items()}
+    weights = [parameter.detach().clone() for parameter in tiny_model.parameters()]
+    get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+    for name, value in batch.items():
+        assert torch.equal(value, copies[name]), name
+    assert all(torch.equal(a, b) for a, b in zip(weights, tiny_model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("num_copies", [1, 4])
+def test_no_tensor_grows_with_rows_times_vocabulary(tiny_model, monkeypatch, num_copies):
+    """Neither saved for the backward pass nor made by an operation: logits exist a chunk at a time."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        num_logits = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.shape[-1] == 512:
+                    self.num_logits = max(self.num_logits, tensor.numel() // 512)
+            return result
+
+    monkeypatch.setattr(log_probs, "LOGIT_CHUNK_TOKENS", 6)
+    monkeypatch.setattr(log_probs, "CPU_BLOCK_NUMBERS", 2 * 512)
+    assert share_prefixes(tiny_model)
+    prompts = [[5, 6, 7 + index] for index in range(6 * num_copies)]
+    batch = join_prompt_and_response_ids(prompts, RESPONSES * num_copies, padding_id=0)
+    with Largest() as largest:
+        scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+        sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
+    assert 6 <= largest.num_logits <= 64  # the weight itself, transposed, has 64 rows of 512

@@ -1,0 +1,340 @@
+"""A run's folder holds what was run and what came of it; resumed, it is the run that would have been."""
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from tiny import REPOSITORY, new_state, take_step
+
+from experiments.runs import list_runs
+from plainrl.cli import load_config
+from plainrl.config import GRPOConfig, SFTConfig
+from plainrl.records import UserError
+from plainrl.run_folder import RunFolder
+
+
+def config_in(folder, **values):
+    return SFTConfig(runs_dir=str(folder), wandb_mode="disabled").model_copy(update=values)
+
+
+def test_folder_records_configuration_and_environment(tmp_path):
+    with RunFolder.create(config_in(tmp_path, run_name="mine", learning_rate=3e-5), "sft") as run:
+        assert run.path == tmp_path / "mine"
+    saved = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert SFTConfig.model_validate(saved) == run.config
+    assert saved["learning_rate"] == 3e-5
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["versions"]["torch"] and environment["command"]
+    assert {"git_commit", "git_diff", "cpu_count", "platform"} <= set(environment)
+
+
+def test_an_existing_run_is_never_overwritten(tmp_path):
+    config = config_in(tmp_path, run_name="mine")
+    RunFolder.create(config, "sft")
+    with pytest.raises(UserError, match="run_name = mine: .* exists already"):
+        RunFolder.create(config, "sft")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes.txt").touch()
+    for name in ("other", "."):
+        with pytest.raises(UserError, match="exists already"):
+            RunFolder.create(config_in(tmp_path, run_name=name), "sft")
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_whose_process_was_killed_before_it_was_a_run_is_taken_over(tmp_path):
+    config = config_in(tmp_path, run_name="mine")
+    with RunFolder.create(config, "sft") as run:
+        (run.path / "config.yaml").rename(run.path / ".config.yaml.unfinished")
+    with RunFolder.create(config, "sft") as run:
+        assert sorted(file.name for file in run.path.iterdir()) == [
+            "config.yaml",
+            "environment.json",
+            "lock",
+            "samples",
+        ]
+
+
+def test_an_unnamed_run_is_named_by_script_and_time_in_its_own_record(tmp_path):
+    run = RunFolder.create(config_in(tmp_path), "sft")
+    assert run.path.name.startswith("sft-20")
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["run_name"] == run.path.name
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make"):
+        RunFolder.create(config_in(tmp_path / "file"), "sft")
+
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as context, pytest.raises(UserError, match=r"cannot make .*mine \(No space left"):
+        context.setattr("plainrl.run_folder.write_durably", fail)
+        RunFolder.create(config_in(tmp_path, run_name="mine"), "sft")
+    RunFolder.create(config_in(tmp_path, run_name="mine"), "sft")  # the name is free
+
+
+def test_metrics_are_on_disk_at_once_and_valid_json(tmp_path):
+    run = RunFolder.create(config_in(tmp_path), "sft")
+    run.log({"train_step": 1, "train/loss": 0.5, "x": None, "y": math.nan, "z": math.inf})
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0], parse_constant=pytest.fail) == {
+        "train_step": 1,
+        "train/loss": 0.5,
+        "x": None,
+        "y": None,
+        "z": None,
+    }
+    assert run.read_metrics() == [json.loads(lines[0])]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from plainrl.run_folder import lock_folder
+lock = lock_folder(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_by_number_and_host_of_the_first(tmp_path):
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.log({"train_step": 1})
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert process.stdout.readline() == "held\n"
+    config = config_in(tmp_path, run_name="mine", resume=str(run.path))
+    with pytest.raises(UserError, match=rf"is being written by process {process.pid} on {os.uname().nodename}; wait"):
+        RunFolder.open(config, "sft")
+    assert "running" in list_runs(tmp_path)
+    process.kill()  # a lock does not outlive its process
+    process.wait()
+    RunFolder.open(config, "sft")
+
+
+@pytest.fixture
+def stopped_run(tmp_path, tiny_model, tokenizer):
+    """A run that was killed in step 4, after checkpoints of steps 1 to 3; step 2 scored best."""
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        state = new_state(tiny_model, tokenizer)
+        for step, score in ((1, 0.2), (2, 0.4), (3, 0.3)):
+            take_step(state, step)
+            run.log({"train_step": step, "time/step": 1.5})
+            run.complete_step(state, step)
+            run.save_checkpoint(state)
+            run.log({"eval_step": step, "eval/answer_reward": score, "eval/seconds": 10})
+        run.log({"train_step": 4, "time/step": 1.5})
+        with (run.path / "metrics.jsonl").open("a") as file:
+            file.write('{"train_step": 5, "tr')
+    return run
+
+
+def resumed(run, *changes):
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", [f"resume={run.path}", *changes])
+    return RunFolder.open(config, "sft")
+
+
+def go_on(run, model, tokenizer):
+    """Restore a run as the scripts do, when everything is loaded; return the state."""
+    state = new_state(model, tokenizer)
+    run.restore(state, num_steps=100)
+    return state
+
+
+def test_a_resumed_run_has_no_step_twice(stopped_run, tiny_model, tokenizer, capsys):
+    """metrics.jsonl is cut back to where the checkpoint was made, before its evaluation, which is done again."""
+    with resumed(stopped_run) as run:
+        assert go_on(run, tiny_model, tokenizer).step == 3
+        assert run.checkpoint == run.path / "checkpoints/step_000003"
+        assert [row.get("train_step") for row in run.read_metrics()] == [1, None, 2, None, 3]
+    assert "going on after step 3" in capsys.readouterr().out
+    environment = json.loads((run.path / "environment_resumed_000003.json").read_text())
+    assert environment["resumed_after_step"] == 3 and environment["changed_settings"] == []
+
+
+def test_a_resumption_that_fails_before_it_begins_changes_nothing(stopped_run):
+    """The model may be gone, or the engine not start: the finished run must still be the finished run."""
+    stopped_run.finish()
+    names = ("config.yaml", "metrics.jsonl", "final/model.safetensors")
+    before = {name: (stopped_run.path / name).read_bytes() for name in names}
+    with (
+        pytest.raises(UserError, match="no model"),
+        resumed(stopped_run, "num_epochs=2", "resume_with_changes=true") as run,
+    ):
+        run.start_wandb()
+        raise UserError("no model")
+    assert before == {name: (stopped_run.path / name).read_bytes() for name in names}
+    assert not list(stopped_run.path.glob("environment_resumed_*"))
+
+
+def test_a_run_that_is_beyond_the_steps_asked_for_is_left_as_it_is(stopped_run, tiny_model, tokenizer):
+    before = (stopped_run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="the run is at step 3 already, 2 are asked for"), resumed(stopped_run) as run:
+        run.restore(new_state(tiny_model, tokenizer), num_steps=2)
+    assert (stopped_run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again_by_itself(stopped_run):
+    for path in stopped_run.path.glob("checkpoints/*/optimizer.safetensors"):
+        path.unlink()
+    before = (stopped_run.path / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(UserError, match="every checkpoint is damaged .damaged_step_000001, damaged_step_000002, "):
+            resumed(stopped_run)
+    assert (stopped_run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_another_script_is_not_resumed(tmp_path):
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "evaluation") as run:
+        run.log({"eval_step": 0, "eval/answer_reward": 0.5})
+    assert list_runs(tmp_path).splitlines()[1].split()[:2] == ["mine", "finished"]
+    with pytest.raises(UserError, match="this is a run of another script .evaluation, not sft"):
+        resumed(run)
+
+
+def test_another_configuration_file_is_not_ignored_on_resume(stopped_run):
+    with pytest.raises(UserError, match="config = config.yaml: .* goes on with its own config.yaml; leave config out"):
+        resumed(stopped_run, "config=config.yaml")
+    arguments = ["resume=auto", f"runs_dir={stopped_run.path.parent}", f"config={REPOSITORY / 'config.yaml'}"]
+    with pytest.raises(UserError, match="mine goes on with its own config.yaml; leave config out"):
+        load_config(SFTConfig, "unused.yaml", arguments)
+    assert load_config(SFTConfig, "unused.yaml", [*arguments, "run_name=new"]).run_name == "new"
+
+
+def test_a_torn_newest_checkpoint_is_reported_and_passed_over(stopped_run, tiny_model, tokenizer, capsys):
+    weights = stopped_run.path / "checkpoints/step_000003/optimizer.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with resumed(stopped_run) as run:
+        go_on(run, tiny_model, tokenizer)
+        assert run.checkpoint == run.path / "checkpoints/step_000002"
+        assert [row["train_step"] for row in run.read_metrics() if "train_step" in row] == [1, 2]
+    assert "step_000003 is damaged and passed over (optimizer.safetensors is not what" in capsys.readouterr().out
+
+
+def test_a_run_without_a_whole_checkpoint_starts_again(tmp_path, tiny_model, tokenizer, capsys):
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.log({"train_step": 1})
+    with pytest.raises(KeyboardInterrupt), resumed(run) as again:
+        go_on(again, tiny_model, tokenizer)
+        assert again.checkpoint is None and again.read_metrics() == []
+        raise KeyboardInterrupt
+    assert (run.path / "config.yaml").exists()  # what was resumed is never removed
+    assert f"starting {run.path} again" in capsys.readouterr().out
+
+
+def test_metrics_that_were_lost_are_not_made_up(stopped_run):
+    os.truncate(stopped_run.path / "metrics.jsonl", 10)
+    with pytest.raises(UserError, match=r"metrics.jsonl has 10 bytes, but \d+ when the checkpoint of step 3"):
+        resumed(stopped_run)
+
+
+def test_changed_settings_are_shown_and_refused_unless_allowed(stopped_run, tiny_model, tokenizer, capsys):
+    with pytest.raises(UserError, match=r"settings differ .*: seed 0 -> 3, learning_rate 1e-05 -> 0.5; leave them out"):
+        resumed(stopped_run, "learning_rate=0.5", "seed=3")
+    with resumed(stopped_run, "learning_rate=0.5", "seed=3", "resume_with_changes=true") as run:
+        go_on(run, tiny_model, tokenizer)
+        assert run.config.learning_rate == 0.5
+    assert "changed: seed 0 -> 3, learning_rate 1e-05 -> 0.5" in capsys.readouterr().out
+    environment = json.loads((run.path / "environment_resumed_000003.json").read_text())
+    assert environment["changed_settings"] == ["seed 0 -> 3", "learning_rate 1e-05 -> 0.5"]
+    with resumed(stopped_run) as run:  # the changes are the run's own from here on
+        assert run.config.learning_rate == 0.5
+    assert "changed since the checkpoint: seed 0 -> 3, learning_rate 1e-05 -> 0.5" in capsys.readouterr().out
+
+
+def test_watchdogs_and_log_may_change_with_every_start(stopped_run, capsys):
+    with resumed(stopped_run, "max_train_seconds=7200", "wandb_project=other") as run:
+        assert (run.config.max_train_seconds, run.config.wandb_project) == (7200, "other")
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_resumed_unless_it_is_to_go_on_otherwise(stopped_run, tiny_model, tokenizer):
+    final = stopped_run.finish()
+    assert (final / "model.safetensors").samefile(stopped_run.path / "checkpoints/step_000003/model/model.safetensors")
+    with pytest.raises(UserError, match=r"this run is finished; its policy is in .*final"):
+        resumed(stopped_run)
+    with resumed(stopped_run, "num_epochs=2", "resume_with_changes=true") as run:
+        go_on(run, tiny_model, tokenizer)
+        assert not final.exists()
+
+
+def test_resume_names_a_run(tmp_path):
+    with pytest.raises(UserError, match="config.yaml does not exist; name the folder of a run"):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", [f"resume={tmp_path / 'none'}"])
+
+
+def test_auto_takes_the_newest_unfinished_run_of_the_same_kind(stopped_run, capsys):
+    runs_dir = stopped_run.path.parent
+    for name, kind in (("older", SFTConfig), ("grpo", GRPOConfig), ("done", SFTConfig)):
+        config = kind(runs_dir=str(runs_dir), run_name=name, wandb_mode="disabled")
+        with RunFolder.create(config, "x") as run:
+            (run.path / "checkpoints").mkdir()
+            run.log({"train_step": 1})
+    (runs_dir / "done/final").mkdir()
+    for age, name in enumerate(("mine", "grpo", "older"), start=1):  # by when they were last taken up
+        os.utime(runs_dir / name / "lock", (time.time() - age, time.time() - age))
+    arguments = ["resume=auto", f"runs_dir={runs_dir}"]
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", arguments).resume == str(stopped_run.path)
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, "run_name=older"]).run_name == "older"
+    assert load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", arguments).run_name == "grpo"
+    new = load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, "run_name=new"])
+    assert (new.run_name, new.resume) == ("new", "")
+    assert "there is no unfinished run" in capsys.readouterr().out
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(stopped_run):
+    def names():
+        return sorted(path.name for path in (stopped_run.path / "checkpoints").iterdir())
+
+    stopped_run.prune_checkpoints(keep_last=2, keep_best=True)
+    assert names() == ["step_000002", "step_000003"]
+    stopped_run.prune_checkpoints(keep_last=1, keep_best=True)
+    assert names() == ["step_000002", "step_000003"]
+    stopped_run.prune_checkpoints(keep_last=1, keep_best=False)
+    assert names() == ["step_000003"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("CUDA Error: out of memory. Tried to allocate 2.00 GiB."),  # as vLLM's sleep mode says it
+    ],
+)
+def test_out_of_memory_on_a_gpu_names_the_three_settings(tmp_path, error):
+    with pytest.raises(UserError) as caught, RunFolder.create(config_in(tmp_path), "sft") as run:
+        run.log({"train_step": 1})
+        raise error
+    message = str(caught.value)
+    for setting in ("microbatch_tokens", "gradient_checkpointing=true", "gpu_memory_utilization"):
+        assert setting in message
+    assert "Tried to allocate 2.00 GiB" in message
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"the disk of .* is full .*resume="),
+        RunFolder.create(config_in(tmp_path), "sft") as run,
+    ):
+        run.log({"train_step": 1})
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_signal_before_the_first_metrics_keeps_a_state_that_was_saved(tmp_path, tiny_model, tokenizer):
+    with pytest.raises(KeyboardInterrupt), RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.save_checkpoint(new_state(tiny_model, tokenizer))
+        raise KeyboardInterrupt
+    assert (run.path / "checkpoints/step_000000").is_dir()

@@ -192,8 +192,8 @@ class Loss:
     Args:
         function: from `LossInputs` to the loss of each token and its metadata.
         needs: the fields of `LossInputs`, beside log_probs and mask, that it uses.
-        zero_with: "advantages" or "raw_rewards": where it is zero, loss and gradient of the row are zero, so that
-            training skips the row. None: no row is skipped.
+        zero_with: "advantages" or "raw_rewards". A row where this is zero has no loss and no gradient, and training
+            skips it. None: no row is skipped.
     """
 
     function: Callable[[LossInputs], TokenLosses]
@@ -239,7 +239,7 @@ class StepSize:
     """How large an optimizer step is, whatever its microbatches: the divisors of the length normalizations."""
 
     num_rows: int  # N, responses of the step, skipped ones included
-    num_tokens: int  # their response tokens; those of masked responses do not count
+    num_tokens: int  # their response tokens; those left out by mask_truncated_responses do not count
     max_response_tokens: int  # the longest that a response may be (sampling_max_tokens)
 
 

@@ -6,12 +6,12 @@ Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
     2. sample G responses y_1 ... y_G to each question of a batch
     3. grade them, R_i, and normalize within groups:             A_i = (R_i - mean(R)) / (std(R) + eps)
     4. off-policy: score log pi_old(y_it) once                   rho_it = pi(y_it) / pi_old(y_it)
-    5. optimizer steps on L = mean_i mean_t l_it                 l_it = - A_i log pi(y_it); LOSSES and
-    6. log: docs/metrics.md defines the metrics                  LENGTH_NORMALIZATIONS have others
+    5. optimizer steps on L = mean_i mean_t l_it                 l_it = - A_i log pi(y_it)
+    6. log: docs/metrics.md defines the metrics
 
-On-policy is one optimizer step per rollout batch: then rho = 1. Off-policy is several (epochs_per_rollout_batch > 1, or
-train_batch_size < rollout_batch_size). A group of equal rewards has A = 0 exactly. Its responses are skipped in forward
-and backward. No divisor changes, so the gradient is the same. docs/grpo.md explains the method.
+LOSSES has other l_it, LENGTH_NORMALIZATIONS other means. On-policy is one optimizer step per rollout batch: rho = 1.
+Off-policy is several (epochs_per_rollout_batch > 1, or train_batch_size < rollout_batch_size). The std is the sample
+std; equal rewards have A = 0 exactly, and such responses are skipped: no divisor changes, so neither does the gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,8 +97,8 @@ def train(
         for step in loop:
             chosen = order[(step - 1) * num_questions : step * num_questions]
 
-            # 1. Sync: the engine gets the policy's weights. Did they arrive? Phase 5 scores the very tokens that the
-            #    engine has sampled, and `check_gap` compares. Where it cannot, probes are sampled and compared here.
+            # 1. Sync: copy the policy's weights into the engine. The copy is checked: both must agree on the log-probs
+            #    of sampled tokens. At temperature 1 the rollouts serve for this (phase 5), else probes sampled here.
             with loop.phase("sync"):
                 sync_metrics = evaluator.sync(policy, with_probes=not config.rollouts_check_sync)
 

@@ -3,8 +3,8 @@
 The policy learns to add one-digit numbers by trial and reward. It is a table of logits: one row for each question from
 0 + 0 to 9 + 9, one column for each answer from 0 to 18. The softmax of a row gives the probability of each answer.
 
-Advantages, losses and the reduction come from GRPO_helper.py, exactly as in GRPO_train.py. Only two things are simpler:
-a response is a single token, and sampling reads a row of the table. The six phases have the same names in both files.
+Advantages, losses and the reduction come from GRPO_helper.py, as they do in GRPO_train.py. Two things are simpler: a
+response is a single token, and sampling reads a row of the table. The six phases have the same names in both files.
 """
 
 import sys
@@ -49,7 +49,7 @@ def main() -> None:
     """Run GRPO and print the mean reward as it rises."""
     torch.manual_seed(0)
     policy = torch.zeros(len(QUESTIONS), NUM_ANSWERS, requires_grad=True)  # at first every answer is equally likely
-    mask = torch.ones(NUM_ROLLOUTS, 1, dtype=torch.bool)  # every token belongs to a response: there is no prompt
+    mask = torch.ones(NUM_ROLLOUTS, 1, dtype=torch.bool)  # every token is a response token: there is no prompt
     size = StepSize(num_rows=NUM_ROLLOUTS, num_tokens=NUM_ROLLOUTS, max_response_tokens=1)
     ratio_max = torch.ones(())
 
@@ -77,9 +77,6 @@ def main() -> None:
 
         # 5. Update: one optimizer step per epoch. In the first one the ratio is 1.
         for _ in range(EPOCHS_PER_ROLLOUT_BATCH):
-            mask = torch.ones(
-                NUM_ROLLOUTS, 1, dtype=torch.bool
-            )  # every token belongs to a response: there is no prompt
             inputs = LossInputs(
                 log_probs=score(policy, rows, answers),
                 mask=mask,

@@ -62,7 +62,7 @@ class RunConfig(BaseModel):
 
     prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
     reward: str = Field(
-        "r1_zero", description=f"reward function: {' or '.join(REWARD_FUNCTIONS)}, or your own as file.py:function"
+        "r1_zero", description="reward function: a name in REWARD_FUNCTIONS, or your own as file.py:function"
     )
     train_data: str = Field(
         EMBEDDED_DATA,
@@ -343,7 +343,7 @@ class GRPOConfig(RolloutConfig):
 
     loss_type: str = Field(
         "reinforce_with_baseline",
-        description=f"policy-gradient loss: {', '.join(LOSSES)}, or your own as file.py:function (docs/how_to.md)",
+        description="policy-gradient loss: a name in LOSSES (GRPO_helper.py), or your own as file.py:function",
     )
     use_std_normalization: bool = Field(True, description="divide advantages by the std of their group")
     advantage_eps: float = Field(1e-6, gt=0, description="added to the std of a group")

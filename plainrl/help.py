@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 
+from GRPO_helper import LOSSES
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
+from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.records import UserError
 
 # The algorithm's own keys first. Every key of every schema stands in exactly one group.
@@ -52,6 +54,8 @@ GROUPS = {
         *("max_rollout_seconds", "max_grade_seconds", "max_train_seconds", "max_evaluate_seconds", "max_save_seconds"),
     ),
 }
+# Keys that take a name of a table. The names are printed by `--help`, so that a new one needs no other change.
+TABLES: dict[str, Mapping[str, Any]] = {"loss_type": LOSSES, "reward": REWARD_FUNCTIONS}
 SCHEMAS = {  # schema -> command, YAML file
     SFTConfig: ("SFT_train.py", "config.yaml"),
     GRPOConfig: ("GRPO_train.py", "grpo_train.yaml"),
@@ -71,7 +75,11 @@ def help_text(schema: type[RunConfig], yaml_path: str | Path, command: str) -> s
     for group, keys in keys_by_group(schema).items():
         lines += ["", f"{group}:"]
         for key in keys:
-            lines += [f"  {key}={default_of(schema, key)}", _indented(schema.model_fields[key].description, 6)]
+            names = f" (names: {', '.join(TABLES[key])})" if key in TABLES else ""
+            lines += [
+                f"  {key}={default_of(schema, key)}",
+                _indented(f"{schema.model_fields[key].description}{names}", 6),
+            ]
     return "\n".join(lines)
 
 
@@ -91,6 +99,8 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
         f"  type      {type_of(schema, key)}",
         f"  default   {default_of(schema, key)}",
     ]
+    if key in TABLES:
+        lines.append(f"  names     {', '.join(TABLES[key])}")
     if key in yaml_values:
         lines.append(f"  {Path(yaml_path).name}   {as_yaml(yaml_values[key])}")
     for preset, values in (yaml_values.get("presets") or {}).items():

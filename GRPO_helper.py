@@ -137,6 +137,7 @@ class LossInputs:
 # gradient. Each is logged as `train/<name>`: the mean over the response tokens of an optimizer step, or the maximum if
 # the name ends in `_max`.
 TokenLosses = tuple[Tensor, dict[str, Tensor]]
+TAKEN_NAMES = {"loss", "num_trained_rows", "token_entropy", "grad_norm", "loss_scale", "learning_rate"}
 
 
 def no_baseline(inputs: LossInputs) -> TokenLosses:
@@ -185,6 +186,10 @@ def grpo_no_clip(inputs: LossInputs) -> TokenLosses:
     return -ratio * inputs.advantages, _describe_ratio(ratio)
 
 
+class LossError(ValueError):
+    """A loss function returned something that is no loss: the user's mistake, shown as one line."""
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss of the table: its function, what it needs, and which rows it may skip.
@@ -208,8 +213,24 @@ class Loss:
             raise ValueError(f"zero_with = {self.zero_with}: use advantages, raw_rewards or None")
 
     def __call__(self, inputs: LossInputs) -> TokenLosses:
-        """Return the loss of each token, and its metadata."""
-        return self.function(inputs)
+        """Return the loss of each token, and its metadata.
+
+        Raises:
+            LossError: the function returned something else.
+        """
+        result = self.function(inputs)
+        name, shape = getattr(self.function, "__name__", self.function), inputs.log_probs.shape
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise LossError(f"the loss {name} returned {type(result).__name__}: return (losses, metadata)")
+        for key, values in {"the losses": result[0], **result[1]}.items():
+            if not isinstance(values, Tensor) or values.shape != shape:
+                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise LossError(f"the loss {name} returned {key} as {found}: give one value per token, {tuple(shape)}")
+        if taken := TAKEN_NAMES & result[1].keys():
+            raise LossError(
+                f"the loss {name} returned metadata {', '.join(sorted(taken))}: each run logs that; rename it"
+            )
+        return result
 
 
 LOSSES: dict[str, Loss] = {

@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     with RunFolder.open(config, "grpo") as run:
         policy, tokenizer = load_policy(config if run.checkpoint else apply_warm_start(config), run.checkpoint)
         prompt_ids = encode_prompts(questions, tokenizer, config)
-        encode_prompts(validation.final, tokenizer, config)  # raises if a prompt is too long, before the engine starts
+        encode_prompts(validation.asked, tokenizer, config)  # raises if a prompt is too long, before the engine starts
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
         train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
@@ -166,8 +166,8 @@ def update_policy(
         order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(rollouts), config.train_batch_size):
             batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
-            accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)
-            sums, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)  # calls accumulate
+            accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)  # float16 may repeat it
+            sums, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
             if not rows and config.is_off_policy and config.rollouts_check_sync:
                 sums |= measure_gap(rollouts, old_log_probs_in(rollouts), config)
             metrics = summarize_update(sums)

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     with RunFolder.open(config, "sft") as run:
         policy, tokenizer = load_policy(config, run.checkpoint)
         train_set = tokenize_examples(examples, tokenizer, config)
-        encode_prompts(validation.final, tokenizer, config)  # too long: found before the engine starts
+        encode_prompts(validation.asked, tokenizer, config)  # too long: found before the engine starts
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
         num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)

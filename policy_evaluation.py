@@ -8,13 +8,11 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import seed_everything
@@ -34,7 +32,6 @@ from plainrl.grading.rewards import RewardFunction, count_failures, grade_respon
 from plainrl.policy import load_policy, score_responses
 from plainrl.records import Example, Response, mean
 from plainrl.run_folder import EVALUATION, RunFolder
-from plainrl.run_records import describe_evaluation
 from SFT_helper import encode_prompt, pad_token_id
 
 if TYPE_CHECKING:
@@ -241,10 +238,8 @@ class Evaluator:
             sleep_vllm_instance(self.llm)
 
     def evaluate(self, policy: PreTrainedModel, eval_step: int) -> dict[str, float | None]:
-        """Evaluate on the questions asked during training. Log `eval/*`, print one line and return the metrics."""
-        metrics = self._evaluate(policy, eval_step, self.examples, "eval")
-        tqdm.write(describe_evaluation(metrics, eval_step), file=sys.stdout)
-        return metrics
+        """Evaluate on the questions asked during training. Log `eval/*`, and return the metrics."""
+        return self._evaluate(policy, eval_step, self.examples, "eval")
 
     def evaluate_finally(self, policy: PreTrainedModel, num_steps: int, examples: Sequence[Example]) -> None:
         """Evaluate the trained policy on the `num_final_eval_examples` questions, and log `eval_all/*`."""

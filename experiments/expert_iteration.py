@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     with RunFolder.open(config, "expert-iteration") as run:
         policy, tokenizer = load_policy(config if run.checkpoint else apply_warm_start(config), run.checkpoint)
         prompt_ids = encode_prompts(questions, tokenizer, config)
-        encode_prompts(validation.final, tokenizer, config)  # too long: found before the engine starts
+        encode_prompts(validation.asked, tokenizer, config)  # too long: found before the engine starts
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
         train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)

@@ -18,8 +18,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from GRPO_helper import LossError
 from plainrl.config import ConfigType, RunConfig, describe_changes
-from plainrl.help import explain, help_text
+from plainrl.grading.rewards import RewardError
+from plainrl.help import TABLES, explain, help_text
 from plainrl.records import Stopped, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
@@ -95,8 +97,9 @@ def command_of(script: Path) -> str:
     """
     if "experiments" not in script.parts:
         return script.name
-    names = script.with_suffix("").parts[script.parts.index("experiments") :]
-    return f"-m {'.'.join(name for name in names if name != '__main__')}"
+    names = script.with_suffix("").parts
+    last = len(names) - 1 - names[::-1].index("experiments")  # a clone may lie below a folder of that name
+    return f"-m {'.'.join(name for name in names[last:] if name != '__main__')}"
 
 
 def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> ConfigType:
@@ -192,7 +195,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     previous_handlers = handle_signals(stop)
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, LossError, RewardError) as error:
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     except Stopped as stopped:
@@ -245,8 +248,11 @@ def _validate(
 
 
 def _is_readable(schema: type[RunConfig], path: Path) -> bool:
+    """Whether a configuration is one of this schema. A user's own function is not looked up: that executes a file."""
     try:
-        schema.model_validate(read_yaml(path))
+        values = read_yaml(path)
+        own = [key for key in TABLES if ":" in str(values.get(key))]
+        schema.model_validate({key: value for key, value in values.items() if key not in own})
     except (UserError, ValidationError):
         return False
     return True
@@ -282,7 +288,11 @@ def _describe(error: ValidationError, schema: type[RunConfig], sources: dict[str
             fix = f"did you mean {near[0]}?" if near else "--help lists the keys"
             problems[key] = f"unknown key {key}{where}: {fix}"
         else:
-            message = item["msg"][0].lower() + item["msg"][1:]
+            message = item["msg"].removeprefix("Value error, ")
+            if message.startswith(f"{key} = "):  # ours, which names the value already
+                problems[key] = f"{message}{where}"
+                continue
+            message = message[0].lower() + message[1:]
             previous = f"{problems[key]}, or " if key in problems else f"{key} = {item['input']!r}{where}: "
             problems[key] = previous + message
     return "; ".join(problems.values())

@@ -52,6 +52,11 @@ class ValidationData(NamedTuple):
     during: list[Example]
     final: list[Example]
 
+    @property
+    def asked(self) -> list[Example]:
+        """All questions that are put to the policy, each once."""
+        return list(dict.fromkeys([*self.during, *self.final]))
+
 
 def load_validation(config: TrainConfig) -> ValidationData:
     """Return the validation questions, and the two fixed subsets of them that evaluations ask."""

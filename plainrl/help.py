@@ -89,6 +89,10 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
     Raises:
         UserError: there is no such key; names the nearest one.
     """
+    if key == "config":
+        return f"config\n  the YAML file to read instead of {Path(yaml_path).name}"
+    if key == "config":
+        return f"config\n  the YAML file to read instead of {Path(yaml_path).name}"
     if key not in schema.model_fields:
         near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.5)
         raise UserError(f"--help {key}: no such key; {f'did you mean {near[0]}?' if near else '--help lists them'}")
@@ -152,6 +156,10 @@ def type_of(schema: type[RunConfig], key: str) -> str:
     >>> type_of(GRPOConfig, "length_normalization"), type_of(GRPOConfig, "seed")
     ('masked_mean, masked_normalize or token_mean', 'int')
     """
+    if key in TABLES:
+        return "a name below, or file.py:function"
+    if key in TABLES:
+        return "a name below, or file.py:function"
     annotation = schema.model_fields[key].annotation
     if typing.get_origin(annotation) is typing.Literal:
         *choices, last = map(str, typing.get_args(annotation))

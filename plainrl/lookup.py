@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -25,6 +26,7 @@ from plainrl.records import UserError
 T = TypeVar("T")
 PATH_FORMS = "file.py:function or package.module:function"
 _loaded: dict[Path, ModuleType] = {}
+_lock = threading.RLock()  # a file is half executed while another thread looks it up
 
 
 def look_up(name: str, table: Mapping[str, T], kind: str) -> T | Callable[..., Any]:
@@ -54,7 +56,9 @@ def look_up(name: str, table: Mapping[str, T], kind: str) -> T | Callable[..., A
     if not place:
         raise UserError(_describe_unknown(name, table, kind))
     load = _load_file if place.endswith(".py") or "/" in place else _load_module
-    return _get_function(load(place, setting), function_name, setting)
+    with _lock:
+        module = load(place, setting)
+    return _get_function(module, function_name, setting)
 
 
 def _describe_unknown(name: str, table: Mapping[str, Any], kind: str) -> str:

@@ -11,7 +11,8 @@ is evaluated before the first step, every `eval_interval` steps and after the la
 step of its checkpoint, and is then the run that would have been.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -23,14 +24,14 @@ from plainrl.checkpoint import TrainingState, fingerprint
 from plainrl.config import TrainConfig
 from plainrl.guard import StopGuard
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import Metrics
+from plainrl.run_records import Metrics, describe_evaluation
 
 
 class Evaluates(Protocol):
     """What the loop needs of an evaluator: see policy_evaluation.Evaluator."""
 
-    def evaluate(self, policy: PreTrainedModel, eval_step: int) -> object:
-        """Sample, grade, log and print."""
+    def evaluate(self, policy: PreTrainedModel, eval_step: int) -> Mapping[str, Any]:
+        """Sample, grade and log; return the metrics."""
         ...
 
     def sleep(self) -> None:
@@ -53,7 +54,7 @@ class TrainingLoop:
         config: TrainConfig,
         name: str,
     ) -> None:
-        """Bring policy, optimizer and folder to where the run goes on from; a new run starts at step 0.
+        """Note what the steps need.
 
         Args:
             policy: on its device; a resumed run has loaded it from its checkpoint.
@@ -69,22 +70,26 @@ class TrainingLoop:
         self.seconds: dict[str, float] = {}  # `time/<phase>` of the present step
         self._state = TrainingState(policy, tokenizer, optimizer, fingerprint(data))
         self._num_steps, self._evaluator, self._run, self._config = num_steps, evaluator, run, config
-        run.restore(self._state, num_steps)
-        self._train_step = run.last_train_step()
+        self._name, self._train_step = name, 0
+        self._progress: Any = None
         self._guard = StopGuard(self._state, run.save_checkpoint, run.path)
-        first = self._state.step
-        self._progress = tqdm(range(first + 1, num_steps + 1), name, num_steps, unit="step", initial=first)
 
     def __enter__(self) -> Self:
+        """Bring policy, optimizer and folder to where the run goes on from; a new run starts at step 0."""
+        self._run.restore(self._state, self._num_steps)
+        self._train_step = self._run.last_train_step()
         self._guard.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._progress.close()
+        if self._progress is not None:
+            self._progress.close()
         self._guard.__exit__(*error)  # saves the state if an error or a signal ends the run
 
     def __iter__(self) -> Iterator[int]:
         self._save_and_evaluate()
+        steps = range(self._state.step + 1, self._num_steps + 1)
+        self._progress = tqdm(steps, self._name, self._num_steps, unit="step", initial=self._state.step)
         for step in self._progress:
             self._guard.stop_if_requested()
             self.seconds = {}
@@ -132,7 +137,8 @@ class TrainingLoop:
         if is_saved:
             self._run.save_checkpoint(state)
         if is_evaluated:
-            self._evaluator.evaluate(state.policy, state.step)
+            metrics = self._evaluator.evaluate(state.policy, state.step)
+            tqdm.write(describe_evaluation(metrics, state.step), file=sys.stdout)
             if state.step < self._num_steps:
                 with self._run.watched("evaluate"):
                     self._evaluator.sleep()

@@ -46,7 +46,7 @@ def describe_environment() -> dict[str, Any]:
             versions[name] = None
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.executable).name, *sys.argv],
+        "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
         "python": platform.python_version(),
         "versions": versions,
         "git_commit": _git("rev-parse", "HEAD"),

@@ -4,17 +4,22 @@ What holds for every loss and every length normalization is in test_losses.py.
 """
 
 import math
+import re
 
 import pytest
 import torch
 
 from GRPO_helper import (
     LENGTH_NORMALIZATIONS,
+    Loss,
+    LossError,
+    LossInputs,
     StepSize,
     compute_group_normalized_rewards,
     compute_grpo_clip_loss,
     compute_naive_policy_gradient_loss,
     compute_policy_gradient_loss,
+    grpo_clip,
     grpo_microbatch_train_step,
     masked_mean,
     mean_per_response,
@@ -207,3 +212,27 @@ def test_helpers_leave_their_inputs_alone():
     responses, truths = ["a", "b"], ["c", "d"]
     compute_group_normalized_rewards(lambda a, b: {"reward": 1.0}, responses, truths, 2, 1e-6, True)
     assert (responses, truths) == (["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda inputs: inputs.log_probs, "returned Tensor: return (losses, metadata)"),
+        (lambda inputs: (inputs.log_probs.sum(-1, keepdim=True), {}), "returned the losses as (2, 1): give one value"),
+        (lambda inputs: (inputs.log_probs, {"norm": torch.ones(())}), "returned norm as (): give one value per token"),
+        (lambda inputs: (inputs.log_probs, {"norm": 1.0}), "returned norm as float: give one value per token, (2, 3)"),
+        (lambda inputs: (inputs.log_probs, {"loss": inputs.log_probs}), "returned metadata loss: each run logs that"),
+    ],
+)
+def test_a_function_that_is_no_loss_is_refused(function, message):
+    """Losses of one number per response would be broadcast by two of the three length normalizations."""
+    inputs = LossInputs(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(LossError, match=re.escape(message)):
+        Loss(function)(inputs)
+
+
+def test_a_loss_needs_and_skips_what_there_is():
+    with pytest.raises(ValueError, match="needs = kl: LossInputs has log_probs, mask, advantages"):
+        Loss(grpo_clip, needs=("kl",))
+    with pytest.raises(ValueError, match="zero_with = cliprange: use advantages, raw_rewards or None"):
+        Loss(grpo_clip, zero_with="cliprange")

@@ -5,8 +5,10 @@ import re
 import pytest
 from tiny import REPOSITORY
 
-from plainrl.cli import load_config, run_main
-from plainrl.config import SFTConfig
+from GRPO_helper import LossError
+from plainrl.cli import load_config, newest_unfinished_run, run_main
+from plainrl.config import GRPOConfig, SFTConfig
+from plainrl.grading.rewards import RewardError
 from plainrl.records import UserError
 
 
@@ -32,8 +34,8 @@ def test_order_of_precedence(tmp_path):
     ("arguments", "message"),
     [
         (["learning_rat=1"], "unknown key learning_rat (command line): did you mean learning_rate?"),
-        (["learning_rate=yes"], "learning_rate = True (command line): value error, yes, no, on, off"),
-        (["seed=on"], "seed = True (command line): value error, yes, no, on, off"),
+        (["learning_rate=yes"], "learning_rate = True (command line): yes, no, on, off"),
+        (["seed=on"], "seed = True (command line): yes, no, on, off"),
         (["seed=20251126120000"], "seed = 20251126120000 (command line): input should be less than 4294967296"),
         (["zzzzzz=1"], "unknown key zzzzzz (command line): --help lists the keys"),
         (["learning_rate=fast"], "learning_rate = 'fast' (command line): input should be a valid number"),
@@ -122,3 +124,32 @@ def test_run_main_turns_user_errors_into_one_line_and_keeps_real_bugs(monkeypatc
 
     with pytest.raises(ValueError, match="shape mismatch"):
         run_main(bug)
+
+
+@pytest.mark.parametrize("error", [LossError("the loss f returned int"), RewardError("the reward f returned 1")])
+def test_a_users_function_that_returns_something_else_is_one_line(error, monkeypatch, capsys):
+    def main(arguments):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["GRPO_train.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_main(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_listing_runs_executes_no_file_of_theirs(tmp_path):
+    """`resume=auto` looks through the configurations of all runs, and executes no file that one of them names."""
+    (tmp_path / "mine.py").write_text("raise SystemExit('executed')")
+    for name, reward in (("other", f"{tmp_path}/mine.py:reward"), ("lost", "gone.py:reward")):
+        folder = tmp_path / "runs" / name
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "lock").touch()
+        (folder / "config.yaml").write_text(f"reward: {reward}\n")
+    config = SFTConfig(runs_dir=str(tmp_path / "runs"))
+    assert newest_unfinished_run(SFTConfig, config) in (tmp_path / "runs/other", tmp_path / "runs/lost")
+
+
+def test_an_unknown_loss_is_said_once():
+    with pytest.raises(UserError, match=r"^loss_type = gspo: unknown; use no_baseline, .* \(command line\)$"):
+        load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", "loss_type=gspo"])

@@ -53,12 +53,16 @@ class FakeRun:
         self.events.append(f"prune {keep_last} {keep_best}")
 
 
+EVALUATION = dict.fromkeys(("answer_reward", "format_reward", "response_length", "truncated_fraction"), 0.0)
+
+
 class FakeEvaluator:
     def __init__(self, events):
         self.events = events
 
     def evaluate(self, policy, eval_step):
         self.events.append(f"evaluate {eval_step}")
+        return EVALUATION
 
     def sleep(self):
         self.events.append("sleep")
@@ -164,6 +168,7 @@ def test_an_evaluation_that_fails_loses_nothing(make_loop):
     def evaluate(policy, eval_step):
         if eval_step == 2:
             raise RuntimeError("no engine")
+        return EVALUATION
 
     loop._evaluator.evaluate = evaluate
     with pytest.raises(RuntimeError, match="no engine"), loop:
@@ -222,7 +227,7 @@ def test_a_signal_after_the_last_step_is_not_lost(make_loop):
     with pytest.raises(Stopped), make_loop(1) as loop:
         for _ in loop:
             loop._evaluator.sleep = None  # not called any more
-            loop._evaluator.evaluate = lambda policy, step: os.kill(os.getpid(), signal.SIGTERM)
+            loop._evaluator.evaluate = lambda policy, step: os.kill(os.getpid(), signal.SIGTERM) or EVALUATION
     assert loop.events[-3:] == ["save 1", "prune 2 False", "save 1"]
 
 

@@ -18,6 +18,7 @@ from GRPO_helper import (
     LENGTH_NORMALIZATIONS,
     LOSSES,
     Loss,
+    LossError,
     LossInputs,
     StepSize,
     compute_policy_gradient_loss,
@@ -408,7 +409,7 @@ WRONG_LOSSES = [
 def test_a_wrong_loss_is_found(check, loss, monkeypatch):
     """Each check finds something: the tests above would not pass whatever the loss."""
     monkeypatch.setitem(LOSSES, "wrong", loss)
-    with pytest.raises((AssertionError, TypeError)):
+    with pytest.raises((AssertionError, TypeError, LossError)):
         check("wrong")
 
 

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     names = list(TURNS) if arguments[:1] == ["all"] else arguments[:1]
     if not names or names[0] not in (*TURNS, "--help"):
         raise UserError(f"usage: {COMMAND} {'|'.join(TURNS)}|all [key=value ...]; --help lists the keys")
-    keys = names if "--help" in names else arguments[1:]
+    keys = arguments if "--help" in names else arguments[1:]
     config = choose_model(load_config(BenchmarkConfig, REPOSITORY / "grpo_train.yaml", keys))
     config = config.model_copy(update={"given": [argument.partition("=")[0] for argument in arguments[1:]]})
     if is_random(config) and "grpo" in names:

@@ -28,6 +28,10 @@ from plainrl.grading.worker import NUM_WORKERS, GradingError
 RewardFunction = Callable[[str, str], dict[str, float]]
 
 
+class RewardError(ValueError):
+    """A reward function returned something that is no reward: the user's mistake, shown as one line."""
+
+
 class Grade(NamedTuple):
     """The rewards of a response and, where its answer could not be compared, why: timeout, memory or error."""
 
@@ -247,7 +251,7 @@ def _complete_rewards(result: Any, function: RewardFunction) -> dict[str, float]
     if "reward" not in rewards or not all(map(math.isfinite, rewards.values())):
         name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
         shown = repr(result) if len(repr(result)) <= 100 else f"{repr(result)[:100]}..."
-        raise ValueError(
+        raise RewardError(
             f"the reward function {name} returned {shown}: return a dictionary of finite numbers with the key "
             "'reward', for example {'reward': 1.0}"
         )

@@ -102,6 +102,11 @@ def command_of(script: Path) -> str:
     return f"-m {'.'.join(name for name in names[last:] if name != '__main__')}"
 
 
+def resume_command(folder: Path) -> str:
+    """Return how the run in a folder is gone on with: its own script, with its own settings."""
+    return f"python {command_of(Path(sys.argv[0]))} resume={folder}"
+
+
 def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> ConfigType:
     """Return the configuration that a run's folder holds, with the changes of the command line if they are allowed.
 

@@ -20,7 +20,7 @@ from typing import Self
 import torch
 
 from plainrl.checkpoint import TrainingState
-from plainrl.cli import handle_signals, restore_handlers
+from plainrl.cli import handle_signals, restore_handlers, resume_command
 from plainrl.records import Stopped, first_line
 
 GRACE_SECONDS = 20.0  # how long a phase may go on after a signal; saving then ends within half a minute
@@ -79,7 +79,7 @@ class StopGuard:
         except Exception as failure:  # the run must end with the first error, not with this one
             message = f"the state could not be saved: {first_line(failure)}"
         with suppress(OSError):  # the terminal may be closed
-            print(f"\n{message}\nto go on: the same command with resume={self._folder}", file=sys.stderr, flush=True)
+            print(f"\n{message}\nto go on: {resume_command(self._folder)}", file=sys.stderr, flush=True)
 
     def _remember(self, signal_number: int, frame: FrameType | None) -> None:
         if self._requested is not None:
@@ -123,7 +123,7 @@ def watched(phase: str, limit_seconds: float, folder: Path, seconds: dict[str, f
         faulthandler.dump_traceback(file, all_threads=True)
         message = (
             f"\nerror: {phase} took longer than its limit of {limit_seconds:g} seconds; the stacks of all threads are "
-            f"in {path}; raise the limit if it was only slow; to go on: the same command with resume={folder}\n"
+            f"in {path}; raise the limit if it was only slow; to go on: {resume_command(folder)}\n"
         )
         file.write(message)
         file.flush()

@@ -118,7 +118,11 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key, its default and its meaning. This page is generated: `uv run python -m plainrl.help`.",
+        "Every key, its default and its meaning. This page is generated:",
+        "",
+        "```bash",
+        "uv run python -m plainrl.help > docs/configuration.md",
+        "```",
         "",
         "Values come from the defaults below, then the YAML file, then its preset, then `key=value` arguments.",
         "The presets stand in the YAML files. `--help KEY` shows the values that they give to one key.",
@@ -131,7 +135,9 @@ def configuration_page() -> str:
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| key | default | meaning |", "|---|---|---|"]
         for key in GROUPS[group]:
             owners = [schema for schema in SCHEMAS if key in schema.model_fields]
-            defaults = dict.fromkeys(f"`{default_of(schema, key) or '(empty)'}`" for schema in owners)
+            defaults = {f"`{default_of(schema, key) or '(empty)'}`": SCHEMAS[schema][0] for schema in reversed(owners)}
+            if len(defaults) > 1:
+                defaults = {f"{default} ({command})": "" for default, command in reversed(defaults.items())}
             text = str(owners[0].model_fields[key].description).replace("|", "\\|")
             lines.append(f"| `{key}` | {', '.join(defaults)} | {text} |")
     return "\n".join(lines) + "\n"

@@ -87,6 +87,7 @@ class TrainingLoop:
         self._guard.__exit__(*error)  # saves the state if an error or a signal ends the run
 
     def __iter__(self) -> Iterator[int]:
+        print(f"evaluating before step {self._state.step + 1}", flush=True)
         self._save_and_evaluate()
         steps = range(self._state.step + 1, self._num_steps + 1)
         self._progress = tqdm(steps, self._name, self._num_steps, unit="step", initial=self._state.step)

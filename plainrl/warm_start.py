@@ -64,6 +64,7 @@ def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
             if isinstance(interrupt, Stopped):  # the signal may have reached only this process
                 process.send_signal(interrupt.status - 128)
             process.wait()  # the SFT run finishes its phase and saves
+            print("the same command goes on with the warm start")
             raise
         if status != 0:
             raise UserError(

@@ -32,6 +32,7 @@ from plainrl.records import Example, Response, Rollout
 
 DOCS = REPOSITORY / "docs"
 PAGES = ["grpo", "sft", "expert_iteration", "metrics", "how_to"]
+TEXTS = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *REPOSITORY.glob("results/*/README.md")])
 SCHEMAS = {
     "SFT_train.py": (SFTConfig, "config.yaml"),
     "policy_evaluation.py": (SFTConfig, "config.yaml"),
@@ -165,11 +166,11 @@ def test_key_tables_have_the_defaults(page, schema):
         assert type(default)(value) == default, name
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    text = re.sub(r"```.*?```", "", (DOCS / f"{page}.md").read_text(), flags=re.DOTALL)
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", text):
-        assert not target or (DOCS / target).exists(), target
+        assert not target or (path.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", PAGES)

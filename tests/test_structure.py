@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 from tiny import REPOSITORY, run_python
@@ -25,8 +26,9 @@ NEEDS_TRL = {"experiments.benchmark.trl_side"}  # it runs in an environment of T
 
 
 def python_files(*folders):
-    """The Python files of the top level and of these folders."""
-    return sorted([*REPOSITORY.glob("*.py"), *(path for name in folders for path in (REPOSITORY / name).rglob("*.py"))])
+    """The project's Python files of the top level, and those of these folders. A user may have others beside them."""
+    top = [REPOSITORY / name for name in TOP_LEVEL if name.endswith(".py")]
+    return sorted([*top, *(path for name in folders for path in (REPOSITORY / name).rglob("*.py"))])
 
 
 def module_name(path):
@@ -35,11 +37,10 @@ def module_name(path):
 
 
 def tracked_files():
-    """The files that git knows, and the new ones that it does not ignore."""
+    """The files that git knows."""
     if shutil.which("git") is None or not (REPOSITORY / ".git").exists():
         pytest.skip("no git here")
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    result = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return [path for line in result.stdout.splitlines() if (path := REPOSITORY / line).exists()]
 
 
@@ -135,7 +136,7 @@ def test_no_module_shadows_a_library():
     """Neither a file nor a folder of the top level, which stands first in the path that Python searches."""
     taken = set(sys.stdlib_module_names) | {name.lower() for name in importlib.metadata.packages_distributions()}
     packages = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")}
-    ours = {path.stem.lower() for path in REPOSITORY.glob("*.py")} | packages
+    ours = {Path(name).stem.lower() for name in TOP_LEVEL if name.endswith(".py")} | packages
     assert {"plainrl", "experiments", "sft_train"} <= ours
     assert not ours & taken
     # Inside a package `from plainrl import types` would be read for the library, and a script in it would import it.

@@ -91,8 +91,6 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
     """
     if key == "config":
         return f"config\n  the YAML file to read instead of {Path(yaml_path).name}"
-    if key == "config":
-        return f"config\n  the YAML file to read instead of {Path(yaml_path).name}"
     if key not in schema.model_fields:
         near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.5)
         raise UserError(f"--help {key}: no such key; {f'did you mean {near[0]}?' if near else '--help lists them'}")
@@ -135,11 +133,14 @@ def configuration_page() -> str:
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| key | default | meaning |", "|---|---|---|"]
         for key in GROUPS[group]:
             owners = [schema for schema in SCHEMAS if key in schema.model_fields]
-            defaults = {f"`{default_of(schema, key) or '(empty)'}`": SCHEMAS[schema][0] for schema in reversed(owners)}
-            if len(defaults) > 1:
-                defaults = {f"{default} ({command})": "" for default, command in reversed(defaults.items())}
+            defaults: dict[str, str] = {}  # default -> the first script that has it
+            for schema in owners:
+                defaults.setdefault(f"`{default_of(schema, key) or '(empty)'}`", SCHEMAS[schema][0])
+            shown = [
+                f"{default} ({command})" if len(defaults) > 1 else default for default, command in defaults.items()
+            ]
             text = str(owners[0].model_fields[key].description).replace("|", "\\|")
-            lines.append(f"| `{key}` | {', '.join(defaults)} | {text} |")
+            lines.append(f"| `{key}` | {', '.join(shown)} | {text} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,8 +163,6 @@ def type_of(schema: type[RunConfig], key: str) -> str:
     >>> type_of(GRPOConfig, "length_normalization"), type_of(GRPOConfig, "seed")
     ('masked_mean, masked_normalize or token_mean', 'int')
     """
-    if key in TABLES:
-        return "a name below, or file.py:function"
     if key in TABLES:
         return "a name below, or file.py:function"
     annotation = schema.model_fields[key].annotation

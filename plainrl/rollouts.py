@@ -64,6 +64,7 @@ def sample_groups(
     for place, index in enumerate(chosen):  # a question may come twice, where one epoch ends and the next begins
         first = list(chosen[:place]).count(index) * config.group_size
         requests += [(index, sample) for sample in range(first, first + config.group_size)]
+    reward = config.reward_function
     responses: dict[int, Response] = {}
     gradings: dict[int, Future[Grade]] = {}
     for position, response in stream_responses(
@@ -74,7 +75,7 @@ def sample_groups(
     ):
         truth = questions[requests[position][0]].ground_truth or ""
         responses[position] = response
-        gradings[position] = grading_threads.submit(grade_response, response.text, truth, config.reward_function)
+        gradings[position] = grading_threads.submit(grade_response, response.text, truth, reward)
     order = range(len(requests))
     return [responses[position] for position in order], [gradings[position] for position in order]
 

@@ -84,6 +84,9 @@ class RunConfig(BaseModel):
     stop_string: str = Field("</answer>", description="text that ends a response and stays in it (empty: none)")
 
     max_context_tokens: int = Field(2048, ge=8, description="longest prompt plus response, in tokens")
+    drop_long_examples: bool = Field(
+        False, description="leave out and count examples over max_context_tokens, instead of stopping"
+    )
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of its GPU that vLLM may take")
     engine_cache_gib: int = Field(1, ge=1, description="key-value cache of the CPU engine, in GiB")
     engine_eager: bool = Field(True, description="false: compile the engine, which starts slower and samples faster")
@@ -262,9 +265,7 @@ class SFTConfig(TrainConfig):
         description="share of embedded training traces with a wrong last sum and answer. Ground truths stay right",
     )
     filter_correct: bool = Field(False, description="keep only traces that the reward function accepts")
-    drop_long_examples: bool = Field(
-        False, description="leave out and count examples over max_context_tokens, instead of stopping"
-    )
+    dropout: bool = Field(False, description="train with the dropout that the model's config.json asks for")
     num_epochs: float = Field(1.0, gt=0, description="passes over the training examples, if max_steps is 0")
     max_steps: int = Field(0, ge=0, description="optimizer steps (0: as many as num_epochs needs)")
     normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")

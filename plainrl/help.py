@@ -20,8 +20,8 @@ from plainrl.records import UserError
 # The algorithm's own keys first. Every key of every schema stands in exactly one group.
 GROUPS = {
     "SFT": (
-        *("num_sft_examples", "examples_seed", "filter_correct", "drop_long_examples", "num_epochs", "max_steps"),
-        *("lr_schedule", "warmup_fraction", "arithmetic_corrupt_fraction"),
+        *("num_sft_examples", "examples_seed", "filter_correct", "num_epochs", "max_steps"),
+        *("lr_schedule", "warmup_fraction", "dropout", "arithmetic_corrupt_fraction"),
     ),
     "GRPO": (
         *("n_grpo_steps", "rollout_batch_size", "epochs_per_rollout_batch", "loss_type", "cliprange"),
@@ -35,7 +35,7 @@ GROUPS = {
     ),
     "model, prompt, reward, data": (
         *("model", "prompt", "reward", "train_data", "validation_data", "arithmetic_terms", "arithmetic_max_term"),
-        "max_context_tokens",
+        *("max_context_tokens", "drop_long_examples"),
     ),
     "sampling": (
         *("sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens", "stop_string"),

@@ -47,7 +47,7 @@ def compute_group_normalized_rewards(
         rewards, and the fraction of responses whose advantage is zero.
 
     Raises:
-        ValueError: lengths differ, or N is not a multiple of G.
+        ValueError: lengths differ, N is not a multiple of G, or a reward is NaN or infinite.
 
     Source: CS336 Assignment 5, problem compute_group_normalized_rewards.
     """
@@ -84,7 +84,8 @@ def normalize_within_groups(
         normalize_by_std: divide by the std.
 
     Raises:
-        ValueError: N is not a multiple of G, or the std is asked of groups of one.
+        ValueError: N is not a multiple of G, the std is asked of groups of one, or a reward is NaN, infinite or too
+            large for float32.
 
     >>> normalize_within_groups(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2, 1e-6, normalize_by_std=False)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -94,13 +95,24 @@ def normalize_within_groups(
         raise ValueError(f"{num_rollouts} responses do not make whole groups of group_size = {group_size}")
     if normalize_by_std and group_size == 1:
         raise ValueError("group_size = 1 has no standard deviation: use groups of 2 or more")
+    _require_finite("reward", raw_rewards)
     groups = raw_rewards.view(-1, group_size)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
     # The mean of equal numbers can differ from them by rounding. Such a group teaches nothing: make it exactly zero.
     is_uniform = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    return advantages.masked_fill(is_uniform, 0.0).flatten()
+    advantages = advantages.masked_fill(is_uniform, 0.0).flatten()
+    _require_finite("advantage", advantages)  # the sum or the square of large rewards may overflow
+    return advantages
+
+
+def _require_finite(name: str, values: Tensor) -> None:
+    """Raise a ValueError that names the first value that is NaN or infinite. One would spoil its whole group."""
+    wrong = (~torch.isfinite(values)).nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        raise ValueError(f"{name} {index} of {len(values)} is {values[index].item()}: give finite rewards below 1e18")
 
 
 # --- losses ---------------------------------------------------------------------------------------------------------

@@ -1,70 +1,97 @@
 """A table of all runs, and two runs compared.
 
-    uv run python -m experiments.runs [runs_dir]     all runs: state, step, last and best validation reward, time
-    uv run python -m experiments.runs compare A B    two runs: the settings that differ, their curves in one figure
+    uv run python -m experiments.runs [runs_dir]                 all runs: state, step, rewards, time
+    uv run python -m experiments.runs compare A B [FIGURE.png]   two runs: the settings that differ, their curves
 
-`runs_dir` is the folder that holds the runs' folders, A and B are two of these.
+`runs_dir` is the folder that holds the runs' folders, A and B are two of these. The figure is written beside A if no
+other file is named.
 """
 
 import datetime
 import fcntl
 from pathlib import Path
 
+from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main
-from plainrl.config import describe_changes
+from plainrl.help import SCHEMAS
 from plainrl.records import UserError
 from plainrl.run_folder import EVALUATION, list_checkpoints, script_of
 from plainrl.run_records import EVAL_SCORE, Line, plot_metrics, read_metrics
 
+MOST_SECONDS = 1e12  # what a time can show
 COMMAND = "uv run python -m experiments.runs"
 
 
 def main(arguments: list[str]) -> None:
     """Print the table of runs, or compare two."""
-    if arguments[:1] == ["compare"] and len(arguments) == 3:
-        print(compare_runs(Path(arguments[1]), Path(arguments[2])))
+    if arguments[:1] == ["compare"] and len(arguments) in (3, 4):
+        one, other, *figure = map(Path, arguments[1:])
+        print("\n".join(compare_settings(one, other)))  # before the figure, which it may not be possible to write
+        print(f"curves: {draw_curves(one, other, *figure)}")
     elif len(arguments) <= 1 and arguments != ["--help"]:
         print(list_runs(Path(*arguments or ["runs"])))
     else:
-        raise UserError(f"usage: {COMMAND} [runs_dir], or {COMMAND} compare FOLDER FOLDER")
+        raise UserError(f"usage: {COMMAND} [runs_dir], or {COMMAND} compare FOLDER FOLDER [FIGURE]")
 
 
 def list_runs(runs_dir: Path) -> str:
     """Return a table of all runs in a folder, the oldest first."""
-    paths = sorted(runs_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-    if not paths:
+    folders = [path.parent for path in runs_dir.glob("*/config.yaml")]
+    if not folders:
         raise UserError(f"{runs_dir} holds no run; name the folder that holds the runs' folders")
-    table = [describe_run(path.parent) for path in paths]
+    found = {folder: describe_run(folder) for folder in sorted(folders, key=_age)}
+    table = [cells for cells, _ in found.values()]
     widths = {key: max(len(key), *(len(line[key]) for line in table)) for key in table[0]}
     lines = [{key: key for key in widths}, *table]
-    return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
+    shown = ["  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines]
+    return "\n".join([*shown, *(f"damaged: {fault}" for _, fault in found.values() if fault)])
 
 
-def describe_run(folder: Path) -> dict[str, str]:
-    """Return one line of the table of runs.
+def describe_run(folder: Path) -> tuple[dict[str, str], str | None]:
+    """Return one line of the table of runs, and what is wrong with its metrics, if anything is.
 
     Its time is that of training steps and evaluations, as logged, without loading, saving and lost work.
     """
-    rows = read_metrics(folder)
-    scores = [row[EVAL_SCORE] for row in rows if EVAL_SCORE in row]
-    seconds = sum(row.get("time/step", 0) + row.get("eval/seconds", 0) + row.get("eval_all/seconds", 0) for row in rows)
-    return {
-        "name": folder.name,
-        "state": _state_of(folder),
-        "step": str(max((row["train_step"] for row in rows if "train_step" in row), default=0)),
+    cells = {"name": folder.name, "state": _state_of(folder)}
+    try:
+        rows = read_metrics(folder)
+    except (UserError, OSError) as error:  # the other runs are shown all the same
+        return cells | dict.fromkeys(("step", "last reward", "best reward", "time"), "?"), str(error)
+
+    def known(name: str) -> list[float]:
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    scores = known(EVAL_SCORE)
+    seconds = sum(sum(known(name)) for name in ("time/step", "eval/seconds", "eval_all/seconds"))
+    return cells | {
+        "step": str(max(known("train_step"), default=0)),
         "last reward": f"{scores[-1]:.3f}" if scores else "-",
         "best reward": f"{max(scores):.3f}" if scores else "-",
-        "time": str(datetime.timedelta(seconds=round(seconds))),
-    }
+        "time": str(datetime.timedelta(seconds=round(min(seconds, MOST_SECONDS)))),
+    }, None
 
 
-def compare_runs(one: Path, other: Path) -> str:
-    """Return the settings that differ between two runs; draw their curves into one figure next to their folders."""
+def compare_settings(one: Path, other: Path) -> list[str]:
+    """Return the settings that differ between two runs, in lines. A key that one lacks has its default there."""
     for folder in (one, other):
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder} is no run, for it has no config.yaml; name the folder of a run")
-    changes = describe_changes(read_yaml(one / "config.yaml"), read_yaml(other / "config.yaml"))
-    figure = one.parent / f"compare_{one.name}_{other.name}.png"
+    values = [read_yaml(folder / "config.yaml") for folder in (one, other)]
+    # An older version of a script lacked some keys. Two scripts have different keys, which are shown.
+    schema = next(
+        (schema for schema in SCHEMAS if values[0].keys() | values[1].keys() <= schema.model_fields.keys()), None
+    )
+    changes = describe_changes(*(with_defaults(of_run, schema) if schema else of_run for of_run in values))
+    return [f"{one.name} -> {other.name}", *(changes or ["no setting differs"])]
+
+
+def draw_curves(one: Path, other: Path, figure: Path | None = None) -> Path:
+    """Draw the curves of two runs into one figure, next to the first one's folder if no file is named; return it.
+
+    Raises:
+        UserError: the figure cannot be written.
+    """
+    figure = figure or one.parent / f"compare_{one.name}_{other.name}.png"
     names = (
         (one.name, other.name)
         if one.name != other.name
@@ -79,8 +106,19 @@ def compare_runs(one: Path, other: Path) -> str:
     panels = {
         title: [Line(rows, axis, metric, name) for name, rows in metrics] for title, (axis, metric) in curves.items()
     }
-    plot_metrics(panels, figure)
-    return "\n".join([f"{one.name} -> {other.name}", *(changes or ["no setting differs"]), f"curves: {figure}"])
+    try:
+        plot_metrics(panels, figure)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"the figure {figure} cannot be written ({reason}); name another file: {COMMAND} compare {one} {other} "
+            "FIGURE.png"
+        ) from None
+    return figure
+
+
+def _age(folder: Path) -> float:
+    return (folder / "config.yaml").lstat().st_mtime  # of a link itself: what it points to may be gone
 
 
 def _state_of(folder: Path) -> str:

@@ -24,10 +24,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, Run, plan
+from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, plan
 from experiments.sweep_results import collect_run, read_table
-from plainrl.cli import read_yaml, run_main
-from plainrl.config import describe_changes
+from plainrl.changes import describe_changes, with_defaults
+from plainrl.cli import read_yaml, run_main, say
 from plainrl.records import UserError
 from plainrl.run_records import read_metrics
 
@@ -92,7 +92,7 @@ def state_of(run: Run, results: Path) -> str:
             return "finished"
     if not (run.folder / "config.yaml").is_file():
         return "to do"
-    saved = read_yaml(run.folder / "config.yaml")
+    saved = with_defaults(read_yaml(run.folder / "config.yaml"), SCRIPTS[run.script].schema)
     changes = describe_changes({key: saved.get(key) for key in run.settings}, run.settings)
     if changes:
         raise UserError(f"{run.folder} was run with other settings: {', '.join(changes)}; remove it to run it again")
@@ -128,14 +128,15 @@ def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable
                         failures[run] = last_line
     finally:
         if slots:
-            print("stopping: the runs in progress save themselves; a second signal stops them at once", flush=True)
+            # To stderr, by a call that raises nothing: the output may be closed, and the runs must be stopped.
+            say("stopping: the runs in progress save themselves; a second signal stops them at once")
             try:
                 _stop([process for _, process, _ in slots.values()])
             except KeyboardInterrupt:
                 _stop([process for _, process, _ in slots.values()])
             for run, process, started in slots.values():
                 _note_end(run, process, started)
-            print(f"to continue: {COMMAND} {shlex.join(sys.argv[1:])}", flush=True)
+            say(f"to continue: {COMMAND} {shlex.join(sys.argv[1:])}")
     return failures
 
 

@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from plainrl.changes import is_setting
 from plainrl.checkpoint import fingerprint
 from plainrl.cli import choose_preset, load_config, read_yaml
-from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig, is_setting
+from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
 from plainrl.records import UserError
 
 REPOSITORY = Path(__file__).parent.parent

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from plainrl.cli import read_yaml
+from plainrl.records import UserError
 from plainrl.run_records import EVAL_SCORE, read_metrics
 
 FINAL_SCORE = "eval_all/answer_reward"
@@ -35,6 +36,7 @@ RUN_COLUMNS = (
     *("last_answer_reward", "best_answer_reward", "num_eval_examples", "final_answer_reward", "num_final_examples"),
     *("sampled_tokens", "peak_memory_gib"),
 )
+COLUMNS = {"runs.csv": RUN_COLUMNS, "metrics.csv": METRIC_COLUMNS}
 
 
 def collect_run(
@@ -85,11 +87,32 @@ def summarize_run(folder: Path) -> dict[str, Any]:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file; an empty list if the file does not exist."""
+    """Return the rows of a CSV file; an empty list if the file does not exist.
+
+    Raises:
+        UserError: a row is damaged; names file and line.
+    """
     if not path.exists():
         return []
+    texts = {"variant", "fingerprint"}
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        try:
+            if missing := {*COLUMNS.get(path.name, ())} - {*(reader.fieldnames or ())}:
+                raise ValueError(f"has no column {min(missing)}")
+            rows = []
+            for row in reader:
+                for column, cell in row.items():
+                    if column is None or cell is None:
+                        raise ValueError("has not one cell for each column")
+                    if cell and column not in texts:
+                        float(cell)
+                rows.append(row)
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"{path}, line {reader.line_num}: {error}; bring the file back from git, or correct that line"
+            ) from None
+    return rows
 
 
 def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:

@@ -1,1 +1,5 @@
 """The machinery behind the scripts."""
+
+from plainrl.startup import prepare_program
+
+prepare_program()

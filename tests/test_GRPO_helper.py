@@ -57,6 +57,40 @@ def test_groups_of_equal_rewards_have_advantage_exactly_zero(normalize_by_std):
     assert metadata["zero_advantage_fraction"] == 0.5
 
 
+@pytest.mark.parametrize("normalize_by_std", [True, False])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, 0, math.nan, 1], "reward 2 of 4 is nan"),
+        ([math.inf, 0, 1, 1], "reward 0 of 4 is inf"),
+        ([0, 1, 1, -math.inf], "reward 3 of 4 is -inf"),
+        ([0, 1e300, 1, 0], "reward 1 of 4 is inf"),  # float32 ends at 3.4e38
+        ([math.nan, math.nan, 1, math.inf], "reward 0 of 4 is nan"),  # the first is named
+    ],
+)
+def test_rewards_that_are_no_finite_numbers_are_refused_with_their_index(values, message, normalize_by_std):
+    reward_fn, responses, truths = rewards_of(values)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}: give finite rewards"):
+        compute_group_normalized_rewards(reward_fn, responses, truths, 2, 1e-6, normalize_by_std)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        normalize_within_groups(torch.tensor(values), 2, 1e-6, normalize_by_std)
+
+
+def test_rewards_whose_sum_overflows_are_refused():
+    """Finite each, but the mean of the group is 6e38 / 2, and 6e38 is infinite in float32."""
+    with pytest.raises(ValueError, match="^advantage 2 of 4 is -inf: give finite rewards below 1e18"):
+        normalize_within_groups(torch.tensor([1.0, 0.0, 3e38, 3.1e38]), 2, 1e-6, normalize_by_std=False)
+
+
+def test_integer_and_truth_value_rewards_are_numbers():
+    responses, truths = ["a", "b", "c", "d"], ["x"] * 4
+    rewards = dict(zip(responses, (1, 0, True, False), strict=True))
+    advantages, raw, _ = compute_group_normalized_rewards(
+        lambda response, truth: {"reward": rewards[response]}, responses, truths, 2, 1e-6, False
+    )
+    assert raw.tolist() == [1, 0, 1, 0] and advantages.tolist() == [0.5, -0.5, 0.5, -0.5]
+
+
 def test_advantages_refuse_bad_input():
     reward_fn, responses, truths = rewards_of([1, 0, 1])
     with pytest.raises(ValueError, match="3 responses do not make whole groups of group_size = 2"):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 from tiny import REPOSITORY
 
 from GRPO_helper import LossError
@@ -34,8 +35,17 @@ def test_order_of_precedence(tmp_path):
     ("arguments", "message"),
     [
         (["learning_rat=1"], "unknown key learning_rat (command line): did you mean learning_rate?"),
-        (["learning_rate=yes"], "learning_rate = True (command line): yes, no, on, off"),
-        (["seed=on"], "seed = True (command line): yes, no, on, off"),
+        (["learning_rate=true"], "learning_rate = True (command line): true and false are not numbers"),
+        (["seed=on"], "seed = 'on' (command line): input should be a valid integer"),
+        (["wandb_mode=off"], "wandb_mode = 'off' (command line): input should be 'auto', 'online', 'offline' or 'dis"),
+        (["wandb_mode=false"], "wandb_mode = False (command line): input should be 'auto', 'online', 'offline' or"),
+        (["lr_schedule=linear"], "lr_schedule = 'linear' (command line): input should be 'constant' or 'cosine'"),
+        (["engine_dtype=1"], "engine_dtype = 1 (command line): input should be 'float32', 'bfloat16' or 'float16'"),
+        (["arithmetic_terms=[2"], "arithmetic_terms = '[2' (command line): not YAML: "),
+        (["run_name=a/b"], "run_name = 'a/b' (command line): the run's folder lies in runs_dir itself"),
+        (["run_name=.."], "run_name = '..' (command line): the run's folder lies in runs_dir itself"),
+        ([f"run_name={'é' * 120}"], "240 bytes are too many for the name of a folder: use at most 200"),
+        ([f"seed={'9' * 5000}"], "(command line): input should be a finite number"),
         (["seed=20251126120000"], "seed = 20251126120000 (command line): input should be less than 4294967296"),
         (["zzzzzz=1"], "unknown key zzzzzz (command line): --help lists the keys"),
         (["learning_rate=fast"], "learning_rate = 'fast' (command line): input should be a valid number"),
@@ -82,11 +92,12 @@ def test_mistakes_in_the_file_name_the_file(tmp_path):
         ("seed: -1\n", f"seed = -1 ({path}): input should be greater than or equal to 0"),
         ("presets:\n  laptop:\n    sed: 1\n", f"unknown key sed ({path}, preset laptop): did you mean seed?"),
         ("- a\n", "expected `key: value` lines"),
-        ("a: [1\n", "is not YAML"),
+        ("a: [1\n", ", line 2: not YAML: "),
         ("presets: 5\n", "presets must hold one block"),
         ("presets:\n  laptop: [seed]\n", "presets must hold one block"),
         ("seed: 1\n", "preset = laptop: "),
-        ("seed: \xe9\n", "is not UTF-8 text (byte 6)"),
+        ("seed: 1\nrun_name: \xe9\n", ", line 2: not UTF-8 text; save the file as UTF-8"),
+        ("", ", line 1: expected `key: value` lines, found nothing"),
     ]:
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=re.escape(message)):
@@ -148,6 +159,69 @@ def test_listing_runs_executes_no_file_of_theirs(tmp_path):
         (folder / "config.yaml").write_text(f"reward: {reward}\n")
     config = SFTConfig(runs_dir=str(tmp_path / "runs"))
     assert newest_unfinished_run(SFTConfig, config) in (tmp_path / "runs/other", tmp_path / "runs/lost")
+
+
+def test_auto_names_the_runs_that_cannot_be_read(tmp_path, capsys):
+    """A run of another script is passed over in silence, a damaged one is named."""
+    for name, text in (("torn", "seed: [1"), ("empty", ""), ("grpo", "n_grpo_steps: 3\n"), ("own", "num_epochs: 1\n")):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "lock").touch()
+        (tmp_path / name / "config.yaml").write_text(text)
+    assert newest_unfinished_run(SFTConfig, SFTConfig(runs_dir=str(tmp_path))) == tmp_path / "own"
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.partition(" is passed over (")[0] for line in lines) == [
+        f"resume = auto: {tmp_path / name}" for name in ("empty", "torn")
+    ]
+
+
+@pytest.mark.parametrize("name", ["foreign", "auto"])
+def test_a_foreign_configuration_is_not_resumed(tmp_path, name):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/config.yaml").write_text("n_grpo_steps: 3\nseed: 1\ngroup_size: 2\n")
+    arguments = [f"resume={tmp_path / 'foreign'}"] if name == "foreign" else ["resume=auto", "run_name=foreign"]
+    with pytest.raises(
+        UserError, match=r"keys that this script does not know \(n_grpo_steps, group_size\); go on with"
+    ):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, f"runs_dir={tmp_path}"])
+
+
+def test_an_older_run_without_the_newest_keys_is_unchanged(tmp_path, capsys):
+    """A key that a run's config.yaml lacks had its default; another value is a change."""
+    values = SFTConfig(preset="laptop").model_dump(mode="json", exclude={"dropout", "drop_long_examples", "resume"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(SFTConfig, "unused.yaml", [f"resume={tmp_path}"])
+    assert (config.dropout, config.drop_long_examples) == (False, False)
+    assert "changed" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="settings differ from the run's own: dropout False -> True; leave them out"):
+        load_config(SFTConfig, "unused.yaml", [f"resume={tmp_path}", "dropout=true", "resume_with_changes=no"])
+    assert load_config(
+        SFTConfig, "unused.yaml", [f"resume={tmp_path}", "dropout=on", "resume_with_changes=yes"]
+    ).dropout
+
+
+def test_what_the_operating_system_refuses_is_one_line_and_other_errors_are_bugs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["SFT_train.py"])
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    for name, message in (
+        (".", "Is a directory; a folder stands where a file is expected: remove or rename it"),
+        ("loop", "Too many levels of symbolic links; a link leads back to itself: remove it"),
+        ("gone", "No such file or directory; it is a link to nothing: remove it"),
+        ("n" * 300, "File name too long; give a shorter name"),
+    ):
+        path = tmp_path / name
+        with pytest.raises(SystemExit) as caught:
+            run_main(lambda arguments, path=path: print(path.read_text()))
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"error: {path}: {message}\n"
+    with pytest.raises(FileNotFoundError):
+        run_main(lambda arguments: print((tmp_path / "missing").read_text()))
+    with pytest.raises(BrokenPipeError):  # of another pipe than the output
+
+        def broken(arguments):
+            raise BrokenPipeError
+
+        run_main(broken)
 
 
 def test_an_unknown_loss_is_said_once():

@@ -33,7 +33,7 @@ def test_help_has_every_key_and_the_algorithms_own_first(schema):
 def test_one_key_is_explained_with_its_values_in_the_presets():
     text = explain(GRPOConfig, GRPO_YAML, "learning_rate", read_yaml(GRPO_YAML))
     assert "learning_rate   (batch and optimizer)" in text
-    assert "default   1.0e-05" in text and "preset laptop   2e-5" in text
+    assert "default   1.0e-05" in text and "preset laptop   2.0e-05" in text
     with pytest.raises(UserError, match="--help learning_rat: no such key; did you mean learning_rate?"):
         explain(GRPOConfig, GRPO_YAML, "learning_rat", {})
 
@@ -71,3 +71,11 @@ def test_help_names_the_command_that_was_started():
         timeout=120,
     )
     assert result.stdout.startswith("usage: uv run python -m experiments.expert_iteration [key=value ...]")
+
+
+def test_presets_that_are_no_blocks_are_one_line():
+    for presets in (5, [1], {"laptop": [1]}, {"laptop": None}):
+        with pytest.raises(
+            UserError, match=f"^{GRPO_YAML}: presets must hold one block of `key: value` lines per name$"
+        ):
+            explain(GRPOConfig, GRPO_YAML, "seed", {"presets": presets})

@@ -209,6 +209,23 @@ def test_a_signal_stops_the_run_before_the_next_phase(make_loop, number, status,
     assert signal.getsignal(number) is previous
 
 
+def test_an_output_that_nobody_reads_does_not_keep_the_run_from_saving(make_loop):
+    """`2>&1 | head -1`: the progress bar cannot be closed either, and the state after step 1 is saved all the same."""
+
+    def broken(*arguments, **options):
+        raise BrokenPipeError
+
+    loop = make_loop(3)
+    with pytest.raises(BrokenPipeError), loop:
+        steps = iter(loop)  # held, so that the bar is closed by the loop and not by its iterator
+        for step in steps:
+            if step == 2:
+                loop._progress.fp = SimpleNamespace(write=broken, flush=broken)
+                loop._progress.sp = broken
+                raise BrokenPipeError
+    assert [step for step, _ in loop.run.saved] == [1]
+
+
 def test_a_signal_in_the_last_phase_of_a_step_lets_it_finish(make_loop):
     """The step is logged, complete and saved; it is not evaluated, which takes long."""
     with pytest.raises(Stopped), make_loop(5, eval_interval=1) as loop:

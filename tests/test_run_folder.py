@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,10 +16,12 @@ import yaml
 from tiny import REPOSITORY, new_state, take_step
 
 from experiments.runs import list_runs
+from plainrl.checkpoint import describe_files
 from plainrl.cli import load_config
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import UserError
-from plainrl.run_folder import RunFolder
+from plainrl.run_folder import RunFolder, list_checkpoints
+from plainrl.run_records import Line, plot_metrics, read_metrics, set_damaged_lines_aside
 
 
 def config_in(folder, **values):
@@ -239,6 +243,217 @@ def test_metrics_that_were_lost_are_not_made_up(stopped_run):
     os.truncate(stopped_run.path / "metrics.jsonl", 10)
     with pytest.raises(UserError, match=r"metrics.jsonl has 10 bytes, but \d+ when the checkpoint of step 3"):
         resumed(stopped_run)
+
+
+def test_metrics_that_were_edited_below_the_checkpoint_are_not_cut_inside_a_line(stopped_run):
+    """A line was removed: the rows after it moved, so that the place of the checkpoint lies inside a later one."""
+    path = stopped_run.path / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=r"was changed: no line ends at byte \d+, .* put the file back, or start a new"):
+        resumed(stopped_run)
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 20, b"\xff" * 20, b'{"train_step": "a", '])
+def test_a_damaged_line_is_set_aside_and_the_run_goes_on(stopped_run, tiny_model, tokenizer, capsys, damage):
+    """The rows before and after it stay, the file as it was is kept, and the checkpoint still counts its bytes."""
+    path = stopped_run.path / "metrics.jsonl"
+    with path.open("r+b") as file:
+        file.write(damage)
+    damaged = path.read_bytes()
+    with pytest.raises(UserError, match=rf"{path}, line 1 is damaged: "):
+        stopped_run.read_metrics()
+    with resumed(stopped_run) as run:
+        assert go_on(run, tiny_model, tokenizer).step == 3
+        assert [row.get("train_step") for row in run.read_metrics()] == [None, None, 2, None, 3]
+        assert run.read_metrics()[0] == {}
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "was damaged" in line]
+    kept = path.with_name("damaged_metrics.jsonl")
+    assert line == f"warning: {path} was damaged in line 1: these rows are lost; the file as it was is {kept}"
+    assert kept.read_bytes().startswith(damage) and damaged.startswith(kept.read_bytes())
+    with resumed(run):  # and once more: nothing is damaged now
+        pass
+    assert "was damaged" not in capsys.readouterr().out
+
+
+def test_lines_too_short_for_an_empty_row_are_set_aside_too(tmp_path):
+    """Of one byte and of two: the lengths stay, and every line can be read."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'x\n{"a": 1}\nxy\nxyz\n\n')
+    set_damaged_lines_aside(tmp_path)
+    assert path.read_bytes() == b' \n{"a": 1}\n{}\n{} \n\n'
+    assert read_metrics(tmp_path) == [{}, {"a": 1}, {}, {}, {}]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples", "checkpoints", "final", "lock", "config.yaml"])
+@pytest.mark.parametrize("kind", ["folder or file", "dangling link"])
+def test_what_is_not_of_its_kind_is_named_before_anything_is_done(tmp_path, name, kind):
+    """A file in place of a folder, a folder in place of a file, or a link to nothing."""
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.log({"train_step": 1})
+    path = run.path / name
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    if kind == "dangling link":
+        path.symlink_to(run.path / "no/thing")
+    elif name in ("samples", "checkpoints", "final"):
+        path.touch()
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+        resumed(run)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"script": 5}', '{"script": "sf', "\0\0", "[" * 100_000])
+def test_a_run_that_does_not_say_its_script_has_a_way_out(stopped_run, text, tiny_model, tokenizer):
+    path = stopped_run.path / "environment.json"
+    path.write_text(text)
+    advice = re.escape(
+        f'{path} does not say which script made this run; put the file back, or write {{"script": "sft"}}'
+    )
+    with pytest.raises(UserError, match=advice):
+        resumed(stopped_run)
+    path.write_text('{"script": "sft"}')
+    with resumed(stopped_run) as run:
+        assert go_on(run, tiny_model, tokenizer).step == 3
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(stopped_run, monkeypatch):
+    """As in another user's folder. The tests may run as root, who may write everywhere: the refusals are played."""
+    path = stopped_run.path
+
+    def refuse(file, *arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+
+    with (
+        monkeypatch.context() as context,
+        pytest.raises(UserError, match=r"cannot be written \(Permission denied: .*lock"),
+    ):
+        context.setattr("pathlib.Path.open", refuse)
+        RunFolder.open(stopped_run.config.model_copy(update={"resume": str(path)}), "sft")
+    monkeypatch.setattr("os.access", lambda file, mode: not (str(file).endswith("metrics.jsonl") and mode & os.W_OK))
+    with pytest.raises(UserError, match=r"metrics.jsonl may not be read and written by you: copy .*mine, and resume"):
+        resumed(stopped_run)
+
+
+def test_auto_passes_over_a_folder_of_another_user(stopped_run, monkeypatch):
+    arguments = ["resume=auto", f"runs_dir={stopped_run.path.parent}"]
+    monkeypatch.setattr("os.access", lambda file, mode: not str(file).endswith("lock"))
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", arguments).resume == ""
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        run.log({"train_step": 1})
+    warning = f"warning: {run.path} cannot be locked ({os.strerror(number)}): let no other process write to it\n"
+    assert warning in capsys.readouterr().out
+    with resumed(run):
+        assert warning in capsys.readouterr().out
+    assert list_runs(tmp_path).splitlines()[1].split()[:2] == ["mine", "unknown"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/rollouts_000001.jsonl", "training.png"])
+def test_a_disk_that_fills_up_anywhere_in_a_run_is_one_line_and_no_row_is_half_kept(
+    stopped_run, tiny_model, tokenizer, name
+):
+    """The device /dev/full takes no byte: the row, the samples, the figure end with `No space left on device`."""
+    with (
+        pytest.raises(UserError, match=r"the disk of .*mine is full .*free disk space, then go on with resume=.*mine"),
+        resumed(stopped_run) as run,
+    ):
+        go_on(run, tiny_model, tokenizer)
+        path = run.path / name
+        if name == "metrics.jsonl":
+            path.rename(run.path / "kept")
+        path.symlink_to("/dev/full")
+        if name == "metrics.jsonl":
+            run.log({"train_step": 4})
+        elif name == "training.png":
+            plot_metrics({"loss": [Line(run.read_metrics(), "train_step", "time/step", "all")]}, path)
+        else:
+            path.write_text("a row\n")
+    path.unlink()
+    if name == "metrics.jsonl":
+        (run.path / "kept").rename(path)
+    with resumed(stopped_run) as run:
+        assert go_on(run, tiny_model, tokenizer).step == 3
+
+
+def test_a_folder_that_disappears_during_the_run_is_one_line(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"mine was removed or renamed during the run \(.*No such file"),
+        RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run,
+    ):
+        run.log({"train_step": 1})
+        run.path.rename(tmp_path / "other")
+        run.log({"train_step": 2})
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), FileNotFoundError("a bug")])
+def test_an_error_before_anything_was_run_stays_what_it_is(tmp_path, error):
+    """The folder is removed so that the name is free. It is not said to have been lost."""
+    with pytest.raises(type(error)), RunFolder.create(config_in(tmp_path, run_name="mine"), "sft"):
+        raise error
+    assert not (tmp_path / "mine").exists()
+
+
+def test_what_the_system_refuses_during_a_run_is_one_line_with_the_way_to_go_on(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"x: Input/output error; .*; then go on with resume=.*mine"),
+        RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run,
+    ):
+        run.log({"train_step": 1})
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "x")
+    with pytest.raises(FileNotFoundError), resumed(run):  # may be a bug: it keeps its traceback
+        (tmp_path / "missing").read_text()
+
+
+def test_copies_beside_the_checkpoints_are_no_checkpoints(stopped_run, tiny_model, tokenizer):
+    """And the newest is that of the highest step, whatever the number of its digits."""
+    checkpoints = stopped_run.path / "checkpoints"
+    for name in ("step_000003_copy", "step_000003.bak", "step_x"):
+        shutil.copytree(checkpoints / "step_000003", checkpoints / name)
+    (checkpoints / "step_000002").rename(checkpoints / "step_1000000")
+    assert [path.name for path in list_checkpoints(stopped_run.path)] == ["step_000001", "step_000003", "step_1000000"]
+    stopped_run.prune_checkpoints(keep_last=1, keep_best=False)
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        *("step_000003.bak", "step_000003_copy", "step_1000000", "step_x")
+    ]
+
+
+def test_a_run_of_before_the_newest_keys_is_resumed_without_a_change(stopped_run, tiny_model, tokenizer, capsys):
+    """Neither its config.yaml nor its checkpoints know the keys."""
+    new_keys = ("dropout", "drop_long_examples")
+    config = stopped_run.path / "config.yaml"
+    config.write_text(
+        yaml.safe_dump({k: v for k, v in yaml.safe_load(config.read_text()).items() if k not in new_keys})
+    )
+    checkpoint = stopped_run.path / "checkpoints/step_000003"
+    record = json.loads((checkpoint / "state.json").read_text())
+    for key in new_keys:
+        del record["config"][key]
+    (checkpoint / "state.json").write_text(json.dumps(record))
+    (checkpoint / "manifest.json").write_text(json.dumps(describe_files(checkpoint)))
+    with resumed(stopped_run) as run:
+        assert go_on(run, tiny_model, tokenizer).step == 3
+    assert "changed" not in capsys.readouterr().out
+    assert yaml.safe_load(config.read_text())["dropout"] is False
+    with resumed(stopped_run, "dropout=true", "resume_with_changes=true"):
+        pass
+    assert "changed since the checkpoint: dropout False -> True" in capsys.readouterr().out
+
+
+def test_samples_that_were_removed_for_their_space_are_no_loss(stopped_run, tiny_model, tokenizer):
+    shutil.rmtree(stopped_run.path / "samples")
+    with resumed(stopped_run) as run:
+        go_on(run, tiny_model, tokenizer)
+        assert (run.path / "samples").is_dir()
 
 
 def test_changed_settings_are_shown_and_refused_unless_allowed(stopped_run, tiny_model, tokenizer, capsys):

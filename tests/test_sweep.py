@@ -14,6 +14,7 @@ import yaml
 from tiny import REPOSITORY
 
 from experiments import sweep, sweep_plan
+from experiments.sweep_plan import plan
 from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
 from plainrl.records import UserError
 
@@ -180,7 +181,7 @@ def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number
     process = subprocess.Popen(
         command,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
@@ -189,7 +190,7 @@ def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number
     while not (folder / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, number)  # as the terminal does
-    output, _ = process.communicate(timeout=30)
+    _, output = process.communicate(timeout=30)
     assert process.returncode == status
     assert (folder / "saved").read_text() == "once"
     assert "to continue: uv run python -m experiments.sweep mine.yaml preset=laptop seeds=[0]" in output.replace(
@@ -202,6 +203,42 @@ def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number
     ends = re.findall(r"status (-?\d+) after ([\d.]+) minutes", Path("runs/mine-slow-seed0.log").read_text())
     assert [end[0] for end in ends] == ["143", "0"]
     assert float(slow["wall_minutes"]) == pytest.approx(sum(float(end[1]) for end in ends), rel=1e-3)
+
+
+def test_an_output_that_nobody_reads_stops_the_runs_in_progress(workplace, monkeypatch):
+    """`... | head -1`: the sweep ends at the first line that nobody reads, and no run of it goes on alone."""
+    write_sweep({"slow": {"length_normalization": "masked_normalize"}, **VARIANTS})
+    started = []
+
+    def start(*arguments, **options):
+        started.append(Popen(*arguments, **options))
+        return started[-1]
+
+    def broken(*texts, **options):
+        if str(texts[0]).startswith("1 of"):
+            raise BrokenPipeError
+
+    Popen = subprocess.Popen  # noqa: N806
+    monkeypatch.setattr("subprocess.Popen", start)
+    monkeypatch.setattr("builtins.print", broken)
+    with pytest.raises(BrokenPipeError):
+        run_sweep("seeds=[0]")
+    assert len(started) == 1 and started[0].returncode is not None
+
+
+def test_a_run_of_before_a_key_was_there_has_its_default(workplace):
+    """A sweep that sets the key to its default takes the run for its own; another value is another setting."""
+    folder = Path("runs/mine-a-seed0")
+    folder.mkdir(parents=True)
+    write_sweep({"a": {"drop_long_examples": False}})
+    (run,) = plan(Path("mine.yaml"), ["seeds=[0]", "preset=laptop"])[1]
+    old = {key: value for key, value in run.settings.items() if key != "drop_long_examples"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(old))
+    assert sweep.state_of(run, Path("results/mine")) == "interrupted"
+    write_sweep({"a": {"drop_long_examples": True}})
+    (run,) = plan(Path("mine.yaml"), ["seeds=[0]", "preset=laptop"])[1]
+    with pytest.raises(UserError, match="was run with other settings: drop_long_examples False -> True"):
+        sweep.state_of(run, Path("results/mine"))
 
 
 def test_one_run_at_a_time_on_each_gpu(workplace, monkeypatch):

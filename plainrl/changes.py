@@ -1,0 +1,37 @@
+"""Which settings differ between two configurations of a run."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from plainrl.config import RunConfig
+
+
+def is_setting(key: str) -> bool:
+    """Return whether a key changes what a run computes, and not only its name, start, time limits or log.
+
+    >>> is_setting("seed"), is_setting("run_name"), is_setting("max_rollout_seconds"), is_setting("wandb_mode")
+    (True, False, False, False)
+    """
+    return not re.fullmatch(r"run_name|runs_dir|resume|resume_with_changes|max_\w+_seconds|wandb_\w+", key)
+
+
+def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return `key old -> new` for each setting that differs between two resolved configurations.
+
+    >>> describe_changes({"seed": 0, "run_name": "a"}, {"seed": 1, "run_name": "b"})
+    ['seed 0 -> 1']
+    """
+    keys = [key for key in {**old, **new} if is_setting(key) and old.get(key) != new.get(key)]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]
+
+
+def with_defaults(values: Mapping[str, Any], schema: type[RunConfig]) -> dict[str, Any]:
+    """Return a configuration with the keys that it lacks: an older version of the schema did not have them.
+
+    >>> from plainrl.config import SFTConfig
+    >>> old = {key: value for key, value in SFTConfig().model_dump(mode="json").items() if key != "dropout"}
+    >>> describe_changes(with_defaults(old, SFTConfig), SFTConfig(seed=1).model_dump(mode="json"))
+    ['seed 0 -> 1']
+    """
+    return schema.model_construct().model_dump(mode="json") | dict(values)

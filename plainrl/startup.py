@@ -1,0 +1,48 @@
+"""What must happen before anything large is imported, if one of this project's scripts is the program.
+
+Importing torch and Transformers takes seconds. Until `run_main` handles signals, Ctrl-C ends the program at once and
+without a traceback, as it ends a program that is not in Python. A standard stream that the caller has closed
+(`>&-`) is opened again, for the next file to be opened would take its number, and be written to.
+"""
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPTS = ("SFT_train.py", "GRPO_train.py", "policy_evaluation.py")
+
+
+def prepare_program() -> None:
+    """Prepare the process if one of this project's scripts is the program; change nothing in any other."""
+    if not is_own_program(getattr(sys.modules.get("__main__"), "__file__", None), sys.orig_argv):
+        return
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may hold what the terminal cannot show
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it stays ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def is_own_program(main_file: str | None, command: list[str]) -> bool:
+    """Return whether a program is one of this project's.
+
+    Args:
+        main_file: the file of the module `__main__`. With `python -m` there is none while packages are imported.
+        command: what Python was started with.
+
+    >>> is_own_program(str(REPOSITORY / "GRPO_train.py"), ["python", "GRPO_train.py"])
+    True
+    >>> is_own_program(None, ["python", "-m", "experiments.runs"]), is_own_program(None, ["python", "-m", "mine"])
+    (True, False)
+    """
+    if main_file is not None:
+        path = Path(main_file).resolve()
+        return path.parent == REPOSITORY.resolve() and path.name in SCRIPTS
+    module = command[command.index("-m") + 1 :][:1] if "-m" in command else []
+    return bool(module) and module[0].partition(".")[0] in ("experiments", "plainrl")

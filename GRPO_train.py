@@ -14,6 +14,8 @@ Off-policy is several (epochs_per_rollout_batch > 1, or train_batch_size < rollo
 std; equal rewards have A = 0 exactly, and such responses are skipped: no divisor changes, so neither does the gradient.
 """
 
+import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
+
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from GRPO_helper import LENGTH_NORMALIZATIONS, LossInputs, StepSize, normalize_within_groups, reduce_metadata
 from plainrl.cli import load_config, run_main
 from plainrl.config import GRPOConfig, RolloutConfig
-from plainrl.data import derive_seed, encode_prompts, epoch_order, load_questions, load_validation
+from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
 from plainrl.devices import check_devices
 from plainrl.diagnosis import diagnose
 from plainrl.grading.worker import NUM_WORKERS
@@ -40,6 +42,7 @@ from plainrl.policy import (
     require_finite,
     score_responses,
 )
+from plainrl.preflight import preflight
 from plainrl.records import Example, Rollout
 from plainrl.rollouts import (
     check_gap,
@@ -66,8 +69,9 @@ def main(arguments: list[str]) -> None:
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "grpo") as run:
         policy, tokenizer = load_policy(config if run.checkpoint else apply_warm_start(config), run.checkpoint)
-        prompt_ids = encode_prompts(questions, tokenizer, config)
-        encode_prompts(validation.asked, tokenizer, config)  # raises if a prompt is too long, before the engine starts
+        preflight(policy, tokenizer, run.path, config)
+        questions, prompt_ids = fit_questions(questions, tokenizer, config)
+        validation = fit_validation(validation, tokenizer, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
         train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
@@ -112,12 +116,9 @@ def train(
             with loop.phase("grade"):
                 evaluator.sleep()  # on a shared GPU: its memory is the policy's until the next sync
                 grades = [grading.result() for grading in gradings]
-                advantages = normalize_within_groups(
-                    torch.tensor([grade.rewards["reward"] for grade in grades]),
-                    config.group_size,
-                    config.advantage_eps,
-                    config.use_std_normalization and config.group_size > 1,
-                )
+                rewards = torch.tensor([grade.rewards["reward"] for grade in grades])
+                with_std = config.use_std_normalization and config.group_size > 1
+                advantages = normalize_within_groups(rewards, config.group_size, config.advantage_eps, with_std)
                 asked = [questions[index] for index in chosen]
                 rollouts = make_rollouts(asked, responses, grades, advantages.tolist(), config.group_size)
 
@@ -171,8 +172,7 @@ def update_policy(
             if not rows and config.is_off_policy and config.rollouts_check_sync:
                 sums |= measure_gap(rollouts, old_log_probs_in(rollouts), config)
             metrics = summarize_update(sums)
-            advice = "lower learning_rate, or set loss_type=grpo_clip if the importance ratio exploded"
-            require_finite(step, sums["loss"], grad_norm, advice)
+            require_finite(step, sums["loss"], grad_norm, "lower learning_rate, or set loss_type=grpo_clip")
             check_gap(
                 metrics["rollout/log_prob_gap_multiplicative"], sums.get("num_gap_tokens", 0), config.max_sync_error
             )

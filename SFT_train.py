@@ -11,8 +11,11 @@ Differences from the assignment: epochs follow each other without a gap, so that
 response that does not end in `stop_string` is taught to end in EOS.
 """
 
+import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
+
 import math
 import random
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,10 +28,11 @@ from plainrl.cli import load_config, run_main
 from plainrl.config import ExpertIterationConfig, SFTConfig
 from plainrl.data import (
     describe_sources,
-    encode_prompts,
     epoch_order,
+    fit_validation,
     hold_out,
     keep_answered,
+    keep_short,
     load_sft_examples,
     load_validation,
 )
@@ -38,6 +42,7 @@ from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
 from plainrl.microbatches import microbatches
 from plainrl.policy import autocast, compute_clipped_gradient, load_policy, prepare_training, require_finite
+from plainrl.preflight import preflight
 from plainrl.records import Example, TokenizedExample, UserError
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import Line, describe_evaluations, plot_metrics
@@ -53,8 +58,9 @@ def main(arguments: list[str]) -> None:
     examples = select_examples(hold_out(load_sft_examples(config), validation.everything, config), config)
     with RunFolder.open(config, "sft") as run:
         policy, tokenizer = load_policy(config, run.checkpoint)
+        preflight(policy, tokenizer, run.path, config)
         train_set = tokenize_examples(examples, tokenizer, config)
-        encode_prompts(validation.asked, tokenizer, config)  # too long: found before the engine starts
+        validation = fit_validation(validation, tokenizer, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
         num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)
@@ -199,30 +205,24 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: SFTConfig
 ) -> list[TokenizedExample]:
-    """Tokenize the training examples once; none is ever cut.
+    """Tokenize the training examples once; none is ever cut. A response that lacks both endings gets one EOS.
 
     Raises:
         UserError: examples exceed `max_context_tokens` and `drop_long_examples` is off, or none is left.
     """
+    eos, eos_id = cast(str, tokenizer.eos_token), cast(int, tokenizer.eos_token_id)
     tokenized = []
     for example in examples:
-        response = example.response or ""
+        # An EOS at the end of the text is one token; further ones, and space after it, would never be sampled.
+        response = re.sub(rf"({re.escape(eos)}\s*)+\Z", lambda _: eos, example.response or "")
         response_ids = encode_response(response, tokenizer)
-        if not (config.stop_string and response.endswith(config.stop_string)):
-            response_ids.append(cast(int, tokenizer.eos_token_id))
+        if not (config.stop_string and response.endswith(config.stop_string)) and response_ids[-1:] != [eos_id]:
+            response_ids.append(eos_id)
         tokenized.append(TokenizedExample(example, encode_prompt(example.prompt, tokenizer), response_ids))
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in tokenized]
-    fitting = [row for row, length in zip(tokenized, lengths, strict=True) if length <= config.max_context_tokens]
-    num_too_long = len(tokenized) - len(fitting)
-    if num_too_long:
-        longest = max(range(len(lengths)), key=lambda index: lengths[index])
-        message = (
-            f"{num_too_long} of {len(tokenized)} training examples exceed max_context_tokens = "
-            f"{config.max_context_tokens}, the longest with {lengths[longest]} tokens at {examples[longest].source}"
-        )
-        if not config.drop_long_examples or not fitting:
-            raise UserError(f"{message}; raise max_context_tokens, or leave them out with drop_long_examples=true")
-        print(f"left out: {message}")
+    are_longer = f"training examples exceed max_context_tokens = {config.max_context_tokens}"
+    kept = keep_short(lengths, config.max_context_tokens, examples, are_longer, config)
+    fitting = [tokenized[index] for index in kept]
     num_over_limit = sum(len(row.response_ids) > config.sampling_max_tokens for row in fitting)
     if num_over_limit:
         print(

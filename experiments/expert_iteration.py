@@ -25,12 +25,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from GRPO_train import report
 from plainrl.cli import load_config, run_main
 from plainrl.config import ExpertIterationConfig
-from plainrl.data import derive_seed, encode_prompts, epoch_order, load_questions, load_validation
+from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
 from plainrl.devices import check_devices
 from plainrl.grading.rewards import Grade
 from plainrl.grading.worker import NUM_WORKERS
 from plainrl.loop import TrainingLoop
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
+from plainrl.preflight import preflight
 from plainrl.records import Example, Response, Rollout, TokenizedExample
 from plainrl.rollouts import make_rollouts, sample_groups, summarize_step, thread_pool, write_rollouts
 from plainrl.run_folder import RunFolder
@@ -48,8 +49,9 @@ def main(arguments: list[str]) -> None:
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "expert-iteration") as run:
         policy, tokenizer = load_policy(config if run.checkpoint else apply_warm_start(config), run.checkpoint)
-        prompt_ids = encode_prompts(questions, tokenizer, config)
-        encode_prompts(validation.asked, tokenizer, config)  # too long: found before the engine starts
+        preflight(policy, tokenizer, run.path, config)
+        questions, prompt_ids = fit_questions(questions, tokenizer, config)
+        validation = fit_validation(validation, tokenizer, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
         train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)

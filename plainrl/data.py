@@ -1,19 +1,32 @@
 """Turn records into examples: prompts, splits, held-out questions, the order of training, seeds."""
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from plainrl.config import EMBEDDED_DATA, RolloutConfig, RunConfig, SFTConfig, TrainConfig
-from plainrl.grading.rewards import Reward
+from plainrl.grading.rewards import Reward, clean_ground_truth, is_gradable
 from plainrl.records import Example, UserError
-from plainrl.sources import arithmetic_records, corrupt_some, parse_record, path_exists, read_records
+from plainrl.sources import (
+    Record,
+    arithmetic_records,
+    corrupt_some,
+    decode_text,
+    is_pipe,
+    parse_record,
+    path_exists,
+    read_records,
+)
 from SFT_helper import encode_prompt
 
+DataKey = Literal["train_data", "validation_data"]
+EXAMPLES_OF: dict[DataKey, str] = {"train_data": "training examples", "validation_data": "validation questions"}
 PROMPTS_FOLDER = Path(__file__).parent / "prompts"
 VALIDATION_SUBSET_SEED = 20250
 
@@ -25,24 +38,18 @@ def load_sft_examples(config: SFTConfig) -> list[Example]:
         UserError: the data cannot be read, or no record has a response.
     """
     examples = load_examples(config.train_data, config, "train", config.arithmetic_corrupt_fraction)
-    examples = keep(examples, lambda example: bool(example.response), "have no response to imitate", config.train_data)
+    examples = keep(examples, lambda example: bool(example.response), "have no response to imitate", config)
     return list({(example.prompt, example.response): example for example in examples}.values())
 
 
 def load_validation_set(config: RunConfig) -> list[Example]:
-    """Return all validation questions.
+    """Return the validation questions that have an answer. The others could never be answered.
 
     Raises:
-        UserError: the data cannot be read, or a question has no ground truth.
+        UserError: the data cannot be read, or no question has an answer.
     """
     examples = load_examples(config.validation_data, config, split="validation")
-    without_answer = [example.source for example in examples if example.ground_truth is None]
-    if without_answer:
-        raise UserError(
-            f"validation_data = {config.validation_data}: {len(without_answer)} of {len(examples)} questions have no "
-            f"answer, the first at {without_answer[0]}; use data with answers"
-        )
-    return examples
+    return keep_answered(examples, config, "validation_data")
 
 
 class ValidationData(NamedTuple):
@@ -97,23 +104,25 @@ def load_questions(validation_set: Sequence[Example], config: RolloutConfig) -> 
     """
     questions = keep_answered(load_examples(config.train_data, config, split="train"), config)
     questions = hold_out(questions, validation_set, config)
-    if len(questions) < config.num_questions_per_step:
-        raise UserError(
-            f"train_data = {config.train_data} has {len(questions)} questions, but a step takes "
-            f"{config.num_questions_per_step}; let it take {len(questions)} or fewer: rollout_batch_size / group_size, "
-            "or ei_batch_size in expert iteration"
-        )
+    _require_enough(questions, config)
     return questions
 
 
-def keep(examples: list[Example], is_kept: Callable[[Example], bool], reason: str, source: str) -> list[Example]:
-    """Return the training examples that may be used. Print how many are left out, and why.
+def keep(
+    examples: list[Example],
+    is_kept: Callable[[Example], bool],
+    reason: str,
+    config: RunConfig,
+    key: DataKey = "train_data",
+) -> list[Example]:
+    """Return the examples that may be used. Print how many are left out, and why.
 
     Args:
-        examples: the training examples.
+        examples: the training examples or validation questions.
         is_kept: tells whether an example may be used.
         reason: why the others are left out, as the predicate of a sentence about them.
-        source: the data set, for the message.
+        config: names the data set, for the message.
+        key: which of its data sets they come from.
 
     Raises:
         UserError: no example may be used.
@@ -122,9 +131,9 @@ def keep(examples: list[Example], is_kept: Callable[[Example], bool], reason: st
     for example in examples:
         (kept if is_kept(example) else left_out).append(example)
     if left_out:
-        message = f"{len(left_out)} of {len(examples)} training examples {reason}, the first at {left_out[0].source}"
+        message = f"{len(left_out)} of {len(examples)} {EXAMPLES_OF[key]} {reason}, the first at {left_out[0].source}"
         if not kept:
-            raise UserError(f"train_data = {source}: {message}; use other data")
+            raise UserError(f"{key} = {getattr(config, key)}: {message}; use other data")
         print(f"left out: {message}")
     return kept
 
@@ -136,19 +145,21 @@ def hold_out(examples: list[Example], validation_set: Sequence[Example], config:
         examples,
         lambda example: not {example.question, example.prompt} & held_out,
         f"have their question in {config.validation_data}",
-        config.train_data,
+        config,
     )
 
 
-def keep_answered(examples: list[Example], config: RunConfig) -> list[Example]:
-    """Return the training examples that have an answer to grade against. Two of MATH's 7,500 have none."""
-    return keep(examples, lambda example: example.ground_truth is not None, "have no answer", config.train_data)
+def keep_answered(examples: list[Example], config: RunConfig, key: DataKey = "train_data") -> list[Example]:
+    """Return the examples that have an answer to grade against. Two of MATH's 7,500 have none."""
+    return keep(examples, lambda example: example.ground_truth is not None, "have no answer", config, key)
 
 
 def load_examples(
     source: str, config: RunConfig, split: Literal["train", "validation"], corrupt_fraction: float = 0.0
 ) -> list[Example]:
     """Return all examples of a data source, with their prompts and responses written out.
+
+    An answer that no response can equal is no answer. How many there are is printed.
 
     Args:
         source: `arithmetic`, a file, or a hub data set.
@@ -159,6 +170,12 @@ def load_examples(
     Raises:
         UserError: the data or the prompt template cannot be read.
     """
+    sources = [config.train_data, config.validation_data]
+    if all(map(is_pipe, sources)) and Path(sources[0]).samefile(sources[1]):
+        raise UserError(
+            f"train_data = {sources[0]} and validation_data = {sources[1]} are one pipe, which can be read only once; "
+            "give each a pipe or a file of its own"
+        )
     if source == EMBEDDED_DATA:
         records = arithmetic_records(split, config.arithmetic_terms, config.arithmetic_max_term)
         records = corrupt_some(records, corrupt_fraction)
@@ -171,31 +188,62 @@ def load_examples(
         Example(
             question=record.question,
             prompt=record.prompt if record.prompt is not None else fill_prompt(template, record.question),
-            ground_truth=record.ground_truth,
-            response=record.response
-            or format_response(record.reasoning, record.wrong_answer or record.ground_truth, reward),
+            ground_truth=truth,
+            response=record.response or format_response(record.reasoning, record.wrong_answer or answer, reward),
             source=record.source,
         )
-        for record in records
+        for record, (truth, answer) in zip(records, read_answers(records, reward, source), strict=True)
     ]
 
 
+def read_answers(records: Sequence[Record], reward: Reward, source: str) -> list[tuple[str | None, str | None]]:
+    r"""Return of each record what responses are graded against, and the answer that a response to imitate gives.
+
+    The first is the text of the data, which the grader reads: `\boxed{5}`. The second is the bare answer: `5`. Both are
+    None if no response can equal it. Several right answers are a JSON list of texts.
+
+    Args:
+        records: of a data set.
+        reward: the reward function. If it is the user's own, it gets the answers as they are.
+        source: the data set, for the message that counts what no response can equal, and shows three.
+    """
+
+    @cache
+    def bare(truth: str) -> str | None:
+        answer = truth if reward.extract is None else clean_ground_truth(truth)
+        return answer if is_gradable(answer, reward) else None
+
+    found: list[tuple[str | None, str | None]] = []
+    failing: list[Record] = []
+    for record in records:
+        truths = [record.ground_truth, *record.alternatives] if record.ground_truth else []
+        answers = [answer for truth in truths if (answer := bare(truth))]
+        text = json.dumps(answers, ensure_ascii=False) if record.alternatives else record.ground_truth
+        found.append((text, answers[0]) if answers else (None, None))
+        if truths and not answers:
+            failing.append(record)
+    if failing:
+        shown = "; ".join(f"{record.source}: {(record.ground_truth or '')[:60]!r}" for record in failing[:3])
+        print(f"no response can equal {len(failing)} of {len(records)} answers of {source}, for example {shown}")
+    return found
+
+
 def load_prompt_template(name_or_path: str) -> str:
-    """Return a prompt template: prompts/<name>.prompt, or the file at a path.
+    """Return a prompt template: prompts/<name>.prompt, or the file at a path. A line ends in a newline alone.
 
     Raises:
-        UserError: there is no such template, or it lacks the place holder `{question}`.
+        UserError: there is no such template, it is not UTF-8, or it lacks the place holder `{question}`.
     """
     path = PROMPTS_FOLDER / f"{name_or_path}.prompt"
     if not path_exists(path):
         path = Path(name_or_path)
-    if not path_exists(path) or path.is_dir():
+    if not path_exists(path) or not path.is_file():
         names = ", ".join(sorted(file.stem for file in PROMPTS_FOLDER.glob("*.prompt")))
         raise UserError(f"prompt = {name_or_path}: no such template; use {names}, or the path of a file")
     try:
-        template = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt = {name_or_path}: cannot read {path} as UTF-8 text ({error}); convert it") from None
+        template = decode_text(path.read_bytes(), f"prompt = {name_or_path}: {path}")
+    except OSError as error:
+        raise UserError(f"prompt = {name_or_path}: {path} cannot be read ({error.strerror})") from None
     if "{question}" not in template:
         raise UserError(f"prompt = {name_or_path}: {path} lacks the place holder {{question}}; add it")
     return template
@@ -256,23 +304,98 @@ def derive_seed(*parts: object) -> int:
 def encode_prompts(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig
 ) -> list[list[int]]:
-    """Return the token ids of the examples' prompts.
+    """Return the token ids of the examples' prompts, all of which must fit.
 
     Raises:
         UserError: a prompt and a response of `sampling_max_tokens` exceed the context together.
     """
+    return fit_prompts(examples, tokenizer, config.model_copy(update={"drop_long_examples": False}))[1]
+
+
+def fit_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig, noun: str = "prompts"
+) -> tuple[list[Example], list[list[int]]]:
+    """Return the examples whose prompts leave room for a response, and the token ids of these prompts.
+
+    Raises:
+        UserError: a prompt and a response of `sampling_max_tokens` exceed the context together, and
+            `drop_long_examples` is off, or none is left.
+    """
     prompt_ids = [encode_prompt(example.prompt, tokenizer) for example in examples]
     most = config.max_context_tokens - config.sampling_max_tokens
-    lengths = [len(ids) for ids in prompt_ids]
-    num_too_long = sum(length > most for length in lengths)
-    if num_too_long:
+    limit = f"max_context_tokens - sampling_max_tokens = {most}"
+    fitting = keep_short([len(ids) for ids in prompt_ids], most, examples, f"{noun} are longer than {limit}", config)
+    return [examples[index] for index in fitting], [prompt_ids[index] for index in fitting]
+
+
+def fit_questions(
+    questions: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+) -> tuple[list[Example], list[list[int]]]:
+    """Return the training questions that fit, and the token ids of their prompts; see `fit_prompts`.
+
+    Raises:
+        UserError: as there, or fewer are left than a step needs.
+    """
+    fitting, prompt_ids = fit_prompts(questions, tokenizer, config, "training prompts")
+    _require_enough(fitting, config)
+    return fitting, prompt_ids
+
+
+def fit_validation(
+    validation: ValidationData, tokenizer: PreTrainedTokenizerBase, config: TrainConfig
+) -> ValidationData:
+    """Return the validation questions without those asked that do not fit; see `fit_prompts`.
+
+    Raises:
+        UserError: as there, or none is left for an evaluation.
+    """
+    fitting = set(fit_prompts(validation.asked, tokenizer, config, "validation prompts")[0])
+    if len(fitting) == len(validation.asked):
+        return validation
+    during, final = ([e for e in part if e in fitting] for part in (validation.during, validation.final))
+    print(f"evaluations ask {len(during)} questions during training, and {len(final)} at the end")
+    if not during or not final:
+        raise UserError(f"validation_data = {config.validation_data}: no question is left; raise max_context_tokens")
+    return validation._replace(during=during, final=final)
+
+
+def keep_short(
+    lengths: Sequence[int], most: int, examples: Sequence[Example], are_longer: str, config: RunConfig
+) -> list[int]:
+    """Return the indices of the examples that are not too long. None is ever cut.
+
+    Args:
+        lengths: of the examples, in tokens.
+        most: the largest length.
+        examples: where they come from, for messages.
+        are_longer: what the others are, as the end of a sentence that begins with their number.
+        config: says in `drop_long_examples` whether they are left out and counted, or an error.
+
+    Raises:
+        UserError: an example is too long and `drop_long_examples` is off, or all are.
+    """
+    kept = [index for index, length in enumerate(lengths) if length <= most]
+    if len(kept) < len(lengths):
         longest = max(range(len(lengths)), key=lambda index: lengths[index])
-        raise UserError(
-            f"{num_too_long} prompts are longer than max_context_tokens - sampling_max_tokens = {most} tokens, the "
-            f"longest with {lengths[longest]} at {examples[longest].source}; raise max_context_tokens to at least "
-            f"{lengths[longest] + config.sampling_max_tokens}, or shorten the prompts"
+        message = (
+            f"{len(lengths) - len(kept)} of {len(lengths)} {are_longer}, the longest with {lengths[longest]} tokens "
+            f"at {examples[longest].source}"
         )
-    return prompt_ids
+        if not config.drop_long_examples or not kept:
+            alternative = " or leave them out with drop_long_examples=true" if kept else " or use other data"
+            needed = config.max_context_tokens + lengths[longest] - most
+            raise UserError(f"{message}; raise max_context_tokens to at least {needed},{alternative}")
+        print(f"left out: {message}")
+    return kept
+
+
+def _require_enough(questions: Sequence[Example], config: RolloutConfig) -> None:
+    if len(questions) < config.num_questions_per_step:
+        raise UserError(
+            f"train_data = {config.train_data} has {len(questions)} questions, but a step takes "
+            f"{config.num_questions_per_step}; let it take {len(questions)} or fewer: rollout_batch_size / group_size, "
+            "or ei_batch_size in expert iteration"
+        )
 
 
 def _draw_subset(validation_set: list[Example], num_examples: int) -> list[Example]:

@@ -1,27 +1,36 @@
 """Read or make questions: from files, hub data sets, and the embedded arithmetic.
 
-A file holds JSON lines, one JSON array, or Parquet. Its content decides which, not its name. Each record has one of
-these layouts.
+A file or pipe holds JSON lines, one JSON array, or Parquet. Its content decides which, not its name. It is read once.
+Each record has one of these layouts.
 
     {"problem", "reasoning_trace", "expected_answer", ...}   SFT traces (already end in </answer>)
     {"problem", "expected_answer"}                           MATH validation
     {"problem", "answer"[, "solution"], ...}                 MATH
     {"prompt", "response"[, "ground_truth"]}                 SFT, prompt already written out
     {"question", "answer": "... #### 72"}                    GSM8K
+
+A missing, empty, NaN or infinite answer is no answer. A list of answers holds alternatives, each of them right.
 """
 
+import codecs
 import hashlib
 import json
+import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from plainrl.config import EMBEDDED_DATA
 from plainrl.records import UserError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow
 
 LAYOUTS = (
     ("problem", "reasoning_trace", "expected_answer"),
@@ -30,6 +39,8 @@ LAYOUTS = (
     ("prompt", "response"),
     ("question", "answer"),
 )
+FIELDS = {"ground_truth", "solution"}.union(*LAYOUTS)  # all that are ever looked at
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
 NUM_ARITHMETIC_TRAIN = 8192
 NUM_ARITHMETIC_VALIDATION = 1024
 
@@ -46,6 +57,7 @@ class Record:
         reasoning: a solution that still lacks the final answer.
         wrong_answer: the final answer to write after `reasoning`. If it is None, the ground truth is used.
         response: a complete response.
+        alternatives: further answers that are right.
     """
 
     source: str
@@ -55,16 +67,17 @@ class Record:
     reasoning: str | None = None
     wrong_answer: str | None = None
     response: str | None = None
+    alternatives: tuple[str, ...] = ()
 
 
 def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
-    """Yield the records of a file or hub data set, each with the place where it stands (file and line).
+    """Yield the records of a file, pipe or hub data set, each with the place where it stands (file and line).
 
     Args:
-        source: path of a file, or `owner/name[/configuration]:split` of a hub data set.
+        source: path of a file or pipe, or `owner/name[/configuration]:split` of a hub data set.
 
     Raises:
-        UserError: the file is missing or empty, its JSON is broken (the message names the line), or a record is not an
+        UserError: the file is missing, empty or damaged (the message names the line or record), or a record is not an
             object.
     """
     path = Path(source)
@@ -78,21 +91,19 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
         )
     if path.is_dir():
         raise UserError(f"data file {source} is a folder; name one file in it")
+    if not path.is_file() and not is_pipe(source):
+        raise UserError(f"data file {source} is a device; name a file or a pipe")
     try:
-        with path.open("rb") as file:
-            is_parquet = file.read(4) == b"PAR1"
+        data = path.read_bytes()  # at once, because a pipe cannot be opened a second time
     except OSError as error:
         raise UserError(f"data file {source} cannot be read ({error.strerror})") from None
-    if is_parquet:
-        import datasets
-
-        try:
-            rows = datasets.Dataset.from_parquet(str(path))
-        except Exception as error:  # of any type, because a damaged file makes the library raise many
-            raise UserError(f"data file {source} starts like Parquet but cannot be read ({error}); fix it") from error
-        yield from ((dict(row), f"{source}, row {index}") for index, row in enumerate(rows, start=1))
+    if data.startswith(b"PAR1"):
+        yield from _read_parquet(data, source)
         return
-    yield from _read_json(path)
+    for item, where in _read_json(decode_text(data, f"data file {source}"), source):
+        if not isinstance(item, dict):
+            raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
+        yield item, where
 
 
 def parse_record(values: dict[str, Any], where: str) -> Record:
@@ -107,32 +118,26 @@ def parse_record(values: dict[str, Any], where: str) -> Record:
             f"{where}: fields {sorted(values)} fit no known layout; needed is one of "
             + ", ".join("+".join(layout) for layout in LAYOUTS)
         )
-    answer_name = {"problem": layout[-1], "prompt": "ground_truth"}.get(layout[0], "")
-    answer = values.get(answer_name)  # it is empty in two of MATH's 7,500 training records
-    ground_truth = None if answer is None or not str(answer).strip() else _text(values, answer_name, where)
-    fields = {name: _text(values, name, where) for name in layout if name != answer_name}
-    if layout[0] == "prompt":
-        return Record(
-            source=where,
-            question=fields["prompt"],
-            prompt=fields["prompt"],
-            response=fields["response"],
-            ground_truth=ground_truth,
-        )
-    if layout[0] == "question":
-        solution, separator, answer = fields["answer"].rpartition("####")
-        if not separator:
+    answer_name = {"problem": layout[-1], "prompt": "ground_truth", "question": "answer"}[layout[0]]
+    answers = _answers(values.get(answer_name), answer_name, where)  # empty in two of MATH's 7,500 training records
+    answer, alternatives = (answers[0], tuple(answers[1:])) if answers else (None, ())
+    fields = {name: _text(values[name], name, where) for name in layout if name != answer_name}
+    if layout[0] == "question" and answer is not None:
+        solution, separator, answer = answer.rpartition("####")
+        if not separator or alternatives:
             raise UserError(f"{where}: answer has no '#### <number>' at its end, as in GSM8K; add it")
         reasoning = " ".join(re.sub(r"<<[^<>]*>>", "", solution).split())
-        truth = answer.strip().replace(",", "") or None
-        return Record(source=where, question=fields["question"], reasoning=reasoning, ground_truth=truth)
-    solution = values.get("solution")
+        return Record(where, fields["question"], answer.strip().replace(",", "") or None, reasoning=reasoning)
+    solution = values.get("solution") if layout[0] == "problem" else None
+    has_solution = isinstance(solution, str) and solution.strip()
     return Record(
         source=where,
-        question=fields["problem"],
-        reasoning=solution if isinstance(solution, str) else None,
-        response=fields.get("reasoning_trace"),
-        ground_truth=ground_truth,
+        question=fields[layout[0]],
+        ground_truth=answer,
+        prompt=fields.get("prompt"),
+        reasoning=_text(solution, "solution", where) if has_solution else None,
+        response=fields.get("reasoning_trace", fields.get("response")),
+        alternatives=alternatives,
     )
 
 
@@ -206,6 +211,30 @@ def path_exists(path: Path) -> bool:
         return False
 
 
+def is_pipe(source: str) -> bool:
+    """Return whether a source of data is a pipe, which can be read only once: `<(command)`, or /dev/stdin."""
+    return path_exists(Path(source)) and Path(source).is_fifo()
+
+
+def decode_text(data: bytes, name: str) -> str:
+    r"""Return UTF-8 bytes as text, without a byte order mark (BOM), and with `\n` at the end of each line.
+
+    Raises:
+        UserError: the bytes are not UTF-8. The message begins with `name`.
+
+    >>> decode_text(b"\xef\xbb\xbfa\r\nb", "f")
+    'a\nb'
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
+        raise UserError(f"{name} is UTF-16 text; convert it to UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{name} is not UTF-8 text (line {line}, byte {error.start}); convert it to UTF-8") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _work_out(terms: list[int], signs: list[str]) -> tuple[str, str, int]:
     total, steps, expression = terms[0], [], str(terms[0])
     for sign, term in zip(signs, terms[1:], strict=True):
@@ -216,33 +245,87 @@ def _work_out(terms: list[int], signs: list[str]) -> tuple[str, str, int]:
     return f"What is {expression}?", " ".join(steps), total
 
 
-def _read_json(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text (byte {error.start}); convert it") from None
+def _read_json(text: str, source: str) -> Iterator[tuple[Any, str]]:
+    """Yield the items of a JSON array, or one item per line, each with its place."""
     if not text.strip():
-        raise UserError(f"data file {path} is empty; give a file with at least one record")
+        raise UserError(f"data file {source} is empty; give a file with at least one record")
     if text.lstrip().startswith("["):
+        yield from _read_array(text, source)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removeprefix("\ufeff").strip()  # a BOM, where files were joined
+        if line:
+            try:
+                yield DECODER.decode(line), f"{source}, line {number}"
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{source}, line {number}: broken JSON ({_explain(error)}); fix that line") from None
+
+
+def _read_array(text: str, source: str) -> Iterator[tuple[Any, str]]:
+    """Yield the items of a JSON array one by one, so that the message about a bad one can name it."""
+
+    def broken(reason: str, position: int) -> UserError:
+        line = text.count("\n", 0, position) + 1
+        return UserError(f"{source}, line {line}: broken JSON array ({reason}); fix record {index}")
+
+    def next_token(position: int) -> int:
+        return cast(re.Match, JSON_SPACE.match(text, position)).end()
+
+    index, position = 1, next_token(text.index("[") + 1)
+    is_at_end = text.startswith("]", position)
+    while not is_at_end:
         try:
-            items = [(item, f"{path}, record {index}") for index, item in enumerate(json.loads(text), start=1)]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: broken JSON array ({error.msg}); fix that line") from None
-    else:
-        items = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    items.append((json.loads(line), f"{path}, line {number}"))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: broken JSON ({error.msg}); fix that line") from None
-    for item, where in items:
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
-        yield item, where
+            item, end = DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            raise broken(_explain(error), getattr(error, "pos", position)) from None
+        yield item, f"{source}, record {index}"
+        position = next_token(end)
+        is_at_end = text.startswith("]", position)
+        if not is_at_end:
+            if not text.startswith(",", position):
+                raise broken("expected , or ] after the record", position)
+            index, position = index + 1, next_token(position + 1)
+    if text[position + 1 :].strip():
+        raise broken("text follows the array", next_token(position + 1))
 
 
-def _read_hub(source: str) -> Iterable[tuple[dict[str, Any], str]]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON. Doubled keys are an error, because one of the two values would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error).partition(";")[0]
+
+
+def _read_parquet(data: bytes, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(data))
+        names = file.schema_arrow.names
+        doubled = {name for name in names if name in FIELDS and names.count(name) > 1}
+        if doubled:
+            raise UserError(f"data file {source} has several columns {doubled.pop()}; leave one")
+        table = file.read(columns=[name for name in names if name in FIELDS])
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # all of them come of damaged files
+        raise UserError(
+            f"data file {source} starts like Parquet but cannot be read ({first_line(error)}); write it again"
+        ) from error
+    yield from _read_table(table, names, file.metadata.num_rows, source)
+
+
+def _read_hub(source: str) -> Iterator[tuple[dict[str, Any], str]]:
     import datasets
 
     address, split = source.split(":")
@@ -254,13 +337,70 @@ def _read_hub(source: str) -> Iterable[tuple[dict[str, Any], str]]:
             f"data set {source} could not be loaded ({first_line(error)}); download it with "
             f"`uv run hf download {owner}/{name} --repo-type=dataset` or name a local file"
         ) from error
-    yield from ((dict(row), f"{source}, row {index}") for index, row in enumerate(rows, start=1))
+    names = rows.column_names
+    table = rows.select_columns([name for name in names if name in FIELDS]).with_format("arrow")[:]
+    yield from _read_table(table, names, len(rows), source)
 
 
-def _text(values: dict[str, Any], name: str, where: str) -> str:
-    value = values[name]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+def _read_table(
+    table: "pyarrow.Table", names: Sequence[str], num_rows: int, source: str
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the rows of a table. A column that no layout names is None, whatever it holds: it is not converted."""
+    columns = {name: _column_values(table.column(name), name, source) for name in table.column_names}
+    for index in range(1, num_rows + 1):
+        yield {name: next(columns[name]) if name in columns else None for name in names}, f"{source}, row {index}"
+
+
+def _column_values(column: "pyarrow.ChunkedArray", name: str, source: str) -> Iterator[Any]:
+    """Yield the values of a column as Python's own.
+
+    A float32 is the shortest number that rounds to it, 0.1 and not 0.10000000149. A float column whose numbers are all
+    whole, with some missing, is one of integers: pandas writes integers so if some are missing.
+    """
+    import pyarrow
+
+    if pyarrow.types.is_floating(column.type):
+        numbers = [None if text is None else float(text) for text in column.cast(pyarrow.string()).to_pylist()]
+        present = [number for number in numbers if number is not None and not math.isnan(number)]
+        if len(present) < len(numbers) and all(number.is_integer() for number in present):
+            numbers = [None if number is None or math.isnan(number) else int(number) for number in numbers]
+        yield from numbers
+        return
+    for index, scalar in enumerate(column, start=1):
+        try:
+            yield scalar.as_py()
+        except (pyarrow.ArrowException, ValueError, OverflowError, LookupError, ImportError) as error:
+            raise UserError(
+                f"{source}, row {index}: field {name} cannot be read as {column.type} ({first_line(error)}); "
+                "write it as text"
+            ) from error
+
+
+def _is_missing(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _answers(value: Any, name: str, where: str) -> list[str]:
+    """Return the right answers as texts: one, those of a list, or none."""
+    values = value if isinstance(value, list) else [value]
+    return [_text(item, name, where) for item in values if not _is_missing(item)]
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    """Return a value as text: a text as it is, a finite number in digits.
+
+    Raises:
+        UserError: the value is something else, or the text holds what no tokenizer takes.
+    """
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: field {name} is {value!r}; expected text")
+        raise UserError(f"{where}: field {name} is {reprlib.repr(value)}; expected text")
+    strange = re.search("[\0\ud800-\udfff]", value)
+    if strange:
+        raise UserError(f"{where}: field {name} holds the character {strange[0]!r}, which is no text; remove it")
     return value

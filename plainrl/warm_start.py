@@ -1,80 +1,154 @@
-"""A short SFT run that gives GRPO and expert iteration their first policy."""
+"""The first policy of GRPO and expert iteration: a model, or a short SFT run that is made first.
 
+`warm_start` names a preset of config.yaml, the folder of a run, or the folder of a model in Transformers format.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from plainrl.cli import read_yaml
-from plainrl.config import RolloutConfig
+from plainrl.cli import PIPE_STATUS, command_of, load_config, read_yaml
+from plainrl.config import RolloutConfig, RunConfig, SFTConfig
+from plainrl.data import hold_out, load_sft_examples, load_validation_set
 from plainrl.grading.rewards import REWARD_FUNCTIONS
+from plainrl.help import presets_of
 from plainrl.records import Stopped, UserError
+from plainrl.sources import is_pipe, path_exists
 
 RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
+
+SCRIPT = Path(__file__).parent.parent / "SFT_train.py"
+YAML = SCRIPT.with_name("config.yaml")
+# What the policy of a warm start depends on. A finished one is taken again if they are the same.
+DECISIVE = ("model", "prompt", "reward", "train_data", "validation_data", "arithmetic_terms", "arithmetic_max_term")
+# What the SFT run takes over: all but its name, its seed, and how it trains, which its preset says.
+INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"}
 
 
 def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
     """Return the configuration with the policy of the warm start as its model. Run SFT_train.py first if needed.
 
-    The policy is in `runs_dir/warm_start/final`. If `config.warm_start` is empty, nothing changes.
+    The SFT run of a preset is in `runs_dir/<preset>`. If one with another model, prompt, reward or data is there, a
+    hash of these follows the name. If `config.warm_start` is empty, nothing changes.
 
     Raises:
-        UserError: the SFT run failed, or the existing one has another model, prompt, reward or task.
+        UserError: there is no such preset or model, the data has nothing to imitate, or the SFT run failed.
     """
     if not config.warm_start:
         return config
-    folder = Path(config.runs_dir) / config.warm_start
-    shared = {
-        "model": config.model,
-        "prompt": config.prompt,
-        "reward": reward_to_teach(config),
-        "train_data": config.train_data,
-        "validation_data": config.validation_data,
-        "arithmetic_terms": list(config.arithmetic_terms),
-        "arithmetic_max_term": config.arithmetic_max_term,
-    }
-    if (folder / "final").is_dir():
-        used = read_yaml(folder / "config.yaml")
-        different = [
-            f"{name} = {used[name]}, not {value}" for name, value in shared.items() if used.get(name, value) != value
-        ]
-        if different:
-            raise UserError(
-                f"warm_start = {config.warm_start}: {folder} was trained with {'; '.join(different)}; remove it to "
-                "train it again, or name another warm start"
-            )
-        print(f"warm start: {folder / 'final'}")
-    else:
-        print(
-            f"warm start: {folder / 'final'} does not exist yet; running SFT_train.py preset={config.warm_start} first"
-        )
-        script = Path(__file__).parent.parent / "SFT_train.py"
-        settings = shared | {
-            "preset": config.warm_start,
-            "run_name": config.warm_start,
-            "runs_dir": config.runs_dir,
-            "wandb_mode": config.wandb_mode,
-            "resume": "auto",
-        }
-        arguments = [f"{name}={value}" for name, value in settings.items()]
-        process = subprocess.Popen([sys.executable, str(script), *arguments])
-        try:
-            status = process.wait()
-        except KeyboardInterrupt as interrupt:
-            if isinstance(interrupt, Stopped):  # the signal may have reached only this process
-                process.send_signal(interrupt.status - 128)
-            process.wait()  # the SFT run finishes its phase and saves
-            print("the same command goes on with the warm start")
-            raise
-        if status != 0:
-            raise UserError(
-                f"warm_start = {config.warm_start}: SFT_train.py ended with status {status}; fix what it says, or "
-                f"remove {folder}, and try again"
-            )
-    return config.model_copy(update={"model": str(folder / "final")})
+    presets = presets_of(read_yaml(YAML), YAML)
+    model = _run_preset(config) if config.warm_start in presets else _find_model(config, presets)
+    print(f"warm start: {model}")
+    return config.model_copy(update={"model": str(model)})
 
 
 def reward_to_teach(config: RolloutConfig) -> str:
     """Return the reward function whose format the warm start teaches: the first of the table with the same format."""
     write = config.reward_function.write_response
     return next((name for name, other in REWARD_FUNCTIONS.items() if other.write_response is write), config.reward)
+
+
+def _find_model(config: RolloutConfig, presets: Mapping[str, Any]) -> Path:
+    """Return the folder of the model that `warm_start` names, a path or the name of a run in `runs_dir`."""
+    for folder in (Path(config.warm_start), Path(config.runs_dir) / config.warm_start):
+        if path_exists(folder / "final") or path_exists(folder / "config.json"):
+            if different := _differences(folder, _inherited(config)):
+                print(f"warning: warm_start = {config.warm_start} was trained with {'; '.join(different)}")
+            return folder / "final" if path_exists(folder / "final") else folder
+        if path_exists(folder / "checkpoints"):
+            raise UserError(f"warm_start = {config.warm_start}: that run is not finished; go on with resume={folder}")
+    raise UserError(
+        f"warm_start = {config.warm_start}: neither a preset of config.yaml ({', '.join(presets)}), nor the folder of "
+        "a finished run or of a model in Transformers format; name one of them, or none with warm_start="
+    )
+
+
+def _run_preset(config: RolloutConfig) -> Path:
+    """Return the folder of the model that a preset of config.yaml trains. It is trained if it is not there."""
+    inherited = _inherited(config)
+    name = config.warm_start
+    folder = Path(config.runs_dir) / name
+    if different := _differences(folder, inherited):
+        decisive = json.dumps([inherited[key] for key in DECISIVE])
+        name = f"{name}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
+        print(f"warm start: {folder} was trained with {'; '.join(different)}; this one is {name}")
+        folder = folder.with_name(name)
+    if (folder / "final").is_dir():
+        return folder / "final"
+    settings = {"preset": config.warm_start, "run_name": name, **inherited}
+    settings |= _limit_to_data(config, settings)
+    print(f"warm start: {folder / 'final'} does not exist yet; running SFT_train.py preset={config.warm_start} first")
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto"])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Stopped):  # the signal may have reached only this process
+            process.send_signal(interrupt.status - 128)
+        process.wait()  # the SFT run finishes its phase and saves
+        print(f"to go on with the warm start, and then with this run: {_own_command()}")
+        raise
+    if status == PIPE_STATUS:
+        raise BrokenPipeError  # whoever read the output of both has closed it
+    if status != 0:
+        raise UserError(
+            f"warm_start = {config.warm_start}: SFT_train.py ended with status {status}; fix what it says, or "
+            f"remove {folder}, and try again"
+        )
+    return folder / "final"
+
+
+def _inherited(config: RolloutConfig) -> dict[str, Any]:
+    values = config.model_dump(mode="json", include=INHERITED)
+    return values | {"reward": reward_to_teach(config)}
+
+
+def _differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Return what a run in a folder was trained with, if it is something else. A folder without a run has no such."""
+    if not path_exists(folder / "config.yaml"):
+        return []
+    used = read_yaml(folder / "config.yaml")
+    keys = [key for key in DECISIVE if used.get(key, settings[key]) != settings[key]]
+    return [f"{key} = {used[key]}, not {settings[key]}" for key in keys]
+
+
+def _limit_to_data(config: RolloutConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `num_sft_examples` for the SFT run, if its preset asks for more than the data has.
+
+    Raises:
+        UserError: the SFT run could not read its data again, or the data has nothing to imitate.
+    """
+    pipes = [key for key in ("train_data", "validation_data") if is_pipe(settings[key])]
+    if pipes:
+        raise UserError(
+            f"{pipes[0]} = {settings[pipes[0]]} is a pipe, which the warm start cannot read a second time; name a file"
+        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # the SFT run says it again
+            sft_config = load_config(SFTConfig, YAML, _arguments(settings))
+            examples = hold_out(load_sft_examples(sft_config), load_validation_set(sft_config), sft_config)
+    except UserError as error:
+        raise UserError(
+            f"warm_start = {config.warm_start}: {error}; or name a model to start from with warm_start=FOLDER, or none "
+            "with warm_start="
+        ) from None
+    wanted = sft_config.num_sft_examples
+    if wanted == "all" or wanted <= len(examples):
+        return {}
+    print(f"warm start: trained on all {len(examples)} examples of {config.train_data}, fewer than {wanted}")
+    return {"num_sft_examples": "all"}
+
+
+def _arguments(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _own_command() -> str:
+    """Return the command that started this process."""
+    return shlex.join(["python", *command_of(Path(sys.argv[0])).split(), *sys.argv[1:]])

@@ -53,6 +53,12 @@ def test_mask_covers_exactly_the_output_tokens(tokenizer):
         assert tokenizer.decode(masked) == output
 
 
+def test_the_text_of_a_special_token_is_that_token(tokenizer):
+    """In questions and responses of data alike, as everywhere in Transformers."""
+    ids = encode_prompt("a<eos>b", tokenizer)
+    assert ids == [*encode_prompt("a", tokenizer), tokenizer.eos_token_id, *encode_prompt("b", tokenizer)]
+
+
 def test_prompt_has_exactly_one_bos_and_no_eos():
     adding = FakeTokenizer(bos_token_id=1, adds_bos=True, adds_eos=True)
     assert encode_prompt("a", adding) == [1, ord("a")]

@@ -1,21 +1,28 @@
 """Examples: prompts to the letter, traces that are accepted or corrupted, splits that share nothing, fixed orders."""
 
+import os
 import re
 
 import pytest
-from test_sources import SFT_TRACE
+from test_sources import SFT_TRACE, through_pipe
 from tiny import write_lines
 
-from plainrl.config import SFTConfig
+from plainrl.checkpoint import fingerprint
+from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
 from plainrl.data import (
+    encode_prompts,
     epoch_order,
     fill_prompt,
     final_validation_subset,
+    fit_questions,
+    fit_validation,
     hold_out,
     keep_answered,
     load_examples,
     load_prompt_template,
+    load_questions,
     load_sft_examples,
+    load_validation,
     load_validation_set,
     validation_subset,
 )
@@ -42,6 +49,56 @@ def test_prompt_by_path_needs_its_place_holder(tmp_path):
         load_prompt_template(str(path))
     with pytest.raises(UserError, match="use question_only, r1_zero"):
         load_prompt_template("r2")
+
+
+@pytest.mark.parametrize(
+    ("content", "template"),
+    [
+        (b"\xef\xbb\xbfQ: {question}", "Q: {question}"),
+        (b"Q:\r\n{question}\r\n", "Q:\n{question}\n"),  # how its editor ends lines is no part of a prompt
+        (b"Q:\r{question}", "Q:\n{question}"),
+        ("\ufeffQ\u2028{question} \xa0\ufeff \n\n".encode(), "Q\u2028{question} \xa0\ufeff \n\n"),
+    ],
+)
+def test_a_template_of_ones_own_is_taken_as_it_is_but_for_marks_of_its_editor(tmp_path, content, template):
+    path = tmp_path / "my.prompt"
+    path.write_bytes(content)
+    assert load_prompt_template(str(path)) == template
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "lacks the place holder"),
+        (b"\xef\xbb\xbf", "lacks the place holder"),
+        ("Q: {question}".encode("utf-16"), "my.prompt is UTF-16 text; convert it to UTF-8"),
+        (b"Q:\n\xe9 {question}", r"my.prompt is not UTF-8 text \(line 2, byte 3\)"),
+        (b"\xed\xa0\xbd {question}", r"my.prompt is not UTF-8 text \(line 1, byte 0\)"),
+    ],
+)
+def test_a_template_that_cannot_be_read_is_refused(tmp_path, content, message):
+    path = tmp_path / "my.prompt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_prompt_template(str(path))
+    with pytest.raises(UserError, match="no such template"):
+        load_prompt_template(through_pipe(b"{question}"))
+
+
+def test_the_embedded_examples_are_those_that_checkpoints_were_trained_on():
+    """A checkpoint knows its data by such a hash: a run goes on with the same examples in the same order only."""
+    config = GRPOConfig(arithmetic_terms=(2, 3), arithmetic_max_term=10)
+    validation = load_validation_set(config)
+    questions = load_questions(validation, config)
+    assert fingerprint((e.prompt, e.ground_truth) for e in questions) == (
+        "b93bbf60737c212de56c5006cb437fe663a5d023b5627e53e6f74f3318f10b5d"
+    )
+    assert fingerprint((e.prompt, e.ground_truth) for e in validation) == (
+        "a55f10b2d359eeecb405c57e74b615dbe7c0015445743a1c1f1c0fe66fecbd63"
+    )
+    assert fingerprint((e.prompt, e.response) for e in load_sft_examples(SFTConfig())) == (
+        "b6484149ed08f971926430aa014d9c70be226c9bf5c8bd004d05a96ca74e3c29"
+    )
 
 
 def test_every_embedded_trace_is_accepted_by_its_reward_function():
@@ -131,7 +188,9 @@ def test_data_without_traces_or_answers_is_refused(tmp_path):
     with pytest.raises(UserError, match="1 of 1 training examples have no response"):
         load_sft_examples(SFTConfig(train_data=questions))
     traces = write_lines(tmp_path / "traces.jsonl", [{"prompt": "p", "response": "r"}])
-    with pytest.raises(UserError, match="questions have no answer, the first at .*traces.jsonl, line 1"):
+    with pytest.raises(
+        UserError, match="1 of 1 validation questions have no answer, the first at .*traces.jsonl, line 1"
+    ):
         load_validation_set(SFTConfig(validation_data=traces))
     with pytest.raises(UserError, match="num_eval_examples = 9: .* has 0 questions"):
         validation_subset([], SFTConfig(validation_data=questions, num_eval_examples=9))
@@ -155,3 +214,150 @@ def test_epochs_cover_every_example_before_repeating():
     assert sorted(order[:5]) == sorted(order[5:10]) == [0, 1, 2, 3, 4]
     assert order[:5] != order[5:10]
     assert order == epoch_order(5, 13, seed=3) != epoch_order(5, 13, seed=4)
+
+
+ROLLOUTS = {"rollout_batch_size": 64, "train_batch_size": 64, "gradient_accumulation_steps": 1}  # to 8 questions
+
+
+UNGRADABLE = [
+    "Add both sides. The left side is then 4, and so the answer follows.",
+    "We begin with the first case. It has 3 ways.\n\nThe second case has 4 ways, which makes 7 in all.",
+    "</answer> 5",
+]
+
+
+@pytest.mark.parametrize("reward", ["r1_zero", "question_only"])
+@pytest.mark.parametrize(
+    ("answer", "bare"),
+    [
+        (r"\boxed{5}", "5"),
+        (r"so it is $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+        ("2 + 3 = 5\n#### 5", "5"),
+        ("#### 1200", "1200"),
+        ("The answer is 5", "5"),
+        (7, "7"),
+        (7.0, "7.0"),
+        (" 17 ", "17"),
+        (["3", r"\boxed{4}"], "3"),
+        ([UNGRADABLE[0], r"\boxed{4}", None], "4"),
+    ],
+)
+def test_answers_are_unwrapped_so_that_a_response_can_equal_them(answer, bare, reward, tmp_path, capsys):
+    data = write_lines(tmp_path / "data.jsonl", [{"problem": "p", "answer": answer, "solution": "Clear."}])
+    config = SFTConfig(train_data=data, validation_data=data, prompt=reward, reward=reward, filter_correct=True)
+    (question,), examples = load_validation_set(config), load_sft_examples(config)
+    grade = REWARD_FUNCTIONS[reward]
+    assert [example.response for example in examples] == [grade.write_response("Clear.", bare)]
+    assert grade(examples[0].response, question.ground_truth)["reward"] == 1
+    assert grade(grade.write_response("Clear.", "8"), question.ground_truth)["reward"] == 0
+    assert select_examples(examples, config) == examples
+    if isinstance(answer, str):  # as it stands, spaces too: a checkpoint knows its data by a hash of it
+        assert question.ground_truth == answer
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_each_of_several_right_answers_is_right(tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [{"problem": "p", "answer": ["3", r"\boxed{4}", 0.5]}])
+    (question,) = load_validation_set(SFTConfig(validation_data=data))
+    rewards = [r1_zero_reward_fn(f"</think> <answer> {i} </answer>", question.ground_truth) for i in (3, 4, "1/2", 5)]
+    assert [grade["reward"] for grade in rewards] == [1, 1, 1, 0]
+
+
+def test_answers_that_no_response_can_equal_are_counted_shown_and_left_out(tmp_path, capsys):
+    answers = ["1", *UNGRADABLE, UNGRADABLE[0], "2", None, float("nan")]
+    rows = [{"problem": f"p{i}", "answer": answer, "solution": "s"} for i, answer in enumerate(answers)]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    config = GRPOConfig(train_data=data, validation_data=data, **ROLLOUTS | {"group_size": 32})
+    assert [example.question for example in load_questions([], config)] == ["p0", "p5"]
+    shown, left_out = capsys.readouterr().out.splitlines()
+    assert shown.startswith(f"no response can equal 4 of 8 answers of {data}, for example {data}, line 2: 'Add both")
+    assert shown.count(f"{data}, line ") == 3 and shown.endswith("'</answer> 5'")
+    assert left_out == f"left out: 6 of 8 training examples have no answer, the first at {data}, line 2"
+    assert [example.question for example in load_validation_set(config)] == ["p0", "p5"]
+    assert "left out: 6 of 8 validation questions have no answer, the first at" in capsys.readouterr().out
+    # SFT has nothing to write at the end of these responses; a complete trace needs no answer.
+    assert [example.question for example in load_sft_examples(SFTConfig(train_data=data))] == ["p0", "p5"]
+    traces = write_lines(tmp_path / "sft.jsonl", [SFT_TRACE | {"expected_answer": UNGRADABLE[0]}])
+    assert len(load_sft_examples(SFTConfig(train_data=traces))) == 1
+    none = write_lines(tmp_path / "none.jsonl", rows[1:4])
+    for key, load in (("train_data", lambda c: load_questions([], c)), ("validation_data", load_validation_set)):
+        with pytest.raises(UserError, match=f"{key} = .*none.jsonl: 3 of 3 .* have no answer, .*; use other data"):
+            load(config.model_copy(update={key: none}))
+
+
+def test_a_reward_of_the_users_own_gets_the_answers_as_they_are(tmp_path):
+    (tmp_path / "own.py").write_text("def reward(response, truth):\n    return {'reward': 1.0}\n")
+    answers = [r"\boxed{5}", "#### 5", *UNGRADABLE]
+    rows = [{"problem": f"p{i}", "answer": answer} for i, answer in enumerate(answers)]
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    config = SFTConfig(validation_data=data, reward=f"{tmp_path}/own.py:reward")
+    assert [example.ground_truth for example in load_validation_set(config)] == answers
+
+
+def test_one_pipe_for_both_data_sets_is_refused(tmp_path):
+    pipe = through_pipe(b"")
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+    for train, validation in ((pipe, pipe), (fifo, fifo), (pipe, f"/proc/self/fd/{pipe.rpartition('/')[2]}")):
+        for load in (load_validation_set, load_sft_examples):
+            with pytest.raises(UserError, match="are one pipe, which can be read only once"):
+                load(SFTConfig(train_data=train, validation_data=validation))
+
+
+def long_and_short(folder, config, is_long):
+    rows = [{"problem": "long " * 300 if is_long(i) else "What?", "answer": str(i)} for i in range(12)]
+    data = {
+        "train_data": write_lines(folder / "train.jsonl", [row | {"problem": row["problem"] + "t"} for row in rows]),
+        "validation_data": write_lines(folder / "validation.jsonl", rows),
+    }
+    sizes = {
+        "max_context_tokens": 200,
+        "sampling_max_tokens": 16,
+        "num_eval_examples": 8,
+        "num_final_eval_examples": 12,
+    }
+    return config.model_copy(update=data | sizes)
+
+
+@pytest.mark.parametrize("config", [GRPOConfig(**ROLLOUTS), ExpertIterationConfig(ei_batch_size=8)])
+def test_long_prompts_are_left_out_and_counted_or_an_error(config, tokenizer, tmp_path, capsys):
+    config = long_and_short(tmp_path, config, lambda i: i % 4 == 3)
+    validation, questions = load_validation(config), load_questions([], config)
+    for load in (lambda c: fit_questions(questions, tokenizer, c), lambda c: fit_validation(validation, tokenizer, c)):
+        with pytest.raises(
+            UserError, match=r"3 of 12 .* = 184, the longest with \d+ tokens at .*drop_long_examples=true"
+        ):
+            load(config)
+    capsys.readouterr()
+    config = config.model_copy(update={"drop_long_examples": True})
+    kept, prompt_ids = fit_questions(questions, tokenizer, config)
+    assert [e.ground_truth for e in kept] == ["0", "1", "2", "4", "5", "6", "8", "9", "10"]
+    assert prompt_ids == encode_prompts(kept, tokenizer, config) and max(map(len, prompt_ids)) <= 184
+    fitting = fit_validation(validation, tokenizer, config)
+    assert fitting.everything == validation.everything  # none of them may be trained on
+    assert len(fitting.final) == 9 and len(fitting.during) < 8
+    assert set(fitting.during) == {e for e in validation.during if int(e.ground_truth) % 4 != 3}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("left out: 3 of 12 training prompts are longer than max_context_tokens - ")
+    assert lines[1].startswith("left out: 3 of 12 validation prompts are longer than max_context_tokens - ")
+    assert lines[2] == f"evaluations ask {len(fitting.during)} questions during training, and 9 at the end"
+    with pytest.raises(UserError, match="3 of 12 prompts are longer"):
+        encode_prompts(questions, tokenizer, config)  # whoever asks for all of them gets all or an error
+
+
+def test_too_few_short_prompts_are_an_error(tokenizer, tmp_path):
+    config = GRPOConfig(**ROLLOUTS, drop_long_examples=True)
+    few = long_and_short(tmp_path, config, lambda i: i > 5)
+    with pytest.raises(UserError, match="has 6 questions, but a step takes 8; let it take 6 or fewer"):
+        fit_questions(load_questions([], few), tokenizer, few)
+    none = long_and_short(tmp_path, config, lambda i: True)
+    with pytest.raises(
+        UserError, match="12 of 12 training prompts .*; raise max_context_tokens to at least .* other data"
+    ):
+        fit_questions(load_questions([], none), tokenizer, none)
+    asked = [
+        example.ground_truth for example in load_validation(few.model_copy(update={"num_eval_examples": 1})).during
+    ]
+    one = long_and_short(tmp_path, config, lambda i: str(i) in asked).model_copy(update={"num_eval_examples": 1})
+    with pytest.raises(UserError, match="validation_data = .*: no question is left; raise max_context_tokens"):
+        fit_validation(load_validation(one), tokenizer, one)

@@ -15,6 +15,8 @@ from test_structure import tracked_files
 from tiny import (
     REPOSITORY,
     FakeEvaluator,
+    expert_iteration_arguments,
+    grpo_arguments,
     read_lines,
     run_python,
     run_script,
@@ -24,7 +26,9 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import GRPO_train
 import SFT_train
+from experiments import expert_iteration
 from experiments.benchmark.turns import TURNS
 from plainrl.cli import load_config, run_main
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
@@ -394,6 +398,27 @@ def test_a_response_is_taught_to_end(tokenizer, tmp_path):
     assert [row.response_ids.count(tokenizer.eos_token_id) for row in rows] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("response", "wanted"),
+    [
+        ("It is 2.", "It is 2.<eos>"),
+        ("It is 2.<eos>", "It is 2.<eos>"),
+        ("It is 2.<eos>\n", "It is 2.<eos>"),
+        ("It is 2.<eos><eos> ", "It is 2.<eos>"),
+        (" 2 </think> <answer> 2 </answer><eos>", " 2 </think> <answer> 2 </answer><eos>"),
+        (" 2 </think> <answer> 2 </answer>", " 2 </think> <answer> 2 </answer>"),
+        (" 2 </think> <answer> 2 </answer>\n", " 2 </think> <answer> 2 </answer>\n<eos>"),
+        ("It is <eos> 2.", "It is <eos> 2.<eos>"),
+    ],
+)
+def test_a_response_ends_in_one_eos(response, wanted, tokenizer, tmp_path):
+    records = [{"prompt": "1 + 1?", "response": response}]
+    config = SFTConfig(train_data=write_lines(tmp_path / "sft.jsonl", records))
+    (row,) = SFT_train.tokenize_examples(load_sft_examples(config), tokenizer, config)
+    assert tokenizer.decode(row.response_ids) == wanted
+    assert row.response_ids.count(tokenizer.eos_token_id) == wanted.count("<eos>")
+
+
 def test_responses_over_the_sampling_limit_are_counted(tokenizer, tmp_path, capsys):
     config = SFTConfig(
         train_data=write_lines(tmp_path / "sft.jsonl", [TRACE]), sampling_max_tokens=4, sampling_min_tokens=1
@@ -417,6 +442,64 @@ def test_long_examples_are_never_cut(tokenizer, tmp_path, capsys):
     assert "left out: 1 of 2" in capsys.readouterr().out
 
 
+SCRIPTS = (
+    (SFT_train, tiny_arguments, {"num_sft_examples": "all"}),
+    (GRPO_train, grpo_arguments, {}),
+    (expert_iteration, expert_iteration_arguments, {}),
+)
+
+
+@pytest.mark.parametrize(("script", "arguments", "overrides"), SCRIPTS)
+def test_long_examples_are_left_out_by_every_script(
+    script, arguments, overrides, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
+    """One long question among the training data, one among the validation data."""
+    asked = []
+
+    class NoEngine:
+        def __init__(self, config, run, tokenizer, examples):
+            asked.extend(example.question for example in examples)
+            raise UserError("no engine")
+
+    monkeypatch.setattr(script, "Evaluator", NoEngine)
+    traces = [TRACE | {"problem": f"{i} + 1?" if i % 9 else "long " * 400 + str(i)} for i in range(18)]
+    data = {
+        "train_data": write_lines(tmp_path / "train.jsonl", traces[:9]),
+        "validation_data": write_lines(tmp_path / "validation.jsonl", traces[9:]),
+    }
+    given = overrides | data | {"num_eval_examples": "all"}
+    for key, wanted in (
+        ("false", "1 of 9 training .* at .*train.jsonl, line 1; .* leave them out with drop_long_examples=true"),
+        ("true", "no engine"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            script.main(arguments(tiny_model_folder, tmp_path, **given, drop_long_examples=key))
+    output = capsys.readouterr().out
+    assert re.search(r"left out: 1 of 9 training .* the longest with \d+ tokens at .*train.jsonl, line 1\n", output)
+    assert re.search(r"left out: 1 of 9 validation prompts .*validation.jsonl, line 1\n", output)
+    assert "evaluations ask 8 questions during training, and 8 at the end\n" in output
+    assert asked == [f"{i} + 1?" for i in range(10, 18)]
+    short = write_lines(tmp_path / "short.jsonl", traces[1:9])
+    with pytest.raises(UserError, match="1 of 9 validation prompts .* leave them out with drop_long_examples=true"):
+        script.main(arguments(tiny_model_folder, tmp_path, **given | {"train_data": short}))
+
+
+@pytest.mark.parametrize(("script", "arguments", "overrides"), SCRIPTS)
+def test_every_script_looks_ahead_before_the_engine_starts(
+    script, arguments, overrides, tiny_model_folder, tmp_path, monkeypatch
+):
+    def preflight(policy, tokenizer, folder, config):
+        assert folder == tmp_path / "x" and config.run_name == "x" and folder.is_dir()
+        assert policy.config.hidden_size == 64 and tokenizer.eos_token == "<eos>"
+        raise UserError("it cannot be saved")
+
+    monkeypatch.setattr(script, "preflight", preflight)
+    monkeypatch.setattr(script, "Evaluator", None)
+    with pytest.raises(UserError, match="it cannot be saved"):
+        script.main(arguments(tiny_model_folder, tmp_path, run_name="x"))
+    assert not (tmp_path / "x").exists()
+
+
 ONE_EACH = {"num_sft_examples": "all", "num_eval_examples": 1}
 
 
@@ -425,7 +508,10 @@ BAD_INPUTS = {
     "empty file": ({"train_data": "empty.jsonl"}, "empty.jsonl is empty"),
     "broken line": ({"train_data": "broken.jsonl"}, "broken.jsonl, line 2: broken JSON"),
     "missing fields": ({"validation_data": "fields.jsonl"}, "fields.jsonl, line 2: fields ['text'] fit no known"),
-    "long prompt": ({"validation_data": "long.jsonl"} | ONE_EACH, "1 prompts are longer than max_context_tokens - "),
+    "long prompt": (
+        {"validation_data": "long.jsonl"} | ONE_EACH,
+        "1 of 1 validation prompts are longer than max_context_tokens - ",
+    ),
     "long example": ({"max_context_tokens": 64}, "training examples exceed max_context_tokens = 64"),
     "nothing left": (
         {"train_data": "wrong.jsonl", "filter_correct": "true"} | ONE_EACH,
@@ -498,7 +584,8 @@ ARGUMENTS = {  # of what is no script with a configuration
     "experiments.sweep": {"--dry-run", "--gpus", "0,1", "--keep-weights", "seeds", "--variant"},
     "experiments.benchmark": {*TURNS, "all", "results_dir"},
     "experiments.runs": {"compare", "runs/A", "runs/B", "other_runs"},
-    "experiments.grader_report": {"pairs.tsv"},
+    "tests/grader_report.py": {"pairs.tsv"},
+    "tests/grading_pairs.py": {"answers.jsonl"},
 }
 
 

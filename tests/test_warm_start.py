@@ -1,13 +1,21 @@
-"""The SFT run before GRPO: found, refused, run first."""
+"""The first policy of GRPO: a model that is found, or an SFT run that is made first from the same data and sizes."""
+
+import json
+import shutil
+import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
-from tiny import REPOSITORY
+from test_sources import through_pipe
+from tiny import REPOSITORY, FakeEvaluator, grpo_arguments, read_lines, train_rows, write_lines
 
-from plainrl.cli import load_config
+import SFT_train
+from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.data import load_sft_examples
 from plainrl.grading.rewards import question_only_reward_fn
-from plainrl.records import UserError
+from plainrl.records import Stopped, UserError
 from plainrl.warm_start import apply_warm_start
 from SFT_train import tokenize_examples
 
@@ -16,59 +24,177 @@ def tiny_config(**overrides):
     return GRPOConfig(**({"compute_dtype": "float32", "max_sync_error": 1e9} | overrides))
 
 
-def test_a_warm_start_is_found_by_its_path(tmp_path, capsys):
-    (tmp_path / "warm" / "final").mkdir(parents=True)
-    (tmp_path / "warm" / "config.yaml").write_text("model: smollm2-135m\nprompt: r1_zero\nreward: r1_zero\n")
-    config = apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path)))
-    assert config.model == str(tmp_path / "warm" / "final")
+class FakeProcess:
+    """The SFT run that is not made: notes its arguments, and ends with `status` or is stopped by a signal."""
+
+    def __init__(self, command):
+        self.commands.append(command[2:])
+        self.signals = []
+
+    def wait(self):
+        if self.stop_by and not self.signals:
+            raise Stopped(self.stop_by)
+        return self.status
+
+    def send_signal(self, number):
+        self.signals.append(number)
+        self.sent.append(number)
+
+
+@pytest.fixture
+def process(monkeypatch):
+    for name, value in {"commands": [], "sent": [], "status": 0, "stop_by": None}.items():
+        monkeypatch.setattr(FakeProcess, name, value, raising=False)
+    monkeypatch.setattr("plainrl.warm_start.subprocess", SimpleNamespace(Popen=FakeProcess))
+    return FakeProcess
+
+
+def test_a_finished_warm_start_is_taken_again(tmp_path, process, capsys):
+    (tmp_path / "warm-start" / "final").mkdir(parents=True)
+    (tmp_path / "warm-start" / "config.yaml").write_text("model: smollm2-135m\nprompt: r1_zero\nreward: r1_zero\n")
+    config = apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path)))
+    assert config.model == str(tmp_path / "warm-start" / "final")
     assert "warm start: " in capsys.readouterr().out
-    with pytest.raises(UserError, match="was trained with model = smollm2-135m, not mine; remove it"):
-        apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path), model="mine"))
-    with (tmp_path / "warm" / "config.yaml").open("a") as file:
-        file.write("arithmetic_terms: [2, 5]\n")
-    with pytest.raises(UserError, match=r"was trained with arithmetic_terms = \[2, 5\], not \[2, 4\]; remove it"):
-        apply_warm_start(tiny_config(warm_start="warm", runs_dir=str(tmp_path)))
+    assert process.commands == []
 
 
-def test_a_warm_start_that_is_not_there_is_run_first(tmp_path, monkeypatch):
-    commands = []
+@pytest.mark.parametrize(
+    ("line", "overrides", "message"),
+    [
+        ("prompt: r1_zero", {"model": "mine"}, "was trained with model = smollm2-135m, not mine"),
+        ("arithmetic_terms: [2, 5]", {}, "was trained with arithmetic_terms = [2, 5], not [2, 4]"),
+        ("train_data: other.jsonl", {}, "was trained with train_data = other.jsonl, not arithmetic"),
+    ],
+)
+def test_a_warm_start_of_something_else_stays_and_another_is_made(line, overrides, message, tmp_path, process, capsys):
+    folder = tmp_path / "warm-start"
+    (folder / "final").mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"model: smollm2-135m\n{line}\n")
+    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), **overrides)
+    model = apply_warm_start(config).model
+    assert message in capsys.readouterr().out
+    (arguments,) = process.commands
+    (name,) = (argument.partition("=")[2] for argument in arguments if argument.startswith("run_name="))
+    assert name.startswith("warm-start-") and model == str(tmp_path / name / "final")
+    (tmp_path / name / "final").mkdir(parents=True)
+    assert apply_warm_start(config).model == model and len(process.commands) == 1
 
-    class FakeProcess:
-        def __init__(self, command):
-            commands.append(command)
 
-        def wait(self):
-            return len(commands) - 1
+def test_a_folder_is_a_warm_start(tmp_path, tiny_model_folder, process, capsys):
+    """A run's, by path or by its name in runs_dir; or a model's. What it was trained with is said, not refused."""
+    shutil.copytree(tiny_model_folder, tmp_path / "mine" / "final")
+    (tmp_path / "mine" / "config.yaml").write_text("model: smollm2-135m\ntrain_data: other.jsonl\n")
+    for name in ("mine", tmp_path / "mine", tmp_path / "mine" / "final"):
+        config = apply_warm_start(tiny_config(warm_start=str(name), runs_dir=str(tmp_path)))
+        assert config.model == str(tmp_path / "mine" / "final")
+    warning = "warning: warm_start = mine was trained with train_data = other.jsonl, not arithmetic"
+    assert warning in capsys.readouterr().out.splitlines()
+    assert apply_warm_start(tiny_config(warm_start=tiny_model_folder)).model == tiny_model_folder
+    assert process.commands == []
 
-    monkeypatch.setattr("subprocess.Popen", FakeProcess)
-    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), model="mine")
+
+def test_what_is_no_warm_start_is_one_line(tmp_path, process):
+    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("warm-strat", "warm_start = warm-strat: neither a preset of config.yaml (laptop, warm-start, "),
+        ("empty", "nor the folder of a finished run or of a model"),
+        ("x" * 5000, "neither a preset"),
+        ("stopped", f"that run is not finished; go on with resume={tmp_path / 'stopped'}"),
+    ):
+        with pytest.raises(UserError) as caught:
+            apply_warm_start(tiny_config(warm_start=name, runs_dir=str(tmp_path)))
+        assert message in str(caught.value)
+    assert process.commands == []
+
+
+def test_a_warm_start_that_is_not_there_is_run_first_with_the_same_sizes(tmp_path, process):
+    sizes = {
+        "num_eval_examples": 5,
+        "num_final_eval_examples": 7,
+        "max_context_tokens": 300,
+        "sampling_max_tokens": 32,
+        "drop_long_examples": True,
+        "stop_string": "",
+        "wandb_mode": "disabled",
+    }
+    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), model="mine", seed=3, **sizes)
     assert apply_warm_start(config).model == str(tmp_path / "warm-start" / "final")
-    assert {"preset=warm-start", "model=mine", "prompt=r1_zero", f"runs_dir={tmp_path}"} <= set(commands[0])
+    sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", process.commands[0])
+    assert sft_config.model_dump(include={*sizes, "model"}) == sizes | {"model": "mine"}
+    assert (sft_config.runs_dir, sft_config.run_name, sft_config.preset) == (str(tmp_path), "warm-start", "warm-start")
+    # How it trains is the preset's matter. So is the seed: runs of several seeds begin with one policy.
+    assert (sft_config.seed, sft_config.learning_rate, sft_config.train_batch_size) == (0, 1e-4, 16)
+    assert sft_config.num_sft_examples == 256
+    process.status = 1
     with pytest.raises(UserError, match="SFT_train.py ended with status 1"):
         apply_warm_start(config)
 
 
-def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, monkeypatch):
+def own_data(folder, num_train, **fields):
+    """Files with sums of our own, and with 6 other questions to validate on."""
+    rows = [
+        {"problem": f"{i} + 1?", "answer": str(i + 1), "solution": f"{i} + 1 = {i + 1}."} | fields for i in range(50)
+    ]
+    return {
+        "train_data": write_lines(folder / "train.jsonl", rows[6 : 6 + num_train]),
+        "validation_data": write_lines(folder / "validation.jsonl", rows[:6]),
+    }
+
+
+@pytest.mark.parametrize(("num_train", "num_steps"), [(12, 1), (3, 1), (40, 3)])
+def test_small_data_of_ones_own_works_as_it_is(
+    num_train, num_steps, tiny_model_folder, tmp_path, process, monkeypatch, capsys
+):
+    """The laptop preset asks for 256 traces, and evaluates on 256 questions."""
+    monkeypatch.setattr(SFT_train, "Evaluator", FakeEvaluator)
+    data = own_data(tmp_path, num_train)
+    arguments = grpo_arguments(tiny_model_folder, tmp_path, warm_start="warm-start", num_eval_examples=6, **data)
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", arguments)
+    model = apply_warm_start(config).model
+    SFT_train.main(process.commands[0])
+    assert read_yaml(tmp_path / "warm-start" / "config.yaml")["num_sft_examples"] == "all"
+    assert len(train_rows(tmp_path / "warm-start")) == num_steps  # of 16 examples each
+    assert json.loads((tmp_path / "warm-start" / "final" / "config.json").read_text())["hidden_size"] == 64
+    assert f"trained on all {num_train} examples of {data['train_data']}, fewer than 256" in capsys.readouterr().out
+    assert read_lines(tmp_path / "warm-start" / "metrics.jsonl") and apply_warm_start(config).model == model
+
+
+def test_data_that_a_warm_start_cannot_use_is_one_line(tmp_path, process):
+    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), **own_data(tmp_path, 9, solution=None))
+    with pytest.raises(UserError, match="warm_start = warm-start: .*have no response to imitate.*warm_start=FOLDER"):
+        apply_warm_start(config)
+    pipe = through_pipe((tmp_path / "train.jsonl").read_bytes())
+    with pytest.raises(UserError, match=f"train_data = {pipe} is a pipe, which the warm start cannot read a second"):
+        apply_warm_start(config.model_copy(update={"train_data": pipe}))
+    assert process.commands == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_reaches_the_warm_start_and_the_command_that_goes_on_is_named(
+    number, tmp_path, process, monkeypatch, capsys
+):
+    process.stop_by = number
+    arguments = ["GRPO_train.py", "warm_start=warm-start", f"runs_dir={tmp_path}", "stop_string=two words"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(Stopped):
+        apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path)))
+    assert process.sent == [number]
+    command = f"python GRPO_train.py warm_start=warm-start runs_dir={tmp_path} 'stop_string=two words'"
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f": {command}")
+
+
+def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, process):
     """The child's settings resolve to the preset's own; its traces are right under its reward and end in EOS."""
     arguments = ["prompt=question_only", "reward=question_only", "warm_start=warm-start-question-only"]
     config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *arguments])
     assert config.warnings() == []
-    commands = []
-
-    class FakeProcess:
-        def __init__(self, command):
-            commands.append(command)
-
-        def wait(self):
-            return 0
-
-    monkeypatch.setattr("subprocess.Popen", FakeProcess)
     config = config.model_copy(update={"runs_dir": str(tmp_path)})
     assert apply_warm_start(config).model == str(tmp_path / "warm-start-question-only" / "final")
-    sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", commands[0][2:])
+    sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", process.commands[0])
     assert sft_config.warnings() == []
     preset = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=warm-start-question-only"])
-    given = {"run_name": "warm-start-question-only", "runs_dir": str(tmp_path)}
+    given = {"run_name": "warm-start-question-only", "runs_dir": str(tmp_path), "max_context_tokens": 512}
     assert sft_config == preset.model_copy(update=given)
     examples = load_sft_examples(sft_config)[:200]
     assert all(example.prompt == example.question for example in examples)

@@ -6,6 +6,8 @@ Source of the quantities: Stanford CS336 (Spring 2025), Assignment 5, sections 3
 Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 """
 
+import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
+
 import json
 import re
 import time
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plainrl.checkpoint import seed_everything
 from plainrl.cli import load_config, run_main
 from plainrl.config import SFTConfig, TrainConfig
-from plainrl.data import derive_seed, encode_prompts, load_validation_set, validation_subset
+from plainrl.data import derive_seed, encode_prompts, fit_prompts, load_validation_set, validation_subset
 from plainrl.devices import check_devices
 from plainrl.engine import (
     check_policy_sync,
@@ -30,6 +32,7 @@ from plainrl.engine import (
 )
 from plainrl.grading.rewards import RewardFunction, count_failures, grade_responses
 from plainrl.policy import load_policy, score_responses
+from plainrl.preflight import check_scores
 from plainrl.records import Example, Response, mean
 from plainrl.run_folder import EVALUATION, RunFolder
 from SFT_helper import encode_prompt, pad_token_id
@@ -290,7 +293,8 @@ def main(arguments: list[str]) -> None:
     check_devices(config)
     examples = validation_subset(load_validation_set(config), config)
     policy, tokenizer = load_policy(config)
-    encode_prompts(examples, tokenizer, config)  # finds a prompt that is too long before the engine starts
+    check_scores(policy, config)
+    examples, _ = fit_prompts(examples, tokenizer, config, "validation prompts")  # before the engine starts
     with RunFolder.create(config, EVALUATION) as run:
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, examples)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from plainrl.devices import free_bytes
 from plainrl.records import UserError
 
 if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
@@ -285,7 +286,7 @@ def remove_leftovers(folder: Path) -> None:
 
     A dump with content is renamed, so that the next phase that hangs does not overwrite it.
     """
-    for path in [*folder.glob("checkpoints/.step_*"), *folder.glob(".final.unfinished")]:
+    for path in [*folder.glob("checkpoints/.step_*"), *folder.glob(".final.unfinished"), *folder.glob(".preflight")]:
         shutil.rmtree(path)
     for path in folder.glob("stacks_*.txt"):
         if path.stat().st_size == 0:
@@ -309,8 +310,8 @@ def is_disk_full(error: Exception) -> bool:
 
 
 def _require_space(path: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if free < num_bytes:
+    free = free_bytes(path.parent)
+    if free is not None and free < num_bytes:
         raise UserError(
             f"too little free disk space for {path}: it takes {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "
             f"{(num_bytes - free) / 1e9:.2f} GB are missing; earlier checkpoints are kept; free disk space, then resume"

@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, a compiler, a build of vLLM, memory."""
+"""What this machine has: GPUs, a compiler, a build of vLLM, memory, disk space."""
 
 import contextlib
 import importlib.metadata
@@ -81,6 +81,15 @@ def peak_memory_gib(device: str) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / 2**20
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the free disk space of the file system that holds a folder, or None if it does not tell."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total else None  # some network file systems answer with zeros
 
 
 def has_module(name: str) -> bool:

@@ -7,6 +7,7 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 """
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from plainrl.config import RunConfig
 from plainrl.devices import can_compile_for_cpu, check_engine_device
+from plainrl.model_files import MOST_SHOWN
 from plainrl.policy import score_responses
 from plainrl.records import Response, UserError
 
@@ -191,6 +193,7 @@ def check_policy_sync(
         `sync_multiplicative_error`, the error above, and `sync_max_log_prob_difference`, in nats.
 
     Raises:
+        UserError: the policy's log-probs are infinite or NaN.
         SyncError: the error exceeds the limit, or is NaN.
     """
     from vllm import SamplingParams
@@ -199,10 +202,13 @@ def check_policy_sync(
     params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
     responses = sample_responses(llm, prompt_ids, params, seeds=range(len(prompt_ids)))
     scores = score_responses(policy, responses, padding_id, len(responses), compute_dtype)
-    differences = [
-        torch.tensor(response.log_probs) - score["log_probs"] for response, score in zip(responses, scores, strict=True)
-    ]
-    difference = torch.cat(differences).abs()
+    of_policy = torch.cat([score["log_probs"] for score in scores])
+    if not of_policy.isfinite().all():
+        raise UserError(
+            "the policy's log-probs of sampled tokens are infinite or NaN: its weights are damaged, or its numbers "
+            "overflow; go back to an earlier checkpoint, lower learning_rate, or use compute_dtype = bfloat16"
+        )
+    difference = (torch.tensor([value for response in responses for value in response.log_probs]) - of_policy).abs()
     error = difference.mean().exp().item()
     require_small_sync_error(error, max_error)
     return {"sync_multiplicative_error": error, "sync_max_log_prob_difference": difference.max().item()}
@@ -211,10 +217,15 @@ def check_policy_sync(
 def require_small_sync_error(error: float, max_error: float) -> None:
     """Raise a SyncError if exp(mean |engine - policy log-prob|) of sampled tokens is NaN or over its limit."""
     if not error <= max_error:
+        causes = (
+            "the engine's log-probs are NaN, as when numbers overflow: use engine_dtype = bfloat16 or float32"
+            if math.isnan(error)
+            else "look for weights that did not arrive (tied output layer, renamed tensors), a prefix cache that was "
+            "not reset, or an engine_dtype coarser than the limit allows"
+        )
         raise SyncError(
             f"after the weight sync, engine and policy disagree on sampled tokens by a factor of {error:.4f} "
-            f"(max_sync_error = {max_error}): look for weights that did not arrive (tied output layer, renamed "
-            "tensors), a prefix cache that was not reset, or an engine_dtype coarser than the limit allows"
+            f"(max_sync_error = {max_error}): {causes}"
         )
 
 
@@ -236,8 +247,9 @@ def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
             return LLM(**options)
         except ValueError as error:  # the settings do not fit this model or this device's memory
             raise UserError(
-                f"vLLM did not start on {device} ({' '.join(str(error).split())}); look at gpu_memory_utilization, "
-                "engine_cache_gib, max_context_tokens and engine_dtype"
+                f"vLLM did not start on {device} ({' '.join(str(error).split())[:MOST_SHOWN]}); look at "
+                "gpu_memory_utilization, engine_cache_gib, max_context_tokens and engine_dtype, or use a model that "
+                "vLLM supports"
             ) from error
 
 

@@ -1,5 +1,6 @@
 """The policy: load it, choose kernels and precision, make its optimizer, clip its gradient, score with it."""
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -7,19 +8,27 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
 from plainrl.log_probs import changes_logits, get_masked_response_log_probs
 from plainrl.microbatches import microbatches
-from plainrl.model_files import resolve_model
-from plainrl.prefix_tree import share_prefixes
-from plainrl.records import Response, UserError, first_line
+from plainrl.model_files import (
+    causal_class,
+    find_dropout,
+    load_tokenizer,
+    load_weights,
+    read_model_config,
+    resolve_model,
+    set_dropout,
+)
+from plainrl.prefix_tree import share_prefixes, why_not_shared
+from plainrl.records import Response, UserError
 
 MOST_LOSS_SCALE_REDUCTION = 1024  # if the gradient still overflows then, no scale helps
 Metrics = TypeVar("Metrics", bound=Mapping[str, float])
@@ -28,29 +37,29 @@ Metrics = TypeVar("Metrics", bound=Mapping[str, float])
 def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
 
+    Dropout is off, except in SFT with `dropout=true`. With dropout, the policy that is trained would not be the policy
+    that sampled: the importance ratio of a policy that did not move would differ from 1.
+
     Args:
         config: names the model.
         checkpoint: folder of a checkpoint. If given, its policy is loaded instead.
 
     Raises:
-        UserError: the model is unknown, incomplete or not supported, or its context is too short.
+        UserError: the model is unknown, incomplete or not supported, its tokenizer does not fit, or its context is too
+            short.
     """
     transformers_logging.disable_progress_bar()
     folder = str(checkpoint / "model") if checkpoint else resolve_model(config.model)
-    try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=choose_attention(config), local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # of the files, or of the attention's package
-        raise UserError(
-            f"model = {config.model}: {folder} could not be loaded ({first_line(error)}); it needs config, weights "
-            "and tokenizer in Transformers format"
-        ) from error
+    label = f"model = {config.model}" + (f" ({folder})" if folder != config.model else "")
+    model_config = read_model_config(folder, label)
+    rates = find_dropout(model_config)
+    keeps_dropout = getattr(config, "dropout", False)  # a key of SFT alone
+    if not keeps_dropout:
+        set_dropout(model_config, dict.fromkeys(rates, 0.0))
+    policy = load_weights(folder, label, model_config, choose_attention(config, model_config))
+    tokenizer = load_tokenizer(folder, label, policy)
     if name := changes_logits(policy):
-        raise UserError(
-            f"model = {config.model}: it changes its logits ({name}), which is not supported; use another model"
-        )
+        raise UserError(f"{label}: it changes its logits ({name}), which is not supported; use another model")
     context = getattr(policy.config, "max_position_embeddings", None)
     if context is not None and config.max_context_tokens > context:
         raise UserError(
@@ -60,13 +69,35 @@ def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreT
     if config.policy_device != "cpu":  # with a mask, cuDNN's backward pass can give NaN (PyTorch issue 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
     policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
-    share_prefixes(policy)
+    obstacle = why_not_shared(policy)
+    if not share_prefixes(policy):
+        reason = obstacle or "its layers do not hand a prefix tree on to their attention"
+        print(f"{label}: rows are padded and share no prefix ({reason})")
+    if rates and not keeps_dropout:
+        print(f"{label}: dropout is off ({', '.join(f'{key} = {rate:g}' for key, rate in rates.items())})")
+        policy.config = copy.deepcopy(policy.config)  # what is saved; the layers keep the one without dropout
+        set_dropout(policy.config, rates)
+    # vLLM serves some architectures by the class of Transformers, which it changes for compiling when it starts. The
+    # changed class reads this attribute, which only models made after the change would have.
+    cast(Any, policy.base_model).do_not_compile = True
     return policy.eval(), tokenizer
+
+
+def blocks_of(policy: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the policy's blocks, in order.
+
+    Raises:
+        UserError: the policy has no blocks that Transformers marks as such.
+    """
+    blocks = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UserError(f"compile_policy = true: {policy.config.model_type} has no blocks to compile; leave it out")
+    return blocks
 
 
 def compile_blocks(policy: PreTrainedModel) -> None:
     """Compile the policy's blocks in place. One graph serves any number of tokens, and parameters keep their names."""
-    for block in cast(Any, policy.base_model).layers:
+    for block in blocks_of(policy):
         block.compile(dynamic=True)
 
 
@@ -86,8 +117,14 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
     )
 
 
-def choose_attention(config: RunConfig) -> str:
-    """Return the attention implementation as configured. `auto` is flash-attention 2 if it can run, else sdpa.
+def choose_attention(config: RunConfig, model_config: PreTrainedConfig | None = None) -> str:
+    """Return the attention implementation as configured.
+
+    `auto` is flash-attention 2 if it can run, else sdpa, else eager. Few models lack sdpa.
+
+    Args:
+        config: the run's configuration.
+        model_config: the model's. If given, `auto` also looks at what the model's class supports.
 
     Raises:
         UserError: flash_attention_2 is configured, but it cannot run.
@@ -100,9 +137,12 @@ def choose_attention(config: RunConfig) -> str:
     missing = [need for need, is_missing in obstacles.items() if is_missing]
     if config.attn_implementation == "flash_attention_2" and missing:
         raise UserError(f"attn_implementation = flash_attention_2 needs {' and '.join(missing)}; or use auto")
-    if config.attn_implementation == "auto":
-        return "sdpa" if missing else "flash_attention_2"
-    return config.attn_implementation
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    model_class = None if model_config is None else causal_class(model_config)
+    if not missing and (model_class is None or model_class._supports_flash_attn):
+        return "flash_attention_2"
+    return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
 def autocast(policy: PreTrainedModel, compute_dtype: str) -> torch.autocast:

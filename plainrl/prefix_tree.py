@@ -30,7 +30,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from plainrl.model_files import find_dropout
+
 NAME_PREFIX = "prefix_tree_"
+STOP = "stop_at_attention"
 # The model's own attention -> the one that replaces it. No new name contains "flash", because Transformers would then
 # try to load a kernel by that name.
 NAMES = {"sdpa": f"{NAME_PREFIX}sdpa", "flash_attention_2": f"{NAME_PREFIX}packed"}
@@ -108,24 +111,58 @@ def build_prefix_tree(
 def share_prefixes(model: PreTrainedModel) -> bool:
     """Let a model attend along prefix trees if it can, and return whether it does. Otherwise leave it unchanged.
 
+    It can if nothing speaks against it, see `why_not_shared`, and if a tree that is given to the model arrives at its
+    attention. From then on, a forward pass without a tree uses sdpa.
+    """
+    if shares_prefixes(model):
+        return True
+    if why_not_shared(model):
+        return False
+    kernel = str(model.config.get_text_config()._attn_implementation)
+    model.set_attn_implementation(STOP)
+    arrives = _tree_arrives(model)
+    model.set_attn_implementation(NAMES[kernel] if arrives else kernel)
+    return arrives
+
+
+def why_not_shared(model: PreTrainedModel) -> str:
+    """Return what in its configuration keeps a model from attending along prefix trees, or "" if nothing does.
+
     The model must look its attention up by name, and this attention must be the plain one. It is causal over the whole
-    context, has no dropout, adds nothing to its scores and clamps none, and uses a kernel that `NAMES` lists.
-    From then on, a forward pass without a tree uses sdpa.
+    context, adds nothing to its scores and clamps none, and uses a kernel that `NAMES` lists. Nor may the model have
+    dropout: rows that share a prefix would share its random numbers.
     """
     config = cast(Any, model.config.get_text_config())
-    is_plain = (
-        getattr(config, "sliding_window", None) is None
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and not getattr(config, "attn_logit_softcapping", None)
-        and not getattr(config, "attention_dropout", 0)
-    )
     kernel = config._attn_implementation
-    if kernel.startswith(NAME_PREFIX):
-        return True
-    if not is_plain or not model._supports_attention_backend or kernel not in NAMES:
-        return False
-    model.set_attn_implementation(NAMES[kernel])
-    return True
+    layer_kinds = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    reasons = {
+        "its attention has a sliding window": getattr(config, "sliding_window", None) is not None,
+        f"it has layers of {', '.join(layer_kinds)}": layer_kinds,
+        "its attention scores are capped": getattr(config, "attn_logit_softcapping", None),
+        "it has dropout": find_dropout(config),
+        "its attention cannot be replaced": not model._supports_attention_backend,
+        f"its attention implementation is {kernel}": kernel not in NAMES,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+class _Reached(Exception):  # noqa: N818 (no error)
+    """Ends a forward pass at its first attention layer."""
+
+
+def _stop_at_attention(*_: Any, prefix_tree: PrefixTree | None = None, **__: Any) -> tuple[Tensor, None]:
+    raise _Reached(prefix_tree is not None)
+
+
+def _tree_arrives(model: PreTrainedModel) -> bool:
+    """Return whether a tree given to a model, whose attention is STOP, arrives there. The pass ends there, soon."""
+    row = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    try:
+        with torch.no_grad():
+            compute_hidden_states(model, build_prefix_tree(row, row == 0))
+    except _Reached as reached:
+        return bool(reached.args[0])
+    return False
 
 
 def shares_prefixes(model: PreTrainedModel) -> bool:
@@ -265,3 +302,5 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
 for _kernel, _name in NAMES.items():
     AttentionInterface.register(_name, partial(prefix_tree_attention, is_packed=_kernel == "flash_attention_2"))
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+AttentionInterface.register(STOP, _stop_at_attention)
+AttentionMaskInterface.register(STOP, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,11 +1,13 @@
 """Devices, drivers, compilers and builds of vLLM that are not there are named before any long work."""
 
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from plainrl.config import RunConfig
-from plainrl.devices import check_devices
+from plainrl.devices import check_devices, free_bytes
 from plainrl.engine import init_vllm
 from plainrl.records import UserError
 
@@ -43,3 +45,10 @@ def test_compiling_for_the_cpu_needs_a_compiler(monkeypatch):
         check_devices(RunConfig(compile_policy=True, engine_eager=False))
     monkeypatch.setenv("CXX", sys.executable)  # any program that is there
     check_devices(RunConfig(compile_policy=True))
+
+
+def test_free_disk_space_is_not_known_everywhere(tmp_path, monkeypatch):
+    assert free_bytes(tmp_path) == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    assert free_bytes(tmp_path / "missing") is None
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=0, free=0))
+    assert free_bytes(tmp_path) is None

@@ -1,5 +1,7 @@
 """The real vLLM engine on the CPU: the log-probabilities of Transformers, synced weights, sampling by seeds."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,6 +11,7 @@ from plainrl.engine import (
     check_policy_sync,
     init_vllm,
     load_policy_into_vllm_instance,
+    require_small_sync_error,
     sample_responses,
     sleep_vllm_instance,
 )
@@ -95,10 +98,23 @@ def test_sync_check_fails_without_resetting_the_prefix_cache(engine, tiny_model_
 def test_sync_check_fails_on_weights_that_are_not_numbers(engine, tiny_model_folder, prompt_ids):
     policy = changed_policy(tiny_model_folder, 2)
     load_policy_into_vllm_instance(policy, engine)
-    with torch.no_grad():
-        policy.get_output_embeddings().weight[0, 0] = float("nan")
-    with pytest.raises(SyncError):
-        check(policy, engine, prompt_ids)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            policy.get_output_embeddings().weight[0, 0] = value
+        with pytest.raises(UserError, match="^the policy's log-probs of sampled tokens are infinite or NaN") as error:
+            check(policy, engine, prompt_ids)
+        assert not isinstance(error.value, SyncError) and "sync" not in str(error.value)
+
+
+def test_numbers_that_overflow_in_the_engine_are_not_blamed_on_the_sync():
+    require_small_sync_error(1.1, 1.1)
+    for error, cause in (
+        (1.2, "weights that did not arrive"),
+        (math.inf, "weights that did not"),
+        (math.nan, "overfl"),
+    ):
+        with pytest.raises(SyncError, match=rf"\(max_sync_error = 1.1\): .*{cause}"):
+            require_small_sync_error(error, 1.1)
 
 
 def test_sampling_follows_the_seeds_whatever_else_is_in_the_batch(engine, prompt_ids):

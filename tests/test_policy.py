@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, Qwen2Config
 
 from plainrl.config import RunConfig
-from plainrl.policy import choose_attention, load_policy, score_responses
+from plainrl.policy import blocks_of, choose_attention, load_policy, score_responses
 from plainrl.records import Response, UserError
 
 
@@ -25,15 +26,6 @@ def test_scoring_leaves_the_policy_in_its_mode(tiny_model):
     tiny_model.train()
     score_responses(tiny_model, [Response([5], "", [6, 7], [], "stop")], padding_id=0, batch_size=1)
     assert tiny_model.training
-
-
-def test_incomplete_model_folders_are_refused(tiny_model_folder, tmp_path):
-    for missing in ("model.safetensors", "tokenizer.json"):
-        folder = tmp_path / missing
-        shutil.copytree(tiny_model_folder, folder)
-        (folder / missing).unlink()
-        with pytest.raises(UserError, match="it needs config, weights and tokenizer"):
-            load_policy(RunConfig(model=str(folder), max_context_tokens=256, sampling_max_tokens=8))
 
 
 def test_a_model_that_changes_its_logits_is_refused(tiny_model_folder, tmp_path):
@@ -64,3 +56,27 @@ def test_attention_choice(monkeypatch):
     with pytest.raises(UserError, match=needs):
         choose_attention(RunConfig(attn_implementation="flash_attention_2", compute_dtype="float32"))
     assert choose_attention(RunConfig(attn_implementation="eager")) == "eager"
+
+
+def test_attention_is_one_that_the_model_has(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    on_gpu = RunConfig(policy_device="cuda:0")
+    assert choose_attention(on_gpu, Qwen2Config()) == "flash_attention_2"
+    assert choose_attention(on_gpu, BloomConfig()) == choose_attention(RunConfig(), BloomConfig()) == "eager"
+    assert choose_attention(RunConfig(), Qwen2Config()) == "sdpa"
+    assert choose_attention(RunConfig(attn_implementation="sdpa"), BloomConfig()) == "sdpa"  # its loading says more
+
+
+def test_a_policy_is_ready_for_the_engines_changes_to_its_class(tiny_model_folder):
+    """vLLM's decorator of a class of Transformers reads this attribute at each call."""
+    policy, _ = load_policy(RunConfig(model=tiny_model_folder, max_context_tokens=256, sampling_max_tokens=8))
+    assert policy.base_model.do_not_compile is True
+
+
+def test_a_policy_without_blocks_is_not_compiled():
+    """GPT-2's blocks have another name than Llama's."""
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=64))
+    assert [type(block).__name__ for block in blocks_of(policy)] == ["GPT2Block"] * 3
+    policy.transformer.h = torch.nn.ModuleList()
+    with pytest.raises(UserError, match="^compile_policy = true: gpt2 has no blocks to compile; leave it out$"):
+        blocks_of(policy)

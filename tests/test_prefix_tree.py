@@ -6,7 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from plainrl.devices import can_compile_for_cpu
 from plainrl.log_probs import get_masked_response_log_probs
@@ -19,6 +29,7 @@ from plainrl.prefix_tree import (
     prefix_tree_attention,
     share_prefixes,
     shares_prefixes,
+    why_not_shared,
 )
 from SFT_helper import get_response_log_probs, join_prompt_and_response_ids, sft_loss
 
@@ -183,6 +194,17 @@ def test_a_model_with_another_attention_stays_as_it_is():
         model = small(MistralConfig, MistralForCausalLM, **overrides)
         assert not share_prefixes(model)
         assert not shares_prefixes(model)
+    assert why_not_shared(small(MistralConfig, MistralForCausalLM, sliding_window=4)) == (
+        "its attention has a sliding window"
+    )
+    dropping = small(MistralConfig, MistralForCausalLM, sliding_window=None, attention_dropout=0.1)
+    assert why_not_shared(dropping) == "it has dropout"
+    assert not share_prefixes(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)))
+    without = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+    assert share_prefixes(GPT2LMHeadModel(without))
+    swallowing = small(NemotronConfig, NemotronForCausalLM)
+    assert not why_not_shared(swallowing)  # its layers hand no keywords on to their attention
+    assert not share_prefixes(swallowing) and swallowing.config._attn_implementation == "sdpa"
     eager = small(Qwen2Config, Qwen2ForCausalLM)
     eager.set_attn_implementation("eager")
     assert not share_prefixes(eager)

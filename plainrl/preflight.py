@@ -1,0 +1,135 @@
+"""Try before the first step what a run needs only later: the scores, saving, reading back, room on the disk.
+
+What a model's folder alone shows is checked in `load_policy`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from plainrl.checkpoint import SPARE_BYTES, is_disk_full
+from plainrl.config import RunConfig, TrainConfig
+from plainrl.devices import free_bytes
+from plainrl.log_probs import get_masked_response_log_probs
+from plainrl.policy import autocast, blocks_of
+from plainrl.prefix_tree import NAMES
+from plainrl.records import UserError
+from plainrl.run_folder import list_checkpoints
+from SFT_helper import get_response_log_probs, join_prompt_and_response_ids
+
+NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")
+BYTES_PER_PARAMETER = 3 * 4  # a checkpoint holds the weights and AdamW's two moments, all float32
+# Rounding gives about 1e-5 in float32 and 0.05 in 16 bits. An attention or logits of another kind give far more.
+MOST_SCORE_DIFFERENCE = {"float32": 0.01, "bfloat16": 0.5, "float16": 0.5}  # nats
+
+
+def preflight(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, config: TrainConfig) -> None:
+    """Raise a UserError if the run would fail later for a reason that shows now.
+
+    Args:
+        policy: the policy, as `load_policy` returned it.
+        tokenizer: its tokenizer.
+        folder: the run's folder.
+        config: the run's configuration.
+    """
+    check_scores(policy, config)
+    if config.gradient_checkpointing and not policy.supports_gradient_checkpointing:
+        raise UserError(f"gradient_checkpointing = true: {policy.config.model_type} does not support it; leave it out")
+    if config.compile_policy:
+        blocks_of(policy)
+    check_saving(policy, tokenizer, folder)
+    check_room(policy, folder, config)
+
+
+def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
+    """Raise a UserError unless the fast scores in training mode are those of the plain model in evaluation mode.
+
+    They are not if dropout is left, if logits change behind the output layer, or if the attention is not the plain one
+    that a prefix tree replaces. Nor may a token's score depend on later tokens.
+    """
+    num_tokens = int(cast(Any, policy.get_input_embeddings()).weight.shape[0])
+    prompt = [index % num_tokens for index in (11, 12, 13, 14)]
+    responses = [[index % num_tokens for index in row] for row in ((15, 16, 17), (15, 18), (19, 20, 21, 22))]
+    rows = join_prompt_and_response_ids([prompt] * len(responses), responses, padding_id=0)
+    ids, labels, mask = (rows[name].to(policy.device) for name in ("input_ids", "labels", "response_mask"))
+    packed = ("flash_attention_2", NAMES["flash_attention_2"])  # these compute in 16 bits alone
+    dtype = config.compute_dtype if policy.config._attn_implementation in packed else "float32"
+    was_training = policy.training
+    with torch.inference_mode(), autocast(policy, dtype):
+        policy.eval()
+        plain = get_response_log_probs(policy, ids, labels)["log_probs"].float()
+        policy.train(not getattr(config, "dropout", False))
+        fast = get_masked_response_log_probs(policy, ids, labels, mask)["log_probs"].float()
+    policy.train(was_training)
+    if not plain[mask].isfinite().all():
+        raise UserError(f"model = {config.model}: its scores are infinite or NaN; use another model")
+    found = {
+        "its scores depend on later tokens; use a causal language model": plain[:, :3] - plain[:1, :3],
+        "its scores in training are not those of the plain model; try attn_implementation=eager, or another model": (
+            plain - fast
+        )[mask],
+    }
+    for problem, differences in found.items():
+        largest = cast(Tensor, differences).abs().max().item()
+        if not largest <= MOST_SCORE_DIFFERENCE[dtype]:
+            raise UserError(f"model = {config.model}: {problem} (they differ by {largest:.2g} nats)")
+
+
+def check_saving(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the policy without most of its weights, and its tokenizer, and read them back.
+
+    Raises:
+        UserError: the folder cannot be written, a file cannot be saved, or another tokenizer comes back.
+    """
+    trial = folder / ".preflight"
+    shutil.rmtree(trial, ignore_errors=True)
+    name, smallest = min(policy.state_dict().items(), key=lambda item: item[1].numel())
+    sample = "".join(["User: What is 2 + 3?\nAssistant: <think> 5 ", *tokenizer.all_special_tokens])
+    try:
+        policy.save_pretrained(trial, state_dict={name: smallest.detach()})
+        tokenizer.save_pretrained(trial)
+        AutoConfig.from_pretrained(trial, local_files_only=True)
+        GenerationConfig.from_pretrained(trial, local_files_only=True)
+        (values,) = load_file(trial / "model.safetensors").values()
+        reread = AutoTokenizer.from_pretrained(trial, local_files_only=True)
+        is_same = torch.equal(values, smallest.detach().cpu()) and reread.encode(sample) == tokenizer.encode(sample)
+    except Exception as error:  # of any type, because each library wraps the system's error in its own
+        reason = " ".join(str(error).split())[:300]
+        advice = "free disk space" if is_disk_full(error) else "use another folder, or repair the model's files"
+        raise UserError(f"{folder}: the policy could not be saved here ({reason}); {advice}") from error
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    if not is_same:
+        raise UserError(
+            f"{folder}: the saved policy or tokenizer is not the one that was loaded; repair the model's files"
+        )
+
+
+def check_room(policy: PreTrainedModel, folder: Path, config: TrainConfig) -> None:
+    """Raise a UserError if the disk has too little room for the checkpoints that will exist at a time.
+
+    These are the kept ones and the one being written. final/ takes no room, because it is linked. In SFT without
+    `max_steps` the number of steps is not known yet: then one must have room, and a lack for the others is only said.
+    """
+    free = free_bytes(folder)
+    if free is None:
+        return
+    size = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in policy.parameters()) + SPARE_BYTES
+    most = config.keep_last + config.keep_best + 1
+    num_steps = next((getattr(config, key) for key in NUM_STEPS_KEYS if getattr(config, key, 0)), 0)
+    num_saved = -(-num_steps // config.checkpoint_interval) if num_steps else most
+    num_new = max(1, min(most, num_saved) - len(list_checkpoints(folder)))
+    if free >= num_new * size:
+        return
+    message = (
+        f"{folder}: {num_new} checkpoints need {num_new * size / 2**30:.1f} GiB, but {free / 2**30:.1f} GiB are free; "
+        "free disk space, use another runs_dir, or lower keep_last"
+    )
+    if num_steps or free < size:
+        raise UserError(message)
+    print(f"warning: {message}")

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "grpo") as run:
-        policy, tokenizer = load_policy(config if run.checkpoint else apply_warm_start(config), run.checkpoint)
+        policy, tokenizer = load_policy(apply_warm_start(config, run.checkpoint), run.checkpoint)
         preflight(policy, tokenizer, run.path, config)
         questions, prompt_ids = fit_questions(questions, tokenizer, config)
         validation = fit_validation(validation, tokenizer, config)
@@ -199,7 +199,7 @@ def accumulate_gradients(
     rows, size = rows_to_train_on(batch, config)
     if not rows:  # nothing to learn: the gradient is zero, and AdamW still moves by its momentum
         for parameter in policy.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     prompts, tokens = [row.response.prompt_ids for row in rows], [row.response.token_ids for row in rows]
     sums = {"loss": 0.0, "num_tokens": 0.0, "num_trained_rows": float(len(rows))}
     for indices, tensors in microbatches(

@@ -92,7 +92,7 @@ def evaluate_vllm(
     prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     seeds = [derive_seed(seed, "evaluation", index) for index in range(len(prompts))]
     started = time.perf_counter()
-    responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds)
+    responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds, with_log_probs=False)
     sampling_seconds = time.perf_counter() - started
     grades = grade_responses([response.text for response in responses], ground_truths, reward_fn)
     entropies: Sequence[float | None] = [None] * len(responses)
@@ -292,7 +292,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
     examples = validation_subset(load_validation_set(config), config)
-    policy, tokenizer = load_policy(config)
+    policy, tokenizer = load_policy(config, for_training=False)
     check_scores(policy, config)
     examples, _ = fit_prompts(examples, tokenizer, config, "validation prompts")  # before the engine starts
     with RunFolder.create(config, EVALUATION) as run:

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "expert-iteration") as run:
-        policy, tokenizer = load_policy(config if run.checkpoint else apply_warm_start(config), run.checkpoint)
+        policy, tokenizer = load_policy(apply_warm_start(config, run.checkpoint), run.checkpoint)
         preflight(policy, tokenizer, run.path, config)
         questions, prompt_ids = fit_questions(questions, tokenizer, config)
         validation = fit_validation(validation, tokenizer, config)

@@ -1,6 +1,7 @@
 """Checkpoints: the state of a training run after a step. A resumed run continues as if it had never stopped.
 
     step_*/  model/                 policy and tokenizer, Transformers format, float32 weights
+             adapters.safetensors   with `lora_rank` alone, what `model/` does not tell, see plainrl/lora.py
              optimizer.safetensors  AdamW's moments and step counts, by parameter name
              state.json             step, size of metrics.jsonl, random states, configuration, fingerprint of the data
              manifest.json          size and SHA-256 of every file above, checked before anything is loaded
@@ -30,6 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plainrl.devices import free_bytes
+from plainrl.lora import merged_model, save_adapters
 from plainrl.records import UserError
 
 if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
@@ -149,7 +151,8 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
     shutil.rmtree(unfinished, ignore_errors=True)
     state.is_being_saved = True
     try:
-        state.policy.save_pretrained(unfinished / "model")
+        merged_model(state.policy).save_pretrained(unfinished / "model")
+        save_adapters(state.policy, unfinished)
         state.tokenizer.save_pretrained(unfinished / "model")
         save_file(optimizer_tensors(state.policy, state.optimizer), unfinished / "optimizer.safetensors")
         step = {"step": state.step, "metrics_bytes": state.metrics_bytes, "data_fingerprint": state.data_fingerprint}
@@ -172,7 +175,7 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
 def checkpoint_bytes(state: TrainingState) -> int:
     """Return about how many bytes a checkpoint of this state takes on disk."""
     tensors = [*state.policy.parameters(), *optimizer_tensors(state.policy, state.optimizer).values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + SPARE_BYTES
+    return sum(tensor.numel() * 4 for tensor in tensors) + SPARE_BYTES  # all are float32 on disk
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -226,7 +229,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def restore(path: Path, state: TrainingState) -> None:
     """Restore the optimizer, the random generators and the step from a complete checkpoint.
 
-    The policy must already have been loaded from the checkpoint's `model/`.
+    The policy must already have been loaded from the checkpoint.
 
     Raises:
         UserError: the checkpoint was made with other training data.
@@ -255,7 +258,8 @@ def load_optimizer_tensors(
     tensors: Mapping[str, torch.Tensor], policy: "PreTrainedModel", optimizer: torch.optim.Optimizer
 ) -> None:
     """Load tensors that `optimizer_tensors` returned into an optimizer of the same parameters."""
-    indices = {name: index for index, (name, _) in enumerate(policy.named_parameters())}
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    indices = {name: index for index, name in enumerate(trained)}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")

@@ -29,6 +29,7 @@ from plainrl.yaml_files import YamlError, load_yaml
 
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
+SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold all of AdamW's moments for the presets' model
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 
@@ -183,12 +184,20 @@ def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | 
 
 
 def choose_preset() -> tuple[str, str]:
-    """Return the preset for this machine, and the reason. No CUDA context is started."""
+    """Return the preset for this machine, and the reason.
+
+    Only where there is a CUDA device, CUDA is started to read how much memory it has. Nothing is allocated on it.
+    """
     import torch
 
     num_devices = torch.cuda.device_count()
     preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2)]
-    return preset, f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
+    reason = f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
+    if num_devices and torch.cuda.is_available():  # if the driver is too old, check_devices says so
+        sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(min(num_devices, 2))]
+        preset = "small-gpu" if min(sizes) < SMALL_GPU_BYTES else preset
+        reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"
+    return preset, reason
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

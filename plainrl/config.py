@@ -23,9 +23,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    preset: str = Field(
-        "auto", description="preset of the YAML file to apply (auto: laptop, one-gpu or two-gpu by the CUDA devices)"
-    )
+    preset: str = Field("auto", description="preset of the YAML file to apply (auto: by CUDA devices and their memory)")
     run_name: str = Field("", description="folder of the run under runs_dir (empty: script and time)")
     runs_dir: str = Field("runs", description="folder that holds all runs")
     seed: int = Field(
@@ -198,6 +196,8 @@ class TrainConfig(RunConfig):
         description="most tokens of a microbatch (0: no limit). Only a single row may have more. A prefix that rows "
         "share counts once. The gradient is that of the whole batch, however it is divided",
     )
+    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters, which alone are trained (0: train all weights)")
+    lora_alpha: float = Field(32.0, gt=0, description="the adapters count lora_alpha / lora_rank times")
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")

@@ -29,14 +29,16 @@ def check_devices(config: RunConfig) -> None:
             f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; "
             "use preset=laptop, or run where the GPU is"
         )
-    compiles_on_cpu = {
-        "compile_policy = true": config.compile_policy and config.policy_device == "cpu",
-        "engine_eager = false": not config.engine_eager and config.evaluator_device == "cpu",
-    }
-    settings = [name for name, compiles in compiles_on_cpu.items() if compiles]
-    if settings and not can_compile_for_cpu():
+    compiles = (  # Triton compiles for vLLM's sampler on a GPU, whatever engine_eager says
+        ("compile_policy = true", config.policy_device, config.compile_policy),
+        ("engine_eager = false", config.evaluator_device, not config.engine_eager),
+        (f"evaluator_device = {config.evaluator_device}", config.evaluator_device, config.evaluator_device != "cpu"),
+    )
+    settings = [name for name, device, needs_compiler in compiles if needs_compiler and not can_compile(device)]
+    if settings:
         raise UserError(
-            f"{' and '.join(settings)}: needs g++ and Python's headers on the CPU; install them, or leave the key out"
+            f"{' and '.join(settings)}: needs a compiler (g++, for a GPU gcc or clang) and Python's headers; install "
+            "them, on Debian and Ubuntu with `apt-get install g++ python3-dev`, or choose other settings"
         )
     check_engine_device(config.evaluator_device)
 
@@ -66,10 +68,11 @@ def check_engine_device(device: str) -> None:
             raise UserError(f"evaluator_device = {device}: no CUDA device is visible; use preset=laptop")
 
 
-def can_compile_for_cpu() -> bool:
-    """Return whether torch can compile for the CPU. It needs a C++ compiler and Python's headers."""
+def can_compile(device: str) -> bool:
+    """Return whether torch (for the CPU) or Triton (for a GPU) finds a compiler and Python's headers."""
     has_headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    return has_headers and shutil.which(os.environ.get("CXX") or "g++") is not None
+    cpu_compilers, gpu_compilers = (os.environ.get("CXX") or "g++",), (os.environ.get("CC") or "gcc", "clang")
+    return has_headers and any(map(shutil.which, cpu_compilers if device == "cpu" else gpu_compilers))
 
 
 def peak_memory_gib(device: str) -> float:

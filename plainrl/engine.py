@@ -18,7 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from plainrl.config import RunConfig
-from plainrl.devices import can_compile_for_cpu, check_engine_device
+from plainrl.devices import can_compile, check_engine_device
+from plainrl.lora import merged_state_dict
 from plainrl.model_files import MOST_SHOWN
 from plainrl.policy import score_responses
 from plainrl.records import Response, UserError
@@ -87,7 +88,7 @@ def init_vllm(
 
 
 def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
-    """Copy the policy's weights into the engine, and wake it up first if it sleeps.
+    """Copy the policy's weights into the engine, adapters merged, and wake it up first if it sleeps.
 
     The engine's loader needs `state_dict()`. `named_parameters()` lacks the tied output layer, which would silently
     keep its old weights. The prefix cache is reset, because its keys and values belong to the old weights.
@@ -100,7 +101,7 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
         torch.cuda.empty_cache()  # the engine cannot use memory that torch's allocator keeps
         llm.wake_up(tags=["weights"])
     dtype = llm.llm_engine.vllm_config.model_config.dtype
-    weights = ((name, tensor.detach().to(dtype)) for name, tensor in policy.state_dict().items())
+    weights = ((name, tensor.detach().to(dtype)) for name, tensor in merged_state_dict(policy))
     with _quiet_stderr():
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if is_sleeping:
@@ -132,7 +133,11 @@ def sampling_params(config: RunConfig) -> "SamplingParams":
 
 
 def sample_responses(
-    llm: "LLM", prompt_ids: Sequence[list[int]], sampling_params: "SamplingParams", seeds: Sequence[int]
+    llm: "LLM",
+    prompt_ids: Sequence[list[int]],
+    sampling_params: "SamplingParams",
+    seeds: Sequence[int],
+    with_log_probs: bool = True,
 ) -> list[Response]:
     """Sample one response per prompt, in the order given.
 
@@ -141,19 +146,26 @@ def sample_responses(
         prompt_ids: token ids of each prompt.
         sampling_params: shared by all requests, except for the seed.
         seeds: one seed per prompt.
+        with_log_probs: whether the responses get the log-probs of their tokens. They take more than half of the
+            processor time that vLLM spends on a token, so that evaluations, which never read them, leave them out.
     """
-    finished = dict(stream_responses(llm, prompt_ids, sampling_params, seeds))
+    finished = dict(stream_responses(llm, prompt_ids, sampling_params, seeds, with_log_probs))
     return [finished[index] for index in range(len(prompt_ids))]
 
 
 def stream_responses(
-    llm: "LLM", prompt_ids: Sequence[list[int]], sampling_params: "SamplingParams", seeds: Sequence[int]
+    llm: "LLM",
+    prompt_ids: Sequence[list[int]],
+    sampling_params: "SamplingParams",
+    seeds: Sequence[int],
+    with_log_probs: bool = True,
 ) -> Iterator[tuple[int, Response]]:
     """Sample like `sample_responses`, and yield each response with its index as soon as it is finished."""
     requests = []
     for seed in seeds:
         request = sampling_params.clone()
-        request.seed, request.logprobs = seed, 0  # 0: the log-probs of the sampled tokens only
+        request.seed = seed
+        request.logprobs = 0 if with_log_probs else None  # 0: those of the sampled tokens only
         requests.append(request)
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in prompt_ids]
     request_ids = llm.enqueue(prompts, requests, use_tqdm=False)
@@ -238,25 +250,29 @@ def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
     with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():
         from vllm.platforms import current_platform
 
-        if device == "cpu" and not can_compile_for_cpu():  # even eager vLLM compiles a helper of its sampler
+        if device == "cpu" and not can_compile("cpu"):  # even eager vLLM compiles a helper of its sampler
             type(current_platform).simple_compile_backend = "eager"
 
         from vllm import LLM
 
+        # On a GPU, vLLM raises AssertionError where memory is short, and Triton RuntimeError where it cannot compile.
+        refusals = ValueError if device == "cpu" else (ValueError, RuntimeError, AssertionError)
         try:
             return LLM(**options)
-        except ValueError as error:  # the settings do not fit this model or this device's memory
+        except refusals as error:  # the settings do not fit this model or this device's memory
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"vLLM did not start on {device} ({' '.join(str(error).split())[:MOST_SHOWN]}); look at "
-                "gpu_memory_utilization, engine_cache_gib, max_context_tokens and engine_dtype, or use a model that "
-                "vLLM supports"
+                f"vLLM did not start on {device} ({reason[:MOST_SHOWN]}); look at gpu_memory_utilization, "
+                "engine_cache_gib, max_context_tokens and engine_dtype, or use a model that vLLM supports"
             ) from error
 
 
 def _to_response(prompt_ids: list[int], completion: "CompletionOutput") -> Response:
     token_ids = list(completion.token_ids)
-    entries = cast(list[dict[int, Any]], completion.logprobs)
-    log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
+    log_probs = []
+    if completion.logprobs is not None:
+        entries = cast(list[dict[int, Any]], completion.logprobs)
+        log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
     return Response(list(prompt_ids), completion.text, token_ids, log_probs, str(completion.finish_reason))
 
 

@@ -138,6 +138,8 @@ def watched(phase: str, limit_seconds: float, folder: Path, seconds: dict[str, f
         faulthandler.dump_traceback_later(limit_seconds + SECONDS_TO_GIVE_UP, exit=True, file=file)
         try:
             yield
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # a GPU is handed work in advance: the phase ends when that is done
         finally:
             timer.cancel()
             faulthandler.cancel_dump_traceback_later()

@@ -32,6 +32,7 @@ GROUPS = {
     "batch and optimizer": (
         *("train_batch_size", "gradient_accumulation_steps", "microbatch_tokens", "normalize_constant"),
         *("learning_rate", "adam_betas", "weight_decay", "max_grad_norm", "loss_scale"),
+        *("lora_rank", "lora_alpha"),
     ),
     "model, prompt, reward, data": (
         *("model", "prompt", "reward", "train_data", "validation_data", "arithmetic_terms", "arithmetic_max_term"),

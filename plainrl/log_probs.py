@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from plainrl.prefix_tree import build_prefix_tree, compute_hidden_states, gather_rows, shares_prefixes
+from plainrl.prefix_tree import PrefixTree, build_prefix_tree, compute_hidden_states, gather_rows, shares_prefixes
 
 LOGIT_CHUNK_TOKENS = 2048  # 0.6 GB of bfloat16 logits at a vocabulary of 151,936
 # Logits are processed in float32, in blocks of so many numbers. 8 MB stay in a CPU's cache. A GPU prefers long kernels.
@@ -25,6 +25,7 @@ def get_masked_response_log_probs(
     labels: Int[Tensor, "batch sequence"],
     response_mask: Bool[Tensor, "batch sequence"],
     return_token_entropy: bool = False,
+    prefix_tree: PrefixTree | None = None,
 ) -> dict[str, Tensor]:
     """Score only the labels under the mask. Scores equal `get_response_log_probs` there and are zero elsewhere.
 
@@ -44,6 +45,7 @@ def get_masked_response_log_probs(
         labels: (B, T), the token that follows each position.
         response_mask: (B, T), true where a score is needed.
         return_token_entropy: whether the entropies are returned, too.
+        prefix_tree: the tree of these rows for a model that shares prefixes. None: it is built here.
 
     Returns:
         `log_probs` and, if asked for, `token_entropy`: (B, T), in nats. The entropies carry no gradient.
@@ -55,13 +57,13 @@ def get_masked_response_log_probs(
     if name := changes_logits(model):
         raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
     if shares_prefixes(model):
-        tree = build_prefix_tree(input_ids, response_mask)
-        mask = response_mask[:, : tree.paths.shape[1]]  # paths end with the last response token
-        hidden_states = gather_rows(compute_hidden_states(model, tree), tree.paths[mask])
+        tree = prefix_tree or build_prefix_tree(input_ids, response_mask)
+        hidden_states = gather_rows(compute_hidden_states(model, tree), tree.scored_nodes)
+        scored_labels = labels.flatten()[tree.scored]
     else:
         outputs = model.base_model(input_ids=input_ids, use_cache=False)
-        hidden_states = outputs.last_hidden_state[response_mask]
-    scores = _score_in_chunks(model, hidden_states, labels[response_mask], return_token_entropy)
+        hidden_states, scored_labels = outputs.last_hidden_state[response_mask], labels[response_mask]
+    scores = _score_in_chunks(model, hidden_states, scored_labels, return_token_entropy)
     return {
         name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
         for name, values in scores.items()

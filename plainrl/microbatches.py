@@ -4,11 +4,12 @@ The division into microbatches changes speed and memory, but no gradient. Every 
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from plainrl.prefix_tree import common_length, shares_prefixes
+from plainrl.prefix_tree import build_prefix_tree, common_length, shares_prefixes
 from SFT_helper import join_prompt_and_response_ids
 
 
@@ -19,21 +20,34 @@ def microbatches(
     padding_id: int,
     max_rows: int,
     max_tokens: int = 0,
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield each microbatch: the indices of its rows, and their tensors on the policy's device.
 
     The tensors are `input_ids`, `labels` and `response_mask`, as `SFT_helper.tokenize_prompt_and_output` returns them.
+    With them goes `prefix_tree`: that of the rows, or None if the policy does not share prefixes. While the policy
+    computes, a thread prepares the next microbatch.
 
     Args:
         policy: the policy, on its device. If it shares prefixes, a shared prefix counts once.
         prompt_ids, response_ids, max_rows, max_tokens: as in `plan_microbatches`.
         padding_id: token id that fills rows up.
     """
-    for indices in plan_microbatches(prompt_ids, response_ids, max_rows, max_tokens, shares_prefixes(policy)):
-        tensors = join_prompt_and_response_ids(
+    shares = shares_prefixes(policy)
+
+    def prepare(indices: list[int]) -> dict[str, Any]:
+        tensors: dict[str, Any] = join_prompt_and_response_ids(
             [prompt_ids[index] for index in indices], [response_ids[index] for index in indices], padding_id
         )
-        yield indices, {name: tensor.to(policy.device) for name, tensor in tensors.items()}
+        tree = build_prefix_tree(tensors["input_ids"], tensors["response_mask"]) if shares else None
+        return tensors | {"prefix_tree": tree}
+
+    plan = plan_microbatches(prompt_ids, response_ids, max_rows, max_tokens, shares)
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = [thread.submit(prepare, indices) for indices in plan[:1]]
+        for number, indices in enumerate(plan, start=1):
+            parts = upcoming.pop().result()
+            upcoming = [thread.submit(prepare, following) for following in plan[number : number + 1]]
+            yield indices, {name: part if part is None else part.to(policy.device) for name, part in parts.items()}
 
 
 def plan_microbatches(

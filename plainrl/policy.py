@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
 from plainrl.log_probs import changes_logits, get_masked_response_log_probs
+from plainrl.lora import add_adapters, load_adapters
+from plainrl.memory import check_memory
 from plainrl.microbatches import microbatches
 from plainrl.model_files import (
     causal_class,
@@ -34,24 +36,32 @@ MOST_LOSS_SCALE_REDUCTION = 1024  # if the gradient still overflows then, no sca
 Metrics = TypeVar("Metrics", bound=Mapping[str, float])
 
 
-def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(
+    config: RunConfig, checkpoint: Path | None = None, for_training: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
 
-    Dropout is off, except in SFT with `dropout=true`. With dropout, the policy that is trained would not be the policy
-    that sampled: the importance ratio of a policy that did not move would differ from 1.
+    With `lora_rank` it has adapters, and its own weights are frozen: see plainrl/lora.py. Dropout is off, except in SFT
+    with `dropout=true`. With dropout, the policy that is trained would not be the policy that sampled: the importance
+    ratio of a policy that did not move would differ from 1.
 
     Args:
         config: names the model.
         checkpoint: folder of a checkpoint. If given, its policy is loaded instead.
+        for_training: whether the GPU's memory has to hold what training takes.
 
     Raises:
-        UserError: the model is unknown, incomplete or not supported, its tokenizer does not fit, or its context is too
-            short.
+        UserError: the model is unknown, incomplete or not supported, its tokenizer or its adapters do not fit, its
+            context is too short, or training does not fit into the GPU's memory.
     """
     transformers_logging.disable_progress_bar()
-    folder = str(checkpoint / "model") if checkpoint else resolve_model(config.model)
+    of_adapters = config if isinstance(config, TrainConfig) and config.lora_rank else None
+    # Adapters stand beside the weights that the run began with. The checkpoint's model is the sum of both.
+    folder = str(checkpoint / "model") if checkpoint and not of_adapters else resolve_model(config.model)
     label = f"model = {config.model}" + (f" ({folder})" if folder != config.model else "")
     model_config = read_model_config(folder, label)
+    if for_training and isinstance(config, TrainConfig):
+        check_memory(model_config, config)
     rates = find_dropout(model_config)
     keeps_dropout = getattr(config, "dropout", False)  # a key of SFT alone
     if not keeps_dropout:
@@ -66,6 +76,10 @@ def load_policy(config: RunConfig, checkpoint: Path | None = None) -> tuple[PreT
             f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
             "lower it to that"
         )
+    if of_adapters:
+        add_adapters(policy, of_adapters)
+    if checkpoint:
+        load_adapters(policy, checkpoint)
     if config.policy_device != "cpu":  # with a mask, cuDNN's backward pass can give NaN (PyTorch issue 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
     policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
@@ -109,7 +123,7 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
         compile_blocks(policy)
     policy.train()
     return torch.optim.AdamW(
-        policy.parameters(),
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,

@@ -53,6 +53,14 @@ class PrefixTree(NamedTuple):
     added_starts: Int[Tensor, " starts"]
     path_starts: Int[Tensor, " starts"]
     path_nodes: Int[Tensor, " keys"]
+    # What a score is needed for, in the order of the rows: where it stands in (B, T) flattened, and its node.
+    scored: Int[Tensor, " scored"]
+    scored_nodes: Int[Tensor, " scored"]
+
+    def to(self, device: torch.device | str) -> "PrefixTree":
+        """Return the tree with its tensors on a device."""
+        tensors = {name: part.to(device) for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**tensors)
 
     @property
     def can_see(self) -> Bool[Tensor, "batch most_added sequence"]:
@@ -67,7 +75,7 @@ def build_prefix_tree(
     """Join rows into a tree. A row ends at its last position under the mask, because no score is needed after it.
 
     Args:
-        input_ids: (B, T), token ids.
+        input_ids: (B, T), token ids. On a GPU, building a tree waits for it: build it on the CPU and move it.
         response_mask: (B, T), true where a score is needed.
 
     >>> ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 0]])
@@ -95,17 +103,22 @@ def build_prefix_tree(
     num_trunk = min(common_length(paths[0], path) for path in paths[1:]) if len(paths) > 1 else 0
     added = [torch.arange(max(start, num_trunk), end) for start, end in itertools.pairwise(sizes)]
     padded = pad_sequence(added, batch_first=True, padding_value=-1)
+    all_paths = pad_sequence([torch.tensor(path) for path in paths], batch_first=True)
     tensors = {
         "token_ids": torch.tensor([[token for _, token in nodes]]),
         "positions": torch.tensor([positions]),
-        "paths": pad_sequence([torch.tensor(path) for path in paths], batch_first=True),
+        "paths": all_paths,
         "added": padded.clamp(min=0),
         "slots": (padded.flatten() >= 0).nonzero()[:, 0],
         "added_starts": torch.tensor([0, num_trunk, *map(len, added)]).cumsum(0, dtype=torch.int32),
         "path_starts": torch.tensor([0, num_trunk, *lengths]).cumsum(0, dtype=torch.int32),
         "path_nodes": torch.tensor([*range(num_trunk), *itertools.chain(*paths)]),
+        "scored": response_mask.cpu().flatten().nonzero()[:, 0],
+        "scored_nodes": all_paths[
+            response_mask.cpu()[:, : all_paths.shape[1]]
+        ],  # paths end with the last response token
     }
-    return PrefixTree(num_trunk=num_trunk, **{name: tensor.to(input_ids.device) for name, tensor in tensors.items()})
+    return PrefixTree(num_trunk=num_trunk, **tensors).to(input_ids.device)
 
 
 def share_prefixes(model: PreTrainedModel) -> bool:
@@ -190,7 +203,7 @@ def prefix_tree_attention(
     value: Float[Tensor, "..."],
     attention_mask: Tensor | None,
     *,
-    is_packed: bool,
+    with_flash_attn: bool,
     scaling: float | None = None,
     prefix_tree: PrefixTree | None = None,
     **kwargs: Any,
@@ -202,7 +215,7 @@ def prefix_tree_attention(
         query: (1, H, N, D).
         key, value: (1, G, N, D).
         attention_mask: `can_see`, as (B, 1, Q, T).
-        is_packed: whether flash-attention's kernel for sequences of unequal length is used, instead of `_attend`.
+        with_flash_attn: whether the kernel of the package flash-attn is used. Else torch's own is, where it can.
         scaling: factor of the scores. None: 1 / sqrt(D).
         prefix_tree: the tree, or None for a pass over whole rows.
 
@@ -214,8 +227,8 @@ def prefix_tree_attention(
     assert attention_mask is not None
     queries, keys, values = (tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if is_packed:
-        return _attend_packed(queries, keys, values, prefix_tree, factor)[None], None
+    if with_flash_attn or can_run_packed(queries):
+        return _attend_packed(queries, keys, values, prefix_tree, factor, with_flash_attn)[None], None
     num_trunk = prefix_tree.num_trunk
     is_before = torch.ones(1, num_trunk, num_trunk, dtype=torch.bool, device=query.device).tril()
     trunk = _attend(queries[None, :num_trunk], keys[None, :num_trunk], values[None, :num_trunk], is_before, factor)
@@ -266,31 +279,44 @@ def _attend(
     return output.permute(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, width)
 
 
+def can_run_packed(queries: Tensor) -> bool:
+    """Return whether torch's kernel for sequences of unequal length takes these queries.
+
+    It is flash-attention: in 16 bits, on a GPU of compute capability 8.0 or more, for heads of at most 256.
+    """
+    return (
+        queries.is_cuda
+        and queries.dtype in (torch.bfloat16, torch.float16)
+        and queries.shape[-1] <= 256
+        and queries.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(queries.device) >= (8, 0)
+    )
+
+
 def _attend_packed(
     queries: Float[Tensor, "nodes heads width"],
     keys: Float[Tensor, "nodes kv_heads width"],
     values: Float[Tensor, "nodes kv_heads width"],
     tree: PrefixTree,
     scaling: float,
+    with_flash_attn: bool,
 ) -> Float[Tensor, "nodes heads width"]:
-    """Return the same as `_attend`, by flash-attention's kernel for sequences of unequal length, without padding.
+    """Return the same as `_attend`, by a kernel for sequences of unequal length, without padding.
 
     The trunk is a sequence, and so is each row. Its queries are the nodes that it adds, in the order of the nodes. Its
-    keys are its whole path. The kernel aligns its causal mask with a sequence's last query and key, as needed here.
+    keys are its whole path. Both kernels align their causal mask with a sequence's last query and key, as needed here.
     """
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+    keys, values = (gather_rows(tensor, tree.path_nodes) for tensor in (keys, values))
+    sizes = (tree.added_starts, tree.path_starts, max(tree.num_trunk, tree.added.shape[1]), tree.paths.shape[1])
+    if with_flash_attn:
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    return flash_attn_varlen_func(
-        queries,
-        gather_rows(keys, tree.path_nodes),
-        gather_rows(values, tree.path_nodes),
-        cu_seqlens_q=tree.added_starts,
-        cu_seqlens_k=tree.path_starts,
-        max_seqlen_q=max(tree.num_trunk, tree.added.shape[1]),
-        max_seqlen_k=tree.paths.shape[1],
-        softmax_scale=scaling,
-        causal=True,
-    )
+        return flash_attn_varlen_func(queries, keys, values, *sizes, softmax_scale=scaling, causal=True)
+    from torch.nn.attention import varlen
+
+    if queries.shape[1] != keys.shape[1]:  # torch 2.11 wants as many heads of keys as of queries
+        keys, values = (tensor.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for tensor in (keys, values))
+    return cast(Tensor, varlen.varlen_attn(queries, keys, values, *sizes, scale=scaling, window_size=(-1, 0)))
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
@@ -300,7 +326,7 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 for _kernel, _name in NAMES.items():
-    AttentionInterface.register(_name, partial(prefix_tree_attention, is_packed=_kernel == "flash_attention_2"))
+    AttentionInterface.register(_name, partial(prefix_tree_attention, with_flash_attn=_kernel == "flash_attention_2"))
     AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 AttentionInterface.register(STOP, _stop_at_attention)
 AttentionMaskInterface.register(STOP, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

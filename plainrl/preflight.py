@@ -23,7 +23,6 @@ from plainrl.run_folder import list_checkpoints
 from SFT_helper import get_response_log_probs, join_prompt_and_response_ids
 
 NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")
-BYTES_PER_PARAMETER = 3 * 4  # a checkpoint holds the weights and AdamW's two moments, all float32
 # Rounding gives about 1e-5 in float32 and 0.05 in 16 bits. An attention or logits of another kind give far more.
 MOST_SCORE_DIFFERENCE = {"float32": 0.01, "bfloat16": 0.5, "float16": 0.5}  # nats
 
@@ -57,8 +56,9 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     responses = [[index % num_tokens for index in row] for row in ((15, 16, 17), (15, 18), (19, 20, 21, 22))]
     rows = join_prompt_and_response_ids([prompt] * len(responses), responses, padding_id=0)
     ids, labels, mask = (rows[name].to(policy.device) for name in ("input_ids", "labels", "response_mask"))
-    packed = ("flash_attention_2", NAMES["flash_attention_2"])  # these compute in 16 bits alone
-    dtype = config.compute_dtype if policy.config._attn_implementation in packed else "float32"
+    packed = ("flash_attention_2", NAMES["flash_attention_2"])
+    in_16_bits = policy.config._attn_implementation in packed or getattr(config, "lora_rank", 0)
+    dtype = config.compute_dtype if in_16_bits else "float32"
     was_training = policy.training
     with torch.inference_mode(), autocast(policy, dtype):
         policy.eval()
@@ -113,13 +113,15 @@ def check_saving(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
 def check_room(policy: PreTrainedModel, folder: Path, config: TrainConfig) -> None:
     """Raise a UserError if the disk has too little room for the checkpoints that will exist at a time.
 
-    These are the kept ones and the one being written. final/ takes no room, because it is linked. In SFT without
+    Each holds the weights and AdamW's two moments of those that are trained, all float32. There are the kept ones and
+    the one being written. final/ takes no room, because it is linked. In SFT without
     `max_steps` the number of steps is not known yet: then one must have room, and a lack for the others is only said.
     """
     free = free_bytes(folder)
     if free is None:
         return
-    size = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in policy.parameters()) + SPARE_BYTES
+    num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    size = 4 * sum(parameter.numel() for parameter in policy.parameters()) + 8 * num_trained + SPARE_BYTES
     most = config.keep_last + config.keep_best + 1
     num_steps = next((getattr(config, key) for key in NUM_STEPS_KEYS if getattr(config, key, 0)), 0)
     num_saved = -(-num_steps // config.checkpoint_interval) if num_steps else most

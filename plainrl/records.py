@@ -34,7 +34,10 @@ class TokenizedExample(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A sampled response. `log_probs` are the engine's, one per token, under the sampling distribution."""
+    """A sampled response.
+
+    If asked for, `log_probs` are the engine's, one per token, under the sampling distribution. Else they are empty.
+    """
 
     prompt_ids: list[int]
     text: str

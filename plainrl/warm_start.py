@@ -32,16 +32,17 @@ DECISIVE = ("model", "prompt", "reward", "train_data", "validation_data", "arith
 INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"}
 
 
-def apply_warm_start(config: RolloutConfigType) -> RolloutConfigType:
+def apply_warm_start(config: RolloutConfigType, checkpoint: Path | None = None) -> RolloutConfigType:
     """Return the configuration with the policy of the warm start as its model. Run SFT_train.py first if needed.
 
     The SFT run of a preset is in `runs_dir/<preset>`. If one with another model, prompt, reward or data is there, a
-    hash of these follows the name. If `config.warm_start` is empty, nothing changes.
+    hash of these follows the name. If `config.warm_start` is empty, nothing changes. Nor does it for a run that goes on
+    from a checkpoint, unless adapters (`lora_rank`) need their frozen weights, which it lacks.
 
     Raises:
         UserError: there is no such preset or model, the data has nothing to imitate, or the SFT run failed.
     """
-    if not config.warm_start:
+    if not config.warm_start or (checkpoint and not config.lora_rank):
         return config
     presets = presets_of(read_yaml(YAML), YAML)
     model = _run_preset(config) if config.warm_start in presets else _find_model(config, presets)

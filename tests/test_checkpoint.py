@@ -123,8 +123,8 @@ def test_weights_that_are_no_numbers_are_not_saved(saved, bad):
 def test_no_room_is_found_before_anything_is_written(saved, monkeypatch):
     """The earlier checkpoint stays, and the message says how much is missing."""
     path, state = saved
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=10**7))
+    usage = namedtuple("usage", "total free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(total=10**9, free=10**7))
     with pytest.raises(UserError, match=r"takes 0\.07 GB, 0\.01 GB are free, 0\.06 GB are missing; earlier"):
         write_checkpoint(path.with_name("step_000003"), state, {})
     assert [file.name for file in path.parent.iterdir()] == ["step_000002"]

@@ -1,6 +1,7 @@
 """Defaults, file, preset, command line: the later overrides; every mistake is one line that names field and fix."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,11 +14,33 @@ from plainrl.grading.rewards import RewardError
 from plainrl.records import UserError
 
 
-@pytest.mark.parametrize(("num_devices", "preset"), [(0, "laptop"), (1, "one-gpu"), (2, "two-gpu"), (8, "two-gpu")])
-def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, num_devices, preset):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: num_devices)
+@pytest.mark.parametrize(
+    ("sizes", "preset", "reason"),
+    [
+        ([], "laptop", "0 CUDA devices present"),
+        ([79.6], "one-gpu", "1 CUDA device present, memory 79.6 GiB"),
+        ([39.5], "one-gpu", "1 CUDA device present, memory 39.5 GiB"),  # sold as 40 GB
+        ([23.6], "small-gpu", "1 CUDA device present, memory 23.6 GiB"),
+        ([44.4, 44.4], "two-gpu", "2 CUDA devices present, memory 44.4 and 44.4 GiB"),
+        ([23.6, 23.6], "small-gpu", "2 CUDA devices present, memory 23.6 and 23.6 GiB"),
+        ([79.6] * 8, "two-gpu", "8 CUDA devices present, memory 79.6 and 79.6 GiB"),
+    ],
+)
+def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, sizes, preset, reason):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(sizes))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(sizes))
+    cards = [SimpleNamespace(total_memory=int(size * 2**30)) for size in sizes]
+    monkeypatch.setattr("torch.cuda.get_device_properties", cards.__getitem__)
     assert load_config(SFTConfig, REPOSITORY / "config.yaml", []).preset == preset
-    assert capsys.readouterr().out.startswith(f"preset: {preset} ({num_devices} CUDA device")
+    assert capsys.readouterr().out.startswith(f"preset: {preset} ({reason})\n")
+
+
+def test_auto_preset_asks_no_card_that_cannot_be_used(monkeypatch):
+    """With a driver that is too old, reading the memory would end in a traceback. `check_devices` names the driver."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: pytest.fail("asked"))
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", []).preset == "one-gpu"
 
 
 def test_order_of_precedence(tmp_path):

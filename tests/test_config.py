@@ -25,11 +25,11 @@ def test_every_preset_is_valid(path, preset):
     assert ("cuda" in config.policy_device) == ("gpu" in preset)
 
 
-def test_every_yaml_file_has_the_three_presets():
+def test_every_yaml_file_has_the_four_presets():
     found = [*REPOSITORY.glob("*.yaml"), *REPOSITORY.glob("experiments/*.yaml")]
     assert {str(path.relative_to(REPOSITORY)) for path in found} == set(SCHEMAS)
     for path in SCHEMAS:
-        assert {"laptop", "one-gpu", "two-gpu"} <= set(presets_of(path))
+        assert {"laptop", "one-gpu", "two-gpu", "small-gpu"} <= set(presets_of(path))
 
 
 def test_gpu_presets():
@@ -39,6 +39,16 @@ def test_gpu_presets():
     assert one.shares_gpu and not two.shares_gpu
     assert (two.policy_device, two.evaluator_device) == ("cuda:1", "cuda:0")
     assert "sft-reason" in one.train_data and "sft-reason" in one.validation_data
+
+
+@pytest.mark.parametrize("path", SCHEMAS)
+def test_the_preset_for_small_cards_trains_adapters_at_ten_times_the_learning_rate(path):
+    small, one = (
+        load_config(SCHEMAS[path], REPOSITORY / path, [f"preset={name}"]) for name in ("small-gpu", "one-gpu")
+    )
+    assert small.lora_rank > 0 == one.lora_rank and small.gradient_checkpointing and small.shares_gpu
+    assert small.learning_rate == pytest.approx(10 * one.learning_rate)
+    assert small.warnings() == one.warnings() == []
 
 
 @pytest.mark.parametrize("path", SCHEMAS)

@@ -39,9 +39,9 @@ def test_a_driver_too_old_for_torch_is_named(monkeypatch):
 def test_compiling_for_the_cpu_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
     check_devices(RunConfig())
-    with pytest.raises(UserError, match=r"^compile_policy = true: needs g\+\+ and Python's headers on the CPU"):
+    with pytest.raises(UserError, match=r"^compile_policy = true: needs a compiler"):
         check_devices(RunConfig(compile_policy=True))
-    with pytest.raises(UserError, match=r"^compile_policy = true and engine_eager = false: needs g\+\+"):
+    with pytest.raises(UserError, match=r"^compile_policy = true and engine_eager = false: needs a compiler"):
         check_devices(RunConfig(compile_policy=True, engine_eager=False))
     monkeypatch.setenv("CXX", sys.executable)  # any program that is there
     check_devices(RunConfig(compile_policy=True))
@@ -52,3 +52,20 @@ def test_free_disk_space_is_not_known_everywhere(tmp_path, monkeypatch):
     assert free_bytes(tmp_path / "missing") is None
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(total=0, free=0))
     assert free_bytes(tmp_path) is None
+
+
+def test_an_engine_on_a_gpu_needs_a_c_compiler(monkeypatch):
+    """Triton compiles a helper in C at its first kernel, minutes after the start, with engine_eager too."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("plainrl.devices._is_installed", lambda name: False)
+    config = RunConfig(policy_device="cuda:0", evaluator_device="cuda:0", engine_eager=True)
+    programs = {"gcc": "/usr/bin/gcc"}
+    monkeypatch.setattr("shutil.which", programs.get)
+    monkeypatch.delenv("CC", raising=False)
+    check_devices(config)
+    del programs["gcc"]
+    with pytest.raises(UserError, match=r"^evaluator_device = cuda:0: needs a compiler .* python3-dev"):
+        check_devices(config)
+    programs["clang"] = "/usr/bin/clang"
+    check_devices(config)

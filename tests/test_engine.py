@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from plainrl.engine import (
     SyncError,
+    _start_vllm,
     check_policy_sync,
     init_vllm,
     load_policy_into_vllm_instance,
@@ -123,6 +124,8 @@ def test_sampling_follows_the_seeds_whatever_else_is_in_the_batch(engine, prompt
     alone = [sample_responses(engine, [ids], sampling(), seeds=[seed])[0] for seed, ids in enumerate(prompt_ids)]
     tokens = [response.token_ids for response in together]
     assert tokens == [response.token_ids for response in reversed_order] == [response.token_ids for response in alone]
+    without = sample_responses(engine, prompt_ids, sampling(), seeds=range(6), with_log_probs=False)
+    assert without == [response._replace(log_probs=[]) for response in together]
     other = sample_responses(engine, prompt_ids, sampling(), seeds=range(6, 12))
     assert tokens != [response.token_ids for response in other]
 
@@ -139,6 +142,20 @@ def test_more_prompts_than_one_prefill_takes(engine, tokenizer):
 def test_settings_that_vllm_refuses_end_in_one_line(tiny_model_folder):
     with pytest.raises(UserError, match=r"vLLM did not start on cpu .*look at gpu_memory_utilization"):
         init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=100_000)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Found no\nC compiler"), AssertionError("Error in memory")])
+def test_an_engine_that_does_not_start_on_a_gpu_ends_in_one_line(error, monkeypatch):
+    """Triton and vLLM raise these there. On the CPU they are bugs, and keep their traceback."""
+
+    def fail(**options):
+        raise error
+
+    monkeypatch.setattr("vllm.LLM", fail)
+    with pytest.raises(UserError, match=r"vLLM did not start on cuda:0 \((Found no C|Error in memory)"):
+        _start_vllm("cuda:0", {})
+    with pytest.raises(type(error)):
+        _start_vllm("cpu", {})
 
 
 class RecordingEngine:

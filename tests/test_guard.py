@@ -198,6 +198,15 @@ def test_a_phase_within_its_limit_is_timed_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_time_of_a_phase_contains_the_work_that_a_gpu_was_handed(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: time.sleep(0.05))
+    seconds = {}
+    with watched("train", 60, tmp_path, seconds):
+        pass
+    assert 0.05 <= seconds["time/train"] < 1
+
+
 HANGS = {
     "in Python": ("time.sleep(60)", 124),
     "in a lock": ("threading.Event().wait()", 124),

@@ -46,6 +46,11 @@ def test_each_microbatch_holds_its_rows(tiny_model, shares, plan):
     assert [indices for indices, _ in found] == plan
     for indices, tensors in found:
         expected = join_prompt_and_response_ids([prompts[i] for i in indices], [responses[i] for i in indices], 0)
-        assert tensors.keys() == expected.keys()
+        tree = tensors.pop("prefix_tree")
+        assert (tree is not None) == shares and tensors.keys() == expected.keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, expected[name]) and tensor.device == tiny_model.device
+        if shares:
+            is_scored = expected["response_mask"]
+            assert torch.equal(tree.token_ids[0, tree.scored_nodes], expected["input_ids"][is_scored])
+            assert torch.equal(expected["labels"].flatten()[tree.scored], expected["labels"][is_scored])

@@ -1,5 +1,6 @@
 """Prefix trees: the same scores and gradients as row by row, for far fewer positions."""
 
+import inspect
 import itertools
 import sys
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from plainrl.devices import can_compile_for_cpu
+from plainrl.devices import can_compile
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.policy import compile_blocks
 from plainrl.prefix_tree import (
@@ -117,23 +118,50 @@ def test_each_distinct_prefix_is_computed_once(sharing_model):
     assert shapes == [(1, 40 + (3 + 1 + 4) + (1 + 2) + (0 + 4) + 1, 64)]
 
 
+@pytest.mark.parametrize("with_flash_attn", [True, False], ids=["flash-attn", "torch"])
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_the_packed_sequences_are_the_same_attention(prompts, monkeypatch):
-    """What the kernel for sequences of unequal length is given, computed by a plain softmax per sequence."""
+def test_the_packed_sequences_are_the_same_attention(prompts, with_flash_attn, monkeypatch):
+    """What both kernels for sequences of unequal length are given, computed by a plain softmax per sequence."""
     batch = join_prompt_and_response_ids(prompts, RESPONSES, padding_id=0)
     tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
     num_nodes = tree.token_ids.shape[1]
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, num_nodes, 8, generator=generator) for heads in (4, 2, 2))
-    expected, _ = prefix_tree_attention(
-        torch.nn.Module(), query, key, value, tree.can_see[:, None], is_packed=False, scaling=0.5, prefix_tree=tree
-    )
+    qkv = [torch.randn(1, heads, num_nodes, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+
+    def attend(with_flash_attn):
+        output, _ = prefix_tree_attention(
+            torch.nn.Module(),
+            *qkv,
+            tree.can_see[:, None],
+            with_flash_attn=with_flash_attn,
+            scaling=0.5,
+            prefix_tree=tree,
+        )
+        weights = torch.linspace(-1, 1, output.numel()).view(output.shape)
+        return output, *torch.autograd.grad((output * weights).sum(), qkv)
+
+    expected = attend(with_flash_attn=False)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    packed, _ = prefix_tree_attention(
-        torch.nn.Module(), query, key, value, tree.can_see[:, None], is_packed=True, scaling=0.5, prefix_tree=tree
-    )
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr("plainrl.prefix_tree.can_run_packed", lambda queries: True)
     assert tree.added_starts[-1] == num_nodes
-    torch.testing.assert_close(packed, expected, atol=1e-6, rtol=1e-6)
+    for ours, theirs in zip(attend(with_flash_attn), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_torchs_packed_kernel_is_called_as_it_is_declared():
+    """The stand-in below takes what the installed torch takes."""
+    from torch.nn.attention import varlen
+
+    declared, ours = (inspect.signature(function).parameters for function in (varlen.varlen_attn, varlen_attn))
+    assert list(declared)[:7] == list(ours)[:7]
+    assert {"scale", "window_size"} <= set(declared)
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """What torch's kernel computes: causal, as its window says, with as many heads of keys as of queries."""
+    assert window_size == (-1, 0) and query.shape[1] == key.shape[1]
+    return flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, causal=True)
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
@@ -225,7 +253,7 @@ def test_how_a_model_attends_is_not_saved_with_it(sharing_model, tmp_path):
     assert NAME_PREFIX not in (tmp_path / "config.json").read_text()
 
 
-@pytest.mark.skipif(not can_compile_for_cpu(), reason="no C++ compiler, or no headers of Python, on this machine")
+@pytest.mark.skipif(not can_compile("cpu"), reason="no C++ compiler, or no headers of Python, on this machine")
 def test_compiled_blocks_compute_the_same():
     model = small(Qwen2Config, Qwen2ForCausalLM)
     share_prefixes(model)

@@ -139,8 +139,9 @@ def disk(monkeypatch):
     found = SimpleNamespace(total=100 * GIB, free=0)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: found)
     monkeypatch.setattr(module, "SPARE_BYTES", 0)
-    parameter = SimpleNamespace(numel=lambda: GIB // 12)  # weights and two moments of 4 bytes each
-    return found, SimpleNamespace(parameters=lambda: [SimpleNamespace(numel=lambda: GIB // 12 + 1), parameter][:1])
+    # weights and two moments of 4 bytes each: 1 GiB
+    parameter = SimpleNamespace(numel=lambda: GIB // 12 + 1, requires_grad=True)
+    return found, SimpleNamespace(parameters=lambda: [parameter])
 
 
 def test_room_is_needed_for_the_checkpoints_that_exist_at_a_time(disk, tiny_model_folder, tmp_path, capsys):

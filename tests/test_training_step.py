@@ -13,7 +13,7 @@ TINY = [
     *("device=cpu", "shape=tiny", "num_repetitions=1", "rollout_batch_size=16", "train_batch_size=16", "group_size=4"),
     *("sft_batch_size=8", "microbatch_tokens=64", "large_microbatch_tokens=160", "template_tokens=10"),
     *("question_tokens=[3,7]", "response_tokens=[5,16,40]", "trace_tokens=[5,24,60]"),
-    *("sampling_max_tokens=64", "gradient_accumulation_steps=1"),
+    *("sampling_max_tokens=64", "gradient_accumulation_steps=1", "gradient_checkpointing=false"),
 ]
 
 

@@ -80,6 +80,16 @@ def test_a_warm_start_of_something_else_stays_and_another_is_made(line, override
     assert apply_warm_start(config).model == model and len(process.commands) == 1
 
 
+def test_a_run_that_goes_on_needs_its_warm_start_for_adapters_alone(tmp_path):
+    """Its checkpoint holds the policy, but not the frozen weights beside the adapters."""
+    (tmp_path / "warm-start" / "final").mkdir(parents=True)
+    (tmp_path / "warm-start" / "config.yaml").write_text("model: smollm2-135m\nprompt: r1_zero\nreward: r1_zero\n")
+    settings = {"warm_start": "warm-start", "runs_dir": str(tmp_path)}
+    assert apply_warm_start(tiny_config(**settings), tmp_path / "step_000001").model == "smollm2-135m"
+    found = apply_warm_start(tiny_config(**settings, lora_rank=8), tmp_path / "step_000001")
+    assert found.model == str(tmp_path / "warm-start" / "final")
+
+
 def test_a_folder_is_a_warm_start(tmp_path, tiny_model_folder, process, capsys):
     """A run's, by path or by its name in runs_dir; or a model's. What it was trained with is said, not refused."""
     shutil.copytree(tiny_model_folder, tmp_path / "mine" / "final")

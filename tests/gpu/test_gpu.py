@@ -22,7 +22,7 @@ import SFT_train
 from GRPO_helper import grpo_microbatch_train_step
 from plainrl.checkpoint import load_optimizer_tensors, optimizer_tensors
 from plainrl.config import GRPOConfig, SFTConfig
-from plainrl.devices import can_compile_for_cpu, check_engine_device, has_module
+from plainrl.devices import can_compile, check_engine_device, has_module
 from plainrl.engine import (
     check_policy_sync,
     init_vllm,
@@ -446,7 +446,7 @@ def test_an_sft_run(needs_engine, qwen_folder, tmp_path):
 
 def test_compiled_blocks_compute_the_same(qwen_folder, record_property):
     """compile_policy, on trees of several sizes: the same scores and gradients as without it, but for rounding."""
-    if not can_compile_for_cpu():
+    if not can_compile(DEVICE):
         pytest.skip("needs a compiler and Python's headers")
     from torch._dynamo.utils import counters
 

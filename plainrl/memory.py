@@ -1,0 +1,108 @@
+"""How much memory training takes on a GPU: estimated before anything is loaded, and compared with the card.
+
+The parts that depend on the number of parameters alone are exact. Activations are estimated for a Llama-like block
+under autocast, whose norms compute in float32. For Qwen2.5-Math-1.5B on an H200 the estimate is compared with
+measurements in tests/test_memory.py.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from plainrl.config import TrainConfig
+from plainrl.log_probs import GPU_BLOCK_NUMBERS, LOGIT_CHUNK_TOKENS
+from plainrl.records import UserError
+
+GIB = 2**30
+SLEEPING_ENGINE_GIB = 2.0  # a guess: CUDA context, graphs and buffers that sleep does not free
+ADVICE = (
+    "lower microbatch_tokens (or raise gradient_accumulation_steps), set gradient_checkpointing=true, lower "
+    "gpu_memory_utilization, or train adapters alone with lora_rank=32"
+)
+
+
+def check_memory(model_config: PreTrainedConfig, config: TrainConfig) -> None:
+    """Compare the estimate for a model with the policy's GPU. On a CPU, nothing is done.
+
+    A peak that only estimated parts push over the card's memory is printed as a warning.
+
+    Raises:
+        UserError: weights, gradients, moments and engine alone do not fit.
+    """
+    if config.policy_device == "cpu":
+        return
+    total = torch.cuda.get_device_properties(config.policy_device).total_memory / GIB
+    peaks = estimate_peaks(model_config, config, total)
+    exact = sum(peaks["training"][name] for name in ("weights", "gradients", "moments"))
+    for phase, parts in peaks.items():
+        needed = sum(parts.values())
+        message = (
+            f"{config.policy_device} has {total:.1f} GiB, and {phase} takes about {needed:.1f} GiB: "
+            f"{', '.join(f'{name} {size:.1f}' for name, size in parts.items())}; {ADVICE}"
+        )
+        if needed > total:
+            if phase == "sampling" or exact > total:
+                raise UserError(message)
+            print(f"warning: {message}")
+
+
+def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict[str, dict[str, float]]:
+    """Return the parts of the peak of training and, if the engine shares the GPU, of that of sampling, in GiB.
+
+    Args:
+        model_config, config: as in `estimate_training_memory`.
+        total: memory of the GPU, in GiB. The engine takes its share of it.
+    """
+    training = estimate_training_memory(model_config, config)
+    kept = {name: training[name] for name in ("weights", "moments")}
+    sampling = kept | {"engine": config.gpu_memory_utilization * total}
+    return {"training": training} | ({"sampling": sampling} if config.shares_gpu else {})
+
+
+def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str, float]:
+    """Return the peak of an optimizer step by parts, in GiB.
+
+        weights 4 n    gradients 4 m    moments 8 m    copies 2 m (16-bit weights that autocast keeps)
+        with adapters: weights 4 m + 2 n (4 for each element of a vector, and 4 n in float32), no copies, but 6 w
+        activations  t L (8 F + 58 d),  with gradient checkpointing  t (L 4 d + 8 F + 58 d)             bytes
+        logits       c V 4 + 12 b
+
+    n parameters of the model, m trained ones: all of them, or with adapters of rank r the r (in + out) of each linear
+    layer of the blocks. t tokens of a microbatch, L blocks, d width, F width of the feed-forward layer, V vocabulary,
+    c tokens of a chunk of logits, b numbers of a block of them. w numbers of the largest layer's matrix, whose sum with
+    its adapter is made in float32 and then rounded.
+
+    Args:
+        model_config: of the model, as Transformers reads it.
+        config: microbatches, checkpointing, precision, adapters, and whether the engine shares the GPU.
+    """
+    text = model_config.get_text_config()
+    width, num_blocks = text.hidden_size, text.num_hidden_layers
+    feed_forward = getattr(text, "intermediate_size", None) or 4 * width
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    num_added = config.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
+    most_tokens = config.microbatch_size * config.max_context_tokens
+    num_tokens = min(config.microbatch_tokens or most_tokens, most_tokens)
+    is_half = config.compute_dtype != "float32"
+    of_a_block = (8 * feed_forward + 58 * width) * (1 if is_half else 2)
+    kept = num_blocks * 4 * width + of_a_block if config.gradient_checkpointing else num_blocks * of_a_block
+    logits = min(num_tokens, LOGIT_CHUNK_TOKENS) * text.vocab_size * (4 if is_half else 8) + 12 * GPU_BLOCK_NUMBERS
+    matrix_bytes = 2 if config.lora_rank and is_half else 4
+    own = sum(parameter.numel() * (matrix_bytes if parameter.dim() > 1 else 4) for parameter in model.parameters())
+    num_trained = num_added if config.lora_rank else sum(parameter.numel() for parameter in model.parameters())
+    copies = {"16-bit copies": 2 * num_trained * is_half}
+    if config.lora_rank:
+        copies = {"merged layer": (4 + 2 * is_half) * max((layer.weight.numel() for layer in layers), default=0)}
+    sizes = {
+        "weights": own + 4 * num_added,
+        "gradients": 4 * num_trained,
+        "moments": 8 * num_trained,
+        **copies,
+        "activations": num_tokens * kept,
+        "logits": logits,
+    }
+    parts = {name: size / GIB for name, size in sizes.items()}
+    return parts | ({"sleeping engine": SLEEPING_ENGINE_GIB} if config.shares_gpu else {})

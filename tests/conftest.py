@@ -21,6 +21,8 @@ if sys.dont_write_bytecode:  # else each process that the tests start compiles t
 CHECKED_MODULES = ["SFT_helper", "GRPO_helper", "plainrl.log_probs", "plainrl.prefix_tree"]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
+NO_CPU_ENGINE = "needs the CPU build of vLLM; pytest -m gpu tests the CUDA build"
+
 
 def pytest_configure(config):
     """Ignore no signal, though the tests may run under nohup or in a script's background: scripts inherit that."""
@@ -31,8 +33,30 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Let the tests that wait for a job come last."""
+    """Let the tests that wait for a job come last. All jobs run scripts with the CPU's engine."""
     items.sort(key=lambda item: item.get_closest_marker("background") is not None)
+    with_job = [item for item in items if item.get_closest_marker("background")]
+    if with_job and not has_cpu_engine():
+        for item in with_job:
+            item.add_marker(pytest.mark.skip(reason=NO_CPU_ENGINE))
+
+
+@pytest.fixture(scope="session")
+def cpu_engine():
+    """Skip what needs the CPU build of vLLM where it is absent."""
+    if not has_cpu_engine():
+        pytest.skip(NO_CPU_ENGINE)
+
+
+def has_cpu_engine() -> bool:
+    from plainrl.devices import check_engine_device
+    from plainrl.records import UserError
+
+    try:
+        check_engine_device("cpu")
+    except UserError:
+        return False
+    return True
 
 
 class Background:
@@ -79,7 +103,7 @@ class Background:
 def background(request, tmp_path_factory):
     """The jobs that the chosen tests wait for; they begin here, with the first test."""
     jobs = [marker.kwargs["job"] for item in request.session.items for marker in item.iter_markers("background")]
-    if not jobs:
+    if not jobs or not has_cpu_engine():
         yield None
         return
     models = [request.getfixturevalue(name) for name in ("tiny_model_folder", "answering_model_folder")]
@@ -126,7 +150,7 @@ def tiny_model(tiny_model_folder):
 
 
 @pytest.fixture(scope="session")
-def engine(tiny_model_folder):
+def engine(cpu_engine, tiny_model_folder):
     """One float32 engine for all tests; a test that changes its weights puts them in by itself.
 
     Its settings are those of a script with `tiny_arguments`.

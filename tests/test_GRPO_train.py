@@ -462,6 +462,7 @@ CONFIGURATION_MISTAKES = [
 ]
 
 
+@pytest.mark.usefixtures("cpu_engine")
 @pytest.mark.parametrize(("overrides", "message"), CONFIGURATION_MISTAKES)
 def test_bad_input_is_one_line_and_status_2(overrides, message, tiny_model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["GRPO_train.py", *grpo_arguments(tiny_model_folder, tmp_path, **overrides)])
@@ -489,6 +490,7 @@ def test_settings_without_effect_are_announced(capsys):
     assert "grpo_clip corrects for it" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_interrupt_waits_for_the_phase_saves_and_says_where(
     tiny_model_folder, tmp_path, monkeypatch, capsys, scripted_engine
 ):
@@ -514,6 +516,7 @@ def test_interrupt_waits_for_the_phase_saves_and_says_where(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_every_phase_is_held_to_its_limit(tiny_model_folder, tmp_path, monkeypatch, scripted_engine):
     limits = {}
     original = run_folder.watched
@@ -536,6 +539,7 @@ def test_every_phase_is_held_to_its_limit(tiny_model_folder, tmp_path, monkeypat
     assert set(run_folder.PHASE_LIMITS) == set(limits)
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where_the_policy_is(
     tiny_model_folder, tmp_path, monkeypatch, capsys, scripted_engine
 ):
@@ -553,6 +557,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where_the_policy_is(
     assert (tmp_path / "x/checkpoints/step_000000/model/model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_a_run_whose_engine_is_not_the_policy_keeps_its_last_whole_step(
     scripted_engine, tiny_model_folder, tmp_path, monkeypatch, capsys
 ):
@@ -608,6 +613,7 @@ def is_even(response, ground_truth):
 """
 
 
+@pytest.mark.usefixtures("cpu_engine")
 @pytest.mark.parametrize("batch", [8, 4])
 def test_a_loss_and_a_reward_of_the_users_own_train(
     scripted_engine, tiny_model, tiny_model_folder, tmp_path, monkeypatch, batch
@@ -643,6 +649,7 @@ def test_a_loss_and_a_reward_of_the_users_own_train(
         assert weights.isfinite().all() and not torch.equal(weights, tiny_model.get_input_embeddings().weight)
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_a_run_from_a_warm_start_is_resumed_by_the_command_that_began_it(
     scripted_engine, tiny_model, tiny_model_folder, tmp_path
 ):

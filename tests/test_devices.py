@@ -12,6 +12,7 @@ from plainrl.engine import init_vllm
 from plainrl.records import UserError
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UserError, match="policy_device = cuda:0: 0 CUDA devices are visible"):
@@ -36,6 +37,7 @@ def test_a_driver_too_old_for_torch_is_named(monkeypatch):
             check_devices(RunConfig(**devices))
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_compiling_for_the_cpu_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
     check_devices(RunConfig())

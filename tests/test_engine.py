@@ -139,6 +139,7 @@ def test_more_prompts_than_one_prefill_takes(engine, tokenizer):
     assert all(1 <= len(response.token_ids) <= 4 for response in responses)
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_settings_that_vllm_refuses_end_in_one_line(tiny_model_folder):
     with pytest.raises(UserError, match=r"vLLM did not start on cpu .*look at gpu_memory_utilization"):
         init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=100_000)

@@ -176,6 +176,7 @@ def select(config):
     return SFT_train.select_examples(load_sft_examples(config), config)
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_the_same_seed_gives_the_same_run_and_another_one_another(without_engine, tiny_model_folder, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, seed=seed))
@@ -235,6 +236,7 @@ def test_gradient_checkpointing_does_not_change_the_gradient(tiny_model, tiny_mo
     assert (gradients[0] - gradients[1]).norm() < 2e-6 * gradients[0].norm()
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_folder, tmp_path, capsys):
     """The first update ruins the weights: nothing is saved, the last checkpoint (here there is none) stands."""
     with pytest.raises(UserError, match=r"step 2: loss nan.*arithmetic train, question \d+"):
@@ -244,6 +246,7 @@ def test_weights_that_went_bad_are_not_called_good(without_engine, tiny_model_fo
     assert not (tmp_path / "bad/checkpoints").exists()
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_weights_that_are_no_numbers_never_become_a_checkpoint(without_engine, tiny_model_folder, tmp_path, capsys):
     """Else the good one before them would be removed for it."""
     arguments = tiny_arguments(
@@ -255,6 +258,7 @@ def test_weights_that_are_no_numbers_never_become_a_checkpoint(without_engine, t
     assert list((tmp_path / "bad").glob("checkpoints/*")) == []
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
     without_engine, tiny_model_folder, tokenizer, tmp_path, monkeypatch, capsys
 ):
@@ -278,6 +282,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_weights(
     assert math.isfinite(original(policy, batch, 0, config)["train/loss"])
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_an_evaluation_that_fails_loses_nothing(without_engine, tiny_model_folder, tmp_path, monkeypatch):
     def evaluate(self, policy, eval_step):
         if eval_step == 2:
@@ -291,6 +296,7 @@ def test_an_evaluation_that_fails_loses_nothing(without_engine, tiny_model_folde
     assert (tmp_path / "stopped/checkpoints/step_000002/model/model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_a_start_that_fails_leaves_the_name_free(tiny_model_folder, tmp_path, monkeypatch):
     class NoEngine:
         def __init__(self, *_):
@@ -302,6 +308,7 @@ def test_a_start_that_fails_leaves_the_name_free(tiny_model_folder, tmp_path, mo
             SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name="again"))
 
 
+@pytest.mark.usefixtures("cpu_engine")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_step_finish_and_saves(
     number, status, without_engine, tiny_model_folder, tmp_path, monkeypatch, capsys
@@ -324,6 +331,7 @@ def test_a_signal_lets_the_step_finish_and_saves(
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_out_of_memory_on_a_gpu_saves_and_names_what_reduces_it(
     without_engine, tiny_model_folder, tmp_path, monkeypatch, capsys
 ):
@@ -344,6 +352,7 @@ def test_out_of_memory_on_a_gpu_saves_and_names_what_reduces_it(
     assert (tmp_path / "oom/checkpoints/step_000002").is_dir()
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_steps_override_epochs_and_epochs_may_be_fractions(without_engine, tiny_model_folder, tmp_path):
     for name, overrides, num_steps in (
         ("steps", {"max_steps": 5}, 5),
@@ -449,6 +458,7 @@ SCRIPTS = (
 )
 
 
+@pytest.mark.usefixtures("cpu_engine")
 @pytest.mark.parametrize(("script", "arguments", "overrides"), SCRIPTS)
 def test_long_examples_are_left_out_by_every_script(
     script, arguments, overrides, tiny_model_folder, tmp_path, monkeypatch, capsys
@@ -484,6 +494,7 @@ def test_long_examples_are_left_out_by_every_script(
         script.main(arguments(tiny_model_folder, tmp_path, **given | {"train_data": short}))
 
 
+@pytest.mark.usefixtures("cpu_engine")
 @pytest.mark.parametrize(("script", "arguments", "overrides"), SCRIPTS)
 def test_every_script_looks_ahead_before_the_engine_starts(
     script, arguments, overrides, tiny_model_folder, tmp_path, monkeypatch
@@ -523,6 +534,7 @@ BAD_INPUTS = {
 }
 
 
+@pytest.mark.usefixtures("cpu_engine")
 @pytest.mark.parametrize("case", BAD_INPUTS)
 def test_bad_input_is_one_line_and_status_2(case, tiny_model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -545,6 +557,7 @@ def test_bad_input_is_one_line_and_status_2(case, tiny_model_folder, tmp_path, m
     assert error.startswith("error: ") and message in error
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_gsm8k_layout_trains_by_changing_data_keys_only(without_engine, tiny_model_folder, tmp_path, capsys):
     train, validation = (
         write_lines(tmp_path / name, [GSM8K | {"question": f"{i} cats?"} for i in numbers])

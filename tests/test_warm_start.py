@@ -152,6 +152,7 @@ def own_data(folder, num_train, **fields):
     }
 
 
+@pytest.mark.usefixtures("cpu_engine")
 @pytest.mark.parametrize(("num_train", "num_steps"), [(12, 1), (3, 1), (40, 3)])
 def test_small_data_of_ones_own_works_as_it_is(
     num_train, num_steps, tiny_model_folder, tmp_path, process, monkeypatch, capsys

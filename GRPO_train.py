@@ -30,7 +30,7 @@ from plainrl.config import GRPOConfig, RolloutConfig
 from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
 from plainrl.devices import check_devices
 from plainrl.diagnosis import diagnose
-from plainrl.grading.worker import NUM_WORKERS
+from plainrl.grading.rewards import NUM_WORKERS
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
 from plainrl.microbatches import microbatches

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,20 @@ def load_module(path, name):
     sys.modules[name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+def test_math_verify_can_grade(tmp_path, monkeypatch):
+    """Also from other threads than the main one, as training calls a reward."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_reward.py").write_text(block("my_reward.py"))
+    config = load_config(
+        GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", "reward=my_reward.py:math_verify_reward"]
+    )
+    responses = [f"so </think> <answer> {answer} </answer>" for answer in (r"\frac{1}{2}", "0.5", "2")]
+    with ThreadPoolExecutor(1) as thread:
+        grades = thread.submit(grade_responses, [*responses, "0.5"], ["1/2"] * 4, config.reward_function).result()
+    assert [grade.rewards["reward"] for grade in grades] == [1, 1, 0, 0]
+    assert [grade.rewards["format_reward"] for grade in grades] == [1, 1, 1, 0]
 
 
 def test_a_reward_of_ones_own_is_what_the_page_says(tmp_path, monkeypatch):

@@ -597,7 +597,7 @@ ARGUMENTS = {  # of what is no script with a configuration
     "experiments.sweep": {"--dry-run", "--gpus", "0,1", "--keep-weights", "seeds", "--variant"},
     "experiments.benchmark": {*TURNS, "all", "results_dir"},
     "experiments.runs": {"compare", "runs/A", "runs/B", "other_runs"},
-    "tests/grader_report.py": {"pairs.tsv"},
+    "tests/grader_report.py": {"pairs.tsv", "--math-verify"},
     "tests/grading_pairs.py": {"answers.jsonl"},
 }
 

@@ -5,27 +5,32 @@ r"""Reward functions: does a response keep the format, and does its answer equal
     question_only   there is a \boxed{}                              what the last \boxed{} holds
 
 In r1_zero, an answer that holds a \boxed{} is what the last \boxed{} holds. In both, answer_reward and reward are 1
-where the format is kept and the answer is right, else 0. An answer is right if it equals the ground truth
-mathematically (equality.py). The comparison runs under limits on time and memory (worker.py). Where it exceeds a
-limit, the answer is graded 0 and the grade names the reason.
+where the format is kept and the answer equals the ground truth mathematically (equality.py), else 0. A comparison that
+exceeds a limit is graded 0, and the grade names the reason.
 
 To add a reward function, write the function and add one line to `REWARD_FUNCTIONS`. A function in a file of your own
 needs no change here: `reward=my_rewards.py:my_reward`.
 """
 
+import json
 import math
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsFloat
 
+from plainrl.grading.arithmetic import GradingError
 from plainrl.grading.equality import answers_match
-from plainrl.grading.worker import NUM_WORKERS, GradingError
+from plainrl.grading.spelling import MAX_ANSWER_CHARS, RULES
 
 # (response, ground truth) -> {"reward": ...}, with "format_reward" and "answer_reward" as a rule
 RewardFunction = Callable[[str, str], dict[str, float]]
+
+NUM_WORKERS = 2  # threads that grade while others sample
+MAX_WORDS = 60  # of a ground truth; a longer one is a solution rather than an answer
+SENTENCES = re.compile(r"[a-z)]{2}[.!?]\s+[A-Z][a-z]*\s+[a-z\\$]|\n\s*\n")
+WORDS = re.compile(r"\b(?!(?:and|or|text)\b)[A-Za-z]{2}|\d")
 
 
 class RewardError(ValueError):
@@ -33,7 +38,7 @@ class RewardError(ValueError):
 
 
 class Grade(NamedTuple):
-    """The rewards of a response and, where its answer could not be compared, why: timeout, memory or error."""
+    """The rewards of a response and, where its answer could not be compared, why."""
 
     rewards: dict[str, float]
     failure: str | None = None
@@ -63,9 +68,7 @@ class Reward:
 
     Attributes:
         function: maps (response, ground truth) to a dictionary of rewards.
-        extract: returns the answer in a response, None if the format is not kept. With it, `grade_answer` grades what
-            it returns: several at a time, under limits, with failures counted. Without it, `function` is called, for
-            one response at a time.
+        extract: returns the answer in a response, None if the format is not kept; `grade_answer` then grades it.
         write_response: maps (reasoning, answer) to the text of an SFT response in the format that `function` asks for.
         prompt: name of the prompt template in plainrl/prompts that asks for this format, if there is one.
     """
@@ -80,13 +83,14 @@ class Reward:
         return self.function(response, ground_truth)
 
 
+AnyReward = str | Reward | RewardFunction  # a name in `REWARD_FUNCTIONS`, or what belongs to it, or the function alone
+
+
 def r1_zero_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
     """Grade a response in the format of the r1_zero prompt.
 
     >>> r1_zero_reward_fn("1 + 1 = 2 </think> <answer> 2 </answer>", "2")
     {'format_reward': 1.0, 'answer_reward': 1.0, 'reward': 1.0}
-    >>> r1_zero_reward_fn("2", "2")
-    {'format_reward': 0.0, 'answer_reward': 0.0, 'reward': 0.0}
     """
     return grade_answer(extract_r1_zero(response), ground_truth).rewards
 
@@ -119,19 +123,14 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1} then \boxed{\frac{2}{3}}")
     '\\frac{2}{3}'
     """
-    openings: list[int | None] = []  # per open brace: where its box begins, or None if it opens no box
-    last = None
-    for match in re.finditer(r"\\(?:boxed|fbox)\s{0,20}\{|\\[{}]|[{}]", text):
-        token = match[0]
-        if token[0] == "\\" and token[-1] == "{" and len(token) > 2:
-            openings.append(match.end())
-        elif token == "{":
-            openings.append(None)
-        elif token == "}" and openings:
-            start = openings.pop()
-            if start is not None and (last is None or start > last[0]):
-                last = start, match.start()
-    return None if last is None else text[last[0] : last[1]].strip()
+    openings, boxes = [], {}  # what is open: where its box begins, or -1 if it is none
+    for match in re.finditer(r"(\\(?:boxed|fbox)\s{0,20}\{)|\\[{}]|[{}]", text):
+        if match[1] or match[0] == "{":
+            openings.append(match.end() if match[1] else -1)
+        elif match[0] == "}" and openings:
+            boxes[openings.pop()] = match.start()
+    start = max(boxes, default=-1)
+    return None if start < 0 else text[start : boxes[start]].strip()
 
 
 # The choices of the key `reward`. Whatever depends on the reward function stands in its line, and nowhere else.
@@ -141,15 +140,8 @@ REWARD_FUNCTIONS: dict[str, Reward] = {
 }
 
 
-def as_reward(reward_fn: str | Reward | RewardFunction) -> Reward:
-    """Return the `Reward` that a name or a function stands for.
-
-    Args:
-        reward_fn: a name in `REWARD_FUNCTIONS`, a `Reward`, or a function of (response, ground truth). A function that
-            stands in the table gives its line there. Any other gives a `Reward` without `extract`.
-
-    Raises:
-        ValueError: the table has no such name, or this is no function.
+def as_reward(reward_fn: AnyReward) -> Reward:
+    """Return the `Reward` for a name in `REWARD_FUNCTIONS` or a function; raise ValueError for anything else.
 
     >>> as_reward("r1_zero") is as_reward(r1_zero_reward_fn) is REWARD_FUNCTIONS["r1_zero"]
     True
@@ -160,48 +152,21 @@ def as_reward(reward_fn: str | Reward | RewardFunction) -> Reward:
         return REWARD_FUNCTIONS[reward_fn]
     if not callable(reward_fn):
         raise ValueError(f"reward_fn = {reward_fn!r}: use {', '.join(REWARD_FUNCTIONS)}, or a function")
-    listed = (reward for reward in REWARD_FUNCTIONS.values() if reward.function is reward_fn)
-    return next(listed, Reward(reward_fn))
+    return next((reward for reward in REWARD_FUNCTIONS.values() if reward.function is reward_fn), Reward(reward_fn))
 
 
-def grade_responses(
-    responses: Sequence[str], ground_truths: Sequence[str], reward_fn: str | Reward | RewardFunction
-) -> list[Grade]:
-    """Grade a batch of responses; whatever text a response holds, the grader itself raises nothing for it.
-
-    The time is bounded by N x SECONDS_PER_ITEM / NUM_WORKERS. The first answer that needs sympy waits 1 to 2 seconds
-    more, for its import.
-
-    Args:
-        responses: N responses.
-        ground_truths: N answers.
-        reward_fn: a name in `REWARD_FUNCTIONS`, a `Reward`, or a function of your own. See `grade_response` for what
-            your function returns.
-
-    Returns:
-        N grades, in the order of the responses.
-
-    Raises:
-        ValueError: there is no such reward function, it returned no finite rewards, or N differs.
-    """
+def grade_responses(responses: Sequence[str], ground_truths: Sequence[str], reward_fn: AnyReward) -> list[Grade]:
+    """Grade a batch of responses, and return the grades in their order; see `grade_response`."""
     reward = as_reward(reward_fn)
-    pairs = list(zip(responses, ground_truths, strict=True))
-    if reward.extract is None:
-        return [grade_response(response, truth, reward) for response, truth in pairs]
-    with ThreadPoolExecutor(NUM_WORKERS) as threads:
-        return list(threads.map(lambda pair: grade_response(pair[0], pair[1], reward), pairs))
+    return [grade_response(response, truth, reward) for response, truth in zip(responses, ground_truths, strict=True)]
 
 
-def grade_response(response: str, ground_truth: str, reward_fn: str | Reward | RewardFunction) -> Grade:
-    """Grade one response. Any thread may call this.
+def grade_response(response: str, ground_truth: str, reward_fn: AnyReward) -> Grade:
+    """Grade one response; whatever text it holds, the grader itself raises nothing for it. Any thread may call this.
 
-    A reward function of your own needs to return `reward` only. Where it leaves out `answer_reward`, that is taken to
-    equal `reward`. Where it leaves out `format_reward`, that is taken to be 1. It is never called by two threads at
-    once. What it raises is not caught.
-
-    Raises:
-        ValueError: there is no such reward function, or what it returned is no dictionary of finite numbers with
-            `reward` among them.
+    A function of your own needs to return `reward` only. `answer_reward` is then taken to equal it, and `format_reward`
+    to be 1. It is never called by two threads at once, and what it raises is not caught. A result that is no
+    dictionary of finite numbers with `reward` among them raises a ValueError.
 
     >>> grade_response("7", "8", lambda response, truth: {"reward": -abs(float(response) - float(truth))}).rewards
     {'reward': -1.0, 'answer_reward': -1.0, 'format_reward': 1.0}
@@ -214,7 +179,7 @@ def grade_response(response: str, ground_truth: str, reward_fn: str | Reward | R
     return Grade(_complete_rewards(result, reward.function))
 
 
-def grade_answer(answer: str | None, ground_truth: str) -> Grade:
+def grade_answer(answer: str | None, ground_truth: Any) -> Grade:
     """Grade an extracted answer; None means that the response does not keep the format.
 
     >>> grade_answer("0.5", r"\\frac{1}{2}")
@@ -222,10 +187,12 @@ def grade_answer(answer: str | None, ground_truth: str) -> Grade:
     """
     if answer is None:
         return Grade(dict.fromkeys(("format_reward", "answer_reward", "reward"), 0.0))
+    correct, failure = 0.0, None
     try:
-        correct, failure = float(answers_match(answer, ground_truth)), None
+        answer, truths = clean_ground_truth(answer), _alternatives(clean_ground_truth(ground_truth))
+        correct = float(any(answers_match(answer, truth) for truth in truths))
     except GradingError as error:
-        correct, failure = 0.0, str(error)
+        failure = str(error)
     return Grade({"format_reward": 1.0, "answer_reward": correct, "reward": correct}, failure)
 
 
@@ -235,11 +202,47 @@ def count_failures(failures: Sequence[str | None]) -> dict[str, int]:
     >>> count_failures(["timeout", None, "timeout"])
     {'timeouts': 2, 'out_of_memory': 0, 'errors': 0}
     """
-    return {
-        "timeouts": failures.count("timeout"),
-        "out_of_memory": failures.count("memory"),
-        "errors": failures.count("error"),
-    }
+    names = {"timeouts": "timeout", "out_of_memory": "memory", "errors": "error"}
+    return {name: failures.count(failure) for name, failure in names.items()}
+
+
+def clean_ground_truth(truth: Any) -> str:
+    r"""Return a text, a number, or a list or tuple of alternatives as text, without what only announces the answer.
+
+    The answer is what the last box, `<answer>` or `####` holds, or what follows "The answer is". Alternatives, any of
+    which is right, are written as a JSON list of texts. The empty text stands for no ground truth.
+
+    >>> [clean_ground_truth(truth) for truth in (5, r"\\boxed{24}", "2 + 3 = 5 #### 5", "The answer is 7.", [1, "2"])]
+    ['5', '24', '5', '7', '["1", "2"]']
+    """
+    if isinstance(truth, list | tuple):
+        texts = list(dict.fromkeys(filter(None, map(clean_ground_truth, truth))))
+        return json.dumps(texts, ensure_ascii=False) if len(texts) > 1 else "".join(texts)
+    text = "" if truth is None else str(truth).strip()
+    if text.lower().lstrip("+-") in ("nan", "inf")[: 1 if isinstance(truth, str) else 2]:
+        return ""
+    box = RULES["box"].pattern
+    if "box" in text and len(box.findall(text)) > 1 and not WORDS.search(box.sub("", text)):
+        return box.sub(r"\1", text)  # an answer in several boxes
+    text = text.rpartition("####")[2].rpartition("<answer>")[2].partition("</answer>")[0]
+    boxed = last_boxed(text)
+    return RULES["announcement"].pattern.sub("", text.strip()).removesuffix(".") if boxed is None else boxed
+
+
+def is_gradable(ground_truth: str, reward: Reward) -> bool:
+    r"""Return whether a response can equal a ground truth: it is no prose, and equals itself once it is extracted.
+
+    >>> [is_gradable(truth, as_reward("r1_zero")) for truth in (r"\\frac{1}{2}", "", "Add both. The sum is 5.")]
+    [True, False, False]
+    """
+    return reward.extract is None or any(  # a function of one's own may grade any text
+        text.strip("$ {}.,;") != ""
+        and len(text) <= MAX_ANSWER_CHARS
+        and len(text.split()) <= MAX_WORDS
+        and not SENTENCES.search(text)
+        and grade_response(reward.write_response("", text), text, reward).rewards["answer_reward"] == 1
+        for text in _alternatives(ground_truth)
+    )
 
 
 _one_by_one = threading.RLock()  # a user's function need not be safe to call from several threads
@@ -266,3 +269,12 @@ def _as_float(value: Any) -> float:
         return float(value) if isinstance(value, SupportsFloat) else math.nan
     except (TypeError, ValueError, RuntimeError, OverflowError):  # an array of several numbers, an integer too large
         return math.nan
+
+
+def _alternatives(ground_truth: str) -> list[str]:
+    """Return the answers that a cleaned ground truth allows: one, or those of a JSON list of texts."""
+    try:
+        texts = json.loads(ground_truth) if ground_truth.startswith('["') else None
+    except ValueError:
+        texts = None
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else [ground_truth]

@@ -1,22 +1,26 @@
 """A report on the grader: what it gets right and wrong on a corpus of pairs, and how fast it is.
 
-    uv run python -m experiments.grader_report [pairs.tsv]
+    uv run python tests/grader_report.py [pairs.tsv] [--math-verify]
 
 A corpus is a text file with a header and five columns between tabs: category, answer, ground truth, 1 if they are
-equal or 0, and the reason. Without an argument it is tests/grading_corpus.tsv.
+equal or 0, and the reason. Without an argument it is tests/grading_corpus.tsv. With `--math-verify` one more column
+tells how often math-verify, another grader, gives the verdict of the corpus.
 """
 
+import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from plainrl.cli import run_main
-from plainrl.grading.equality import answers_match
 from plainrl.grading.rewards import grade_answer
 from plainrl.records import UserError
 
-CORPUS = Path(__file__).parent.parent / "tests" / "grading_corpus.tsv"
+CORPUS = Path(__file__).with_name("grading_corpus.tsv")
 
 # Answers and ground truths, with N for a number. 10 of the 20 are right. 8 are numbers and 12 are short LaTeX, of which
 # one is right in another form.
@@ -28,7 +32,7 @@ ORDINARY = (
     (r"3\sqrt{N}", r"N\sqrt{3}"), (r"\frac{\pi}{N}", r"\frac{N\pi}{4}"), ("x^2-N", "x^2+N"),
     ("(2,N)", "(N,2)"), ("(1,N)", "[1,N)"), (r"\frac{\sqrt{2}}{N}", r"\frac{\sqrt{N}}{2}"),
 )  # fmt: skip
-# Right answers that only sympy can accept
+# Right answers that are neither the same text nor the same number
 IN_ANOTHER_FORM = (
     ("N+x^2", "x^2+N"), (r"\sqrt{3}\cdot N", r"N\sqrt{3}"), (r"\frac{N}{4}\pi", r"\frac{N\pi}{4}"),
     ("(x+N)(x-1)", "(x-1)(x+N)"),
@@ -49,24 +53,37 @@ def read_corpus(path: Path) -> list[Pair]:
     """Return the pairs of a corpus.
 
     Raises:
-        UserError: the file cannot be read, or a line does not have five columns.
+        UserError: the file cannot be read, or a line does not have five columns with a 0 or 1 in the fourth.
     """
+    remedy = "give a file with a header and five columns between tabs: category, answer, ground truth, 1 or 0, reason"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        rows = [line.split("\t") for line in lines[1:] if line]
-        return [Pair(category, answer, truth, equal == "1", reason) for category, answer, truth, equal, reason in rows]
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: {error}; give a file with a header and five columns between tabs: category, answer, ground "
-            "truth, 1 (equal) or 0, reason"
-        ) from None
+        raise UserError(f"{path}: {error}; {remedy}") from None
+    pairs = []
+    for number, line in enumerate(lines[1:], start=2):
+        columns = line.split("\t")
+        if len(columns) == 5 and columns[3] in ("0", "1"):
+            pairs.append(Pair(columns[0], columns[1], columns[2], columns[3] == "1", columns[4]))
+        elif line:
+            raise UserError(f"{path}, line {number}: {line[:100]!r}; {remedy}")
+    return pairs
 
 
-def report(path: Path) -> None:
+def math_verify_accepts(pair: Pair) -> bool:
+    """Return whether math-verify takes the answer of a pair for right, both sides in a box and within a second each."""
+    from math_verify import parse, verify  # slow, and not needed otherwise
+
+    gold, answer = (parse(rf"\boxed{{{text}}}", parsing_timeout=1) for text in (pair.ground_truth, pair.answer))
+    return verify(gold, answer, timeout_seconds=1)
+
+
+def report(path: Path, with_math_verify: bool = False) -> None:
     """Print for each category of a corpus how often and how fast the grader agrees; then each error and the rates."""
     pairs = read_corpus(path)
     wrong: list[tuple[str, Pair]] = []
-    print(f"{'category':<32} pairs  agree  false accepts  false rejects  failures  ms per item")
+    title = "  math-verify agrees" if with_math_verify else ""
+    print(f"{'category':<32} pairs  agree  false accepts  false rejects  failures  ms per item{title}")
     for category in dict.fromkeys(pair.category for pair in pairs):
         members = [pair for pair in pairs if pair.category == category]
         started = time.perf_counter()
@@ -79,12 +96,15 @@ def report(path: Path) -> None:
         num_failures = sum(grade.failure is not None for grade in grades)
         print(
             f"{category:<32} {len(members):>5}  {1 - len(false) / len(members):>5.3f}  {num_accepts:>13}  "
-            f"{len(false) - num_accepts:>13}  {num_failures:>8}  {milliseconds:>11.1f}"
+            f"{len(false) - num_accepts:>13}  {num_failures:>8}  {milliseconds:>11.1f}",
+            end="" if with_math_verify else "\n",
         )
+        if with_math_verify:
+            print(f"  {sum(math_verify_accepts(pair) == pair.equal for pair in members) / len(members):>18.3f}")
     for kind, pair in wrong:
         print(f"{kind}: {pair.answer!r} against {pair.ground_truth!r} ({pair.reason})")
 
-    for name, forms in (("ordinary answers", ORDINARY), ("answers that only sympy accepts", IN_ANOTHER_FORM)):
+    for name, forms in (("ordinary answers", ORDINARY), ("answers in another form", IN_ANOTHER_FORM)):
         num_right, per_second = measure_throughput(forms)
         print(f"{name}: {per_second:,.0f} per second, {num_right:.0%} right; one at a time, none seen before")
 
@@ -102,7 +122,6 @@ def measure_throughput(
         The share of right answers, and the answers graded per second.
     """
     pairs = [(answer.replace("N", str(n)), truth.replace("N", str(n))) for n in numbers for answer, truth in forms]
-    answers_match("x+1", "1+x")  # the start of the workers is not measured
     started = time.perf_counter()
     num_right = sum(grade_answer(answer, truth).rewards["reward"] for answer, truth in pairs)
     return num_right / len(pairs), len(pairs) / (time.perf_counter() - started)
@@ -110,9 +129,13 @@ def measure_throughput(
 
 def main(arguments: list[str]) -> None:
     """Grade the corpus that the command line names."""
-    if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
-        raise UserError("usage: uv run python -m experiments.grader_report [pairs.tsv]")
-    report(Path(arguments[0]) if arguments else CORPUS)
+    paths = [argument for argument in arguments if argument != "--math-verify"]
+    if len(paths) > 1 or any(argument.startswith("-") for argument in paths):
+        raise UserError("usage: uv run python tests/grader_report.py [pairs.tsv] [--math-verify]")
+    with_math_verify = paths != arguments
+    if with_math_verify and find_spec("math_verify") is None:
+        raise UserError("--math-verify: the package math-verify is not installed; run uv sync")
+    report(Path(paths[0]) if paths else CORPUS, with_math_verify)
 
 
 if __name__ == "__main__":

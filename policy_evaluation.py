@@ -292,10 +292,10 @@ def main(arguments: list[str]) -> None:
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
     examples = validation_subset(load_validation_set(config), config)
-    policy, tokenizer = load_policy(config, for_training=False)
-    check_scores(policy, config)
-    examples, _ = fit_prompts(examples, tokenizer, config, "validation prompts")  # before the engine starts
     with RunFolder.create(config, EVALUATION) as run:
+        policy, tokenizer = load_policy(config, for_training=False)
+        check_scores(policy, config)
+        examples, _ = fit_prompts(examples, tokenizer, config, "validation prompts")  # before the engine starts
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, examples)
         metrics = evaluator.evaluate(policy, eval_step=0)

@@ -29,7 +29,7 @@ from plainrl.yaml_files import YamlError, load_yaml
 
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
-SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold all of AdamW's moments for the presets' model
+SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold what AdamW on all weights of the presets' model takes
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 
@@ -195,7 +195,8 @@ def choose_preset() -> tuple[str, str]:
     reason = f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
     if num_devices and torch.cuda.is_available():  # if the driver is too old, check_devices says so
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(min(num_devices, 2))]
-        preset = "small-gpu" if min(sizes) < SMALL_GPU_BYTES else preset
+        if min(sizes) < SMALL_GPU_BYTES:  # the first card alone is used
+            preset = "one-gpu" if sizes[0] >= SMALL_GPU_BYTES else "small-gpu"
         reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"
     return preset, reason
 

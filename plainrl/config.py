@@ -43,7 +43,7 @@ class RunConfig(BaseModel):
         description="device of vLLM: cpu or cuda:0 (vLLM takes the first visible GPU; order CUDA_VISIBLE_DEVICES)",
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="autocast dtype of the policy. Its weights stay float32"
+        "bfloat16", description="autocast dtype of the policy. Weights that are trained stay float32"
     )
     engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="dtype of the vLLM engine's weights and cache"
@@ -324,6 +324,11 @@ class RolloutConfig(TrainConfig):
     def num_questions_per_step(self) -> int:
         """Questions per rollout batch."""
         raise NotImplementedError
+
+    @property
+    def rollouts_check_sync(self) -> bool:
+        """Return whether the rollouts check the weight sync. Only then are their log-probs asked for."""
+        return False
 
 
 class ExpertIterationConfig(RolloutConfig):

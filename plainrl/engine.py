@@ -244,7 +244,7 @@ def require_small_sync_error(error: float, max_error: float) -> None:
 def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run in this process to receive the weights
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM must not bind torch's threads to cores
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device == "cpu" else "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # On the CPU, vLLM prints progress and warnings that do not matter here. On a GPU its start takes minutes.
     with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():

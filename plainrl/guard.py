@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -105,7 +105,9 @@ class StopGuard:
 
 
 @contextmanager
-def watched(phase: str, limit_seconds: float, folder: Path, seconds: dict[str, float] | None = None) -> Iterator[None]:
+def watched(
+    phase: str, limit_seconds: float, folder: Path, seconds: dict[str, float] | None = None, devices: Iterable[str] = ()
+) -> Iterator[None]:
     """Time a phase, and end the process if the phase takes longer than its limit.
 
     Ending the process is the only way to interrupt a phase, because it may hang in native code.
@@ -116,6 +118,7 @@ def watched(phase: str, limit_seconds: float, folder: Path, seconds: dict[str, f
             process ends with status 124.
         folder: the run's folder.
         seconds: `seconds["time/<phase>"]` grows by the time that the phase took, in seconds.
+        devices: GPUs that the phase may hand work to. It ends when that is done.
     """
     path = folder / f"stacks_{phase}.txt"
 
@@ -138,8 +141,8 @@ def watched(phase: str, limit_seconds: float, folder: Path, seconds: dict[str, f
         faulthandler.dump_traceback_later(limit_seconds + SECONDS_TO_GIVE_UP, exit=True, file=file)
         try:
             yield
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # a GPU is handed work in advance: the phase ends when that is done
+            for device in devices if torch.cuda.is_initialized() else ():
+                torch.cuda.synchronize(device)  # without a name it would be the engine's alone
         finally:
             timer.cancel()
             faulthandler.cancel_dump_traceback_later()

@@ -3,10 +3,11 @@
     y = W x + (alpha / r) B A x = W' x        W: (out, in), frozen    A: (r, in)    B: (out, r)
 
 Every linear layer of the policy's blocks gets a pair A, B. Only these have gradients and moments, in float32. A starts
-uniform in +-1/sqrt(in), and B starts at zero, so that step 0 is the model itself.
+uniform in +-1/sqrt(in), and B starts at zero, so that step 0 is the model itself, if that was published in 16 bits.
 
-Nothing else of the policy is trained. Its matrices are held in the compute dtype, which is what autocast would round
-them to in each pass. Vectors (norms, biases) stay float32, and so do the hidden states between the blocks.
+Nothing else of the policy is trained. Its matrices are held in the compute dtype, to which autocast would round all
+but the embeddings in each pass. A model in float32, such as the result of another stage, is thereby rounded once, also
+in its checkpoints. Vectors (norms, biases) stay float32, and so do the hidden states between the blocks.
 
 The engine gets W', rounded to its own dtype. The policy computes with W' too, rounded in the same way, so that both
 are one model in 16 bits as well. With W x and B A x apart, steps of less than a rounding error would move the policy
@@ -113,7 +114,7 @@ class _MergedLinear(torch.autograd.Function):
 
 def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """Return W + s B A, in the dtype of A and B."""
-    return torch.addmm(weight.to(lora_a.dtype), lora_b, lora_a, alpha=scale)
+    return weight.to(lora_a.dtype, copy=True).addmm_(lora_b, lora_a, alpha=scale)  # in place: no third such matrix
 
 
 def add_adapters(policy: "PreTrainedModel", config: "TrainConfig") -> None:
@@ -170,7 +171,7 @@ def merged_state_dict(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if layer_name in layers and kind == "weight":
             yield name, layers[layer_name].merged_weight()
         else:
-            yield name, tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if layers else tensor
+            yield name, tensor
 
 
 def merged_model(policy: "PreTrainedModel") -> "PreTrainedModel":
@@ -182,7 +183,8 @@ def merged_model(policy: "PreTrainedModel") -> "PreTrainedModel":
         return policy
     with torch.device("meta"):
         model = type(policy)(cast(Any, policy.config))
-    model.load_state_dict({name: tensor.cpu() for name, tensor in merged_state_dict(policy)}, assign=True)
+    weights = ((name, tensor.cpu()) for name, tensor in merged_state_dict(policy))
+    model.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights}, assign=True)
     model.tie_weights()
     model.generation_config = policy.generation_config
     return model

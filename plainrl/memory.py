@@ -34,15 +34,15 @@ def check_memory(model_config: PreTrainedConfig, config: TrainConfig) -> None:
         return
     total = torch.cuda.get_device_properties(config.policy_device).total_memory / GIB
     peaks = estimate_peaks(model_config, config, total)
-    exact = sum(peaks["training"][name] for name in ("weights", "gradients", "moments"))
     for phase, parts in peaks.items():
         needed = sum(parts.values())
+        exact = sum(parts.get(name, 0.0) for name in ("weights", "gradients", "moments", "engine"))
         message = (
             f"{config.policy_device} has {total:.1f} GiB, and {phase} takes about {needed:.1f} GiB: "
             f"{', '.join(f'{name} {size:.1f}' for name, size in parts.items())}; {ADVICE}"
         )
         if needed > total:
-            if phase == "sampling" or exact > total:
+            if exact > total:
                 raise UserError(message)
             print(f"warning: {message}")
 
@@ -55,7 +55,7 @@ def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict
         total: memory of the GPU, in GiB. The engine takes its share of it.
     """
     training = estimate_training_memory(model_config, config)
-    kept = {name: training[name] for name in ("weights", "moments")}
+    kept = {name: training[name] for name in ("weights", "moments", "logits")}  # logits: of responses that are scored
     sampling = kept | {"engine": config.gpu_memory_utilization * total}
     return {"training": training} | ({"sampling": sampling} if config.shares_gpu else {})
 

@@ -66,7 +66,8 @@ def plan_microbatches(
         prompt_ids, response_ids: token ids of each row.
         max_rows: most rows of a microbatch.
         max_tokens: most tokens of a microbatch. 0 means no limit. A single row may have more.
-        counts_prefixes_once: whether a prefix that rows share counts once, as in a prefix tree, or with every row.
+        counts_prefixes_once: whether a prefix that rows share counts once, as in a prefix tree. Else every row counts
+            as much as the longest, to which it is padded.
 
     Returns:
         The indices of the rows, microbatch by microbatch.
@@ -79,16 +80,17 @@ def plan_microbatches(
     for prompt, row in zip(prompt_ids, rows, strict=True):
         longest[tuple(prompt)] = max(len(row), longest.get(tuple(prompt), 0))
     plan: list[list[int]] = []
-    num_tokens = 0
+    num_tokens = longest_row = 0
     previous: list[int] = []
     for index in sorted(range(len(rows)), key=lambda i: (longest[tuple(prompt_ids[i])], prompt_ids[i], len(rows[i]))):
-        num_new = len(rows[index])
+        row, longest_row = rows[index], max(longest_row, len(rows[index]))
         if counts_prefixes_once:
-            num_new -= common_length(previous, rows[index])
-        if not plan or len(plan[-1]) == max_rows or 0 < max_tokens < num_tokens + num_new:
+            num_tokens += len(row) - common_length(previous, row)
+        else:
+            num_tokens = longest_row * (len(plan[-1]) + 1) if plan else 0
+        if not plan or len(plan[-1]) == max_rows or 0 < max_tokens < num_tokens:
             plan.append([])
-            num_tokens, num_new = 0, len(rows[index])
+            num_tokens = longest_row = len(row)
         plan[-1].append(index)
-        num_tokens += num_new
-        previous = rows[index]
+        previous = row
     return plan

@@ -314,8 +314,9 @@ def _attend_packed(
         return flash_attn_varlen_func(queries, keys, values, *sizes, softmax_scale=scaling, causal=True)
     from torch.nn.attention import varlen
 
-    if queries.shape[1] != keys.shape[1]:  # torch 2.11 wants as many heads of keys as of queries
-        keys, values = (tensor.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for tensor in (keys, values))
+    # Each head gets a copy of the keys that it shares. So it was found right on a GPU, with torch 2.11, which could not
+    # do without (enable_gqa).
+    keys, values = (tensor.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for tensor in (keys, values))
     return cast(Tensor, varlen.varlen_attn(queries, keys, values, *sizes, scale=scaling, window_size=(-1, 0)))
 
 

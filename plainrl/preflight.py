@@ -17,7 +17,6 @@ from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import free_bytes
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.policy import autocast, blocks_of
-from plainrl.prefix_tree import NAMES
 from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints
 from SFT_helper import get_response_log_probs, join_prompt_and_response_ids
@@ -56,9 +55,9 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     responses = [[index % num_tokens for index in row] for row in ((15, 16, 17), (15, 18), (19, 20, 21, 22))]
     rows = join_prompt_and_response_ids([prompt] * len(responses), responses, padding_id=0)
     ids, labels, mask = (rows[name].to(policy.device) for name in ("input_ids", "labels", "response_mask"))
-    packed = ("flash_attention_2", NAMES["flash_attention_2"])
-    in_16_bits = policy.config._attn_implementation in packed or getattr(config, "lora_rank", 0)
-    dtype = config.compute_dtype if in_16_bits else "float32"
+    # In 16 bits a GPU takes other kernels than in float32. Adapters stand beside matrices that are in 16 bits.
+    as_in_training = policy.device.type != "cpu" or getattr(config, "lora_rank", 0)
+    dtype = config.compute_dtype if as_in_training else "float32"
     was_training = policy.training
     with torch.inference_mode(), autocast(policy, dtype):
         policy.eval()

@@ -72,6 +72,7 @@ def sample_groups(
         [prompt_ids[index] for index, _ in requests],
         sampling_params(config),
         [derive_seed(config.seed, "rollout", step, index, sample) for index, sample in requests],
+        with_log_probs=config.rollouts_check_sync,
     ):
         truth = questions[requests[position][0]].ground_truth or ""
         responses[position] = response

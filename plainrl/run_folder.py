@@ -200,8 +200,8 @@ class RunFolder:
             raise UserError(
                 f"out of memory on the GPU ({first_line(error)}); reduce memory by smaller microbatches (a smaller "
                 "microbatch_tokens or a larger gradient_accumulation_steps), "
-                "gradient_checkpointing=true, or a smaller gpu_memory_utilization (vLLM's share); a resumed run "
-                "accepts them with resume_with_changes=true"
+                "gradient_checkpointing=true, a smaller scoring_batch_size (while responses are scored), or a smaller "
+                "gpu_memory_utilization (vLLM's share); a resumed run accepts them with resume_with_changes=true"
             ) from error
 
     def log(self, metrics: Metrics) -> None:
@@ -228,7 +228,8 @@ class RunFolder:
 
     def watched(self, phase: str, seconds: dict[str, float] | None = None) -> AbstractContextManager[None]:
         """Time a phase and end the process if it exceeds its limit. See `plainrl.guard.watched`."""
-        return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds)
+        devices = {self.config.policy_device, self.config.evaluator_device} - {"cpu"}
+        return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds, sorted(devices))
 
     def restore(self, state: TrainingState, num_steps: int) -> None:
         """Bring state and folder back to the step that the run goes on from. A new run stays at step 0.
@@ -361,7 +362,8 @@ def script_of(folder: Path) -> str | None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error says that a GPU ran out of memory. From vLLM's allocator it is a plain RuntimeError."""
-    is_cuda_error = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    signs = ("out of memory", "cublas_status_alloc_failed")
+    is_cuda_error = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
     return is_cuda_error or isinstance(error, torch.OutOfMemoryError)
 
 

@@ -592,7 +592,7 @@ def scripted_engine(monkeypatch):
     class ScriptedEvaluator(FakeEvaluator):
         llm = None
 
-    def stream_responses(llm, prompt_ids, sampling_params, seeds):
+    def stream_responses(llm, prompt_ids, sampling_params, seeds, **_):
         yield from ((i, Response(ids, "", [17, 18], [-6.0, -6.0], "stop")) for i, ids in enumerate(prompt_ids))
 
     monkeypatch.setattr(GRPO_train, "Evaluator", ScriptedEvaluator)
@@ -620,7 +620,7 @@ def test_a_loss_and_a_reward_of_the_users_own_train(
 ):
     """One file each, named by its path. On-policy and off-policy; no row is skipped, whatever its advantage."""
 
-    def stream_responses(llm, prompt_ids, sampling_params, seeds):  # the rewards of the first group are all zero
+    def stream_responses(llm, prompt_ids, sampling_params, seeds, **_):  # the rewards of the first group are all zero
         texts = ["odd"] * 4 + ["even", "odd"] * 2
         for index, (ids, text) in enumerate(zip(prompt_ids, texts, strict=True)):
             yield index, Response(ids, text, [17 + index, 18], [-6.0, -6.0], "stop")

@@ -200,11 +200,17 @@ def test_a_phase_within_its_limit_is_timed_and_leaves_nothing(tmp_path):
 
 def test_the_time_of_a_phase_contains_the_work_that_a_gpu_was_handed(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.cuda.synchronize", lambda: time.sleep(0.05))
+    waited_for = []
+
+    def synchronize(device):
+        time.sleep(0.05)
+        waited_for.append(device)
+
+    monkeypatch.setattr("torch.cuda.synchronize", synchronize)
     seconds = {}
-    with watched("train", 60, tmp_path, seconds):
+    with watched("train", 60, tmp_path, seconds, ["cuda:0", "cuda:1"]):
         pass
-    assert 0.05 <= seconds["time/train"] < 1
+    assert 0.1 <= seconds["time/train"] < 1 and waited_for == ["cuda:0", "cuda:1"]
 
 
 HANGS = {

@@ -54,3 +54,10 @@ def test_each_microbatch_holds_its_rows(tiny_model, shares, plan):
             is_scored = expected["response_mask"]
             assert torch.equal(tree.token_ids[0, tree.scored_nodes], expected["input_ids"][is_scored])
             assert torch.equal(expected["labels"].flatten()[tree.scored], expected["labels"][is_scored])
+
+
+def test_padded_rows_count_as_much_as_the_longest():
+    """Seven responses of 50 tokens and one of 4,000 to a prompt of 100: padded together they would be 32,800."""
+    prompts, responses = [[1] * 100] * 8, [[5] * 50] * 7 + [[5] * 4000]
+    assert plan_microbatches(prompts, responses, 256, 8192, counts_prefixes_once=False) == [[0, 1, 2, 3, 4, 5, 6], [7]]
+    assert plan_microbatches(prompts, responses, 256, 8192) == [[0, 1, 2, 3, 4, 5, 6, 7]]

@@ -10,7 +10,7 @@ from tiny import read_lines
 
 from GRPO_helper import normalize_within_groups
 from plainrl import rollouts
-from plainrl.config import GRPOConfig
+from plainrl.config import ExpertIterationConfig, GRPOConfig
 from plainrl.engine import SyncError
 from plainrl.grading.rewards import Grade, grade_responses
 from plainrl.records import Example, Response
@@ -31,11 +31,31 @@ def tiny_config(**overrides):
     return GRPOConfig(**(values | {"sampling_max_tokens": 16} | overrides))
 
 
+@pytest.mark.parametrize(
+    ("config", "reads_them"),
+    [
+        (tiny_config(), True),
+        (tiny_config(sampling_temperature=0.7), False),  # then probes check the sync
+        (ExpertIterationConfig(ei_batch_size=2, group_size=4, sampling_max_tokens=16), False),
+    ],
+)
+def test_log_probs_are_asked_for_only_where_something_reads_them(config, reads_them, monkeypatch):
+    def stream_responses(llm, prompt_ids, sampling_params, seeds, with_log_probs):
+        assert with_log_probs == reads_them
+        return ((index, Response(ids, "5", [1], [], "stop")) for index, ids in enumerate(prompt_ids))
+
+    monkeypatch.setattr(rollouts, "stream_responses", stream_responses)
+    questions = [Example("q", "p", "6", None, "s")] * 2
+    with ThreadPoolExecutor(1) as threads:
+        responses, _ = sample_groups(None, questions, [[0], [1]], [0, 1], 1, config, threads)
+    assert len(responses) == 8
+
+
 def test_responses_are_graded_while_others_are_sampled(monkeypatch):
     """The first to finish is the last of its group; it is graded before the second is there, and keeps its place."""
     graded = []
 
-    def stream_responses(llm, prompt_ids, sampling_params, seeds):
+    def stream_responses(llm, prompt_ids, sampling_params, seeds, **_):
         for index in reversed(range(8)):
             text = f"</think> <answer> {index} </answer>"
             yield index, Response(prompt_ids[index], text, [index], [0.0], "stop")
@@ -58,7 +78,7 @@ def test_responses_are_graded_while_others_are_sampled(monkeypatch):
 def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
     seeds_used = []
 
-    def stream_responses(llm, prompt_ids, sampling_params, seeds):
+    def stream_responses(llm, prompt_ids, sampling_params, seeds, **_):
         seeds_used.extend(seeds)
         yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
 

@@ -47,6 +47,9 @@ SET = {
         "logprobs"
     },
     "outputs.py": {"CompletionOutput": "text token_ids logprobs finish_reason"},
+    "logprobs.py": {"Logprob": "logprob"},
+    "config/model.py": {"ModelConfig": "dtype"},
+    "config/vllm.py": {"VllmConfig": "model_config"},
 }
 FOLDER = importlib.util.find_spec("vllm")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="vLLM is not installed")

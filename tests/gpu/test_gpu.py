@@ -31,6 +31,7 @@ from plainrl.engine import (
     sleep_vllm_instance,
 )
 from plainrl.log_probs import get_masked_response_log_probs
+from plainrl.lora import adapted_layers, add_adapters, merged_state_dict
 from plainrl.policy import autocast, compile_blocks, compute_clipped_gradient, prepare_training, score_responses
 from plainrl.prefix_tree import share_prefixes
 from plainrl.records import Response, Rollout, TokenizedExample, UserError
@@ -283,6 +284,44 @@ def test_sft_steps_lower_the_loss(policy, dtype, record_property):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
 
 
+def with_adapters(policy, dtype):
+    """The policy with adapters that are no longer zero, on its device, as preset small-gpu trains it."""
+    add_adapters(policy, SFTConfig(lora_rank=8, lora_alpha=16.0, compute_dtype=dtype))
+    generator = torch.Generator().manual_seed(3)
+    for layer in adapted_layers(policy).values():
+        layer.lora_b.data = 0.02 * torch.randn(layer.lora_b.shape, generator=generator)
+    return policy.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_adapters_have_the_scores_and_gradients_of_the_merged_model(qwen_folder, dtype, record_property):
+    """In float64 row by row: W' = W + 2 B A in the plain model, and dA = 2 B^T dW', dB = 2 dW' A^T."""
+    policy = with_adapters(load(qwen_folder, "cpu"), dtype)
+    policy.gradient_checkpointing_enable()
+    policy.train()
+    batch = make_batch()
+    with autocast(policy, dtype):
+        found = get_masked_response_log_probs(policy, **take_rows(batch, list(range(6))))["log_probs"]
+    found.sum().backward()
+    plain = load(qwen_folder, "cpu", torch.float64, sharing=False)
+    plain.load_state_dict({name: tensor.cpu() for name, tensor in merged_state_dict(policy)})
+    expected = get_response_log_probs(plain, batch["input_ids"], batch["labels"])["log_probs"]
+    expected = expected.masked_fill(~batch["response_mask"], 0)
+    expected.sum().backward()
+    of_weights = {name.removesuffix(".weight"): part.grad for name, part in plain.named_parameters()}
+    found_gradients, gradients = [], []
+    for name, layer in adapted_layers(policy).items():
+        a, b = layer.lora_a.detach().double().cpu(), layer.lora_b.detach().double().cpu()
+        gradients += [2 * b.T @ of_weights[name], 2 * of_weights[name] @ a.T]
+        found_gradients += [layer.lora_a.grad.double().cpu(), layer.lora_b.grad.double().cpu()]
+    scores = found.detach().double().cpu()
+    difference = norm(one - other for one, other in zip(found_gradients, gradients, strict=True))
+    record_property("score_error_max", float((scores - expected).abs().max()))
+    record_property("gradient_error", difference / norm(gradients))
+    score_limit, gradient_limit = (2e-4, 2e-4) if dtype == "float32" else (0.15, 0.05)
+    assert (scores - expected).abs().max() < score_limit and difference < gradient_limit * norm(gradients)
+
+
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +374,19 @@ def test_each_sync_makes_the_engine_the_policy_also_after_sleep(gpu_engine, poli
         errors.append(sync_error(policy, gpu_engine))
     record_property("sync_errors", errors)
     assert max(errors) < 1.02
+
+
+def test_the_engine_gets_the_merged_weights(gpu_engine, qwen_folder):
+    """Also after sleep. Without B, the policy is another one than the engine's."""
+    policy = with_adapters(load(qwen_folder, "cpu"), "bfloat16")
+    for cycle in range(2):
+        if ON_GPU and cycle:
+            sleep_vllm_instance(gpu_engine)
+        load_policy_into_vllm_instance(policy, gpu_engine)
+        assert sync_error(policy, gpu_engine) < 1.02
+    for layer in adapted_layers(policy).values():
+        layer.lora_b.data.zero_()
+    assert sync_error(policy, gpu_engine) > 1.05
 
 
 @only_on_gpu

@@ -30,7 +30,7 @@ _context.dps = DIGITS
 
 
 class GradingError(Exception):
-    """Two expressions could not be compared; the message is the reason: timeout, memory or error."""
+    """Two expressions could not be compared; the message is the reason, timeout."""
 
 
 class NoValueError(Exception):

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,16 @@ COMMA, UNION, RELATION = (
     re.compile(rf"({separator})|\\[A-Za-z]+|\\?[{{}}]|[()\[\]]|\\.")
     for separator in (",", r"\\cup(?![A-Za-z])", r"\\(?:l[et]|g[et]|ne)(?![A-Za-z])|[<>=]")
 )
-SCALES = {"%": "({})/100", "degree": r"({})\pi/180", "radian": "{}"}  # what these units mean
+SCALES = {"": "{}", "%": "({})/100", "degree": r"({})\pi/180", "radian": "{}"}  # what these units mean
+TABLE = Path(__file__).with_name("units.tsv").read_text(encoding="utf-8").splitlines()
+KINDS = dict(line.split("\t") for line in TABLE if not line.startswith("#"))
+NO_UNITS = {*KINDS.pop("no unit").split()}  # words that change the value of a number before them
+UNITS = {  # the unit that each spelling stands for
+    form: spellings[0]
+    for spellings in (re.split("[=,]", entry) for entry in " ".join(KINDS.values()).split())
+    for spelling in spellings
+    for form in (spelling, f"{spelling}s" if len(spelling) > 2 else spelling)
+}
 
 
 def answers_match(answer: str, ground_truth: str) -> bool:
@@ -129,9 +139,7 @@ def _split_name(text: str) -> tuple[str | None, str]:
 
 
 def _nodes_match(one: Node, other: Node, deadline: float) -> bool:
-    def match(x: Node, y: Node) -> bool:
-        return _nodes_match(x, y, deadline)
-
+    match = partial(_nodes_match, deadline=deadline)
     if one[0] == "leaf" == other[0]:
         return _leaves_match(one[1], other[1], deadline)
     for a, b in ((one, other), (other, one)):
@@ -269,17 +277,11 @@ def _quantities_match(one: str, other: str, deadline: float) -> bool:
     (value, unit), (other_value, other_unit) = _split_unit(one), _split_unit(other)
     kind, other_kind = unit.partition(" ")[0], other_unit.partition(" ")[0]  # "% increase" is a percentage
     is_same = unit == other_unit or (kind == other_kind and kind in (unit, other_unit))
-    if (is_same or not unit or not other_unit) and _values_match(value, other_value, deadline):
-        return True
-    if kind == other_kind or not ({kind, other_kind} <= {"", "%"} or {kind, other_kind} <= {"", "degree", "radian"}):
-        return False
-    scaled = SCALES.get(kind, "{}").format(value), SCALES.get(other_kind, "{}").format(other_value)
-    return _values_match(*scaled, deadline)
-
-
-def _values_match(one: str, other: str, deadline: float) -> bool:
-    one, other = sorted(text.removeprefix("+") for text in (one, other))  # equality has no direction
-    return one == other or factor_between((one,), (other,), deadline) == 1
+    pairs = [(value, other_value)] if is_same or not unit or not other_unit else []
+    if kind != other_kind and ({kind, other_kind} <= {"", "%"} or {kind, other_kind} <= {"", "degree", "radian"}):
+        pairs.append((SCALES[kind].format(value), SCALES[other_kind].format(other_value)))
+    pairs = [sorted(text.removeprefix("+") for text in pair) for pair in pairs]  # equality has no direction
+    return any(x == y or factor_between((x,), (y,), deadline) == 1 for x, y in pairs)
 
 
 def _split_unit(text: str) -> tuple[str, str]:
@@ -298,11 +300,9 @@ def _split_unit(text: str) -> tuple[str, str]:
         if value != text and isinstance(constant(value.replace(r"\pi", "(1)")), Fraction):
             return value, unit
     in_text = re.fullmatch(r"(.*[^\s\\])\\text\{([A-Za-z./ -]{1,40}(?:\^\d)?)\}(?:\^(\d))?", text)
-    match = in_text or re.fullmatch(r"([\d.,/+-]*\d|.*(?:[\d})%]|\\pi))( ?[A-Za-z][A-Za-z./ -]{0,39})(?:\^(\d))?", text)
-    if match is None or (not in_text and len(match[2].strip()) == 1):  # 2 m may as well be a product
-        return text, ""
-    unit = _unit_name(match[2], match[3])
-    if unit is None:
+    # A single letter is none: 2 m may as well be a product
+    match = in_text or re.fullmatch(r"([\d.,/+-]*\d|.*(?:[\d})%]|\\pi))( ?[A-Za-z][A-Za-z./ -]{1,39})(?:\^(\d))?", text)
+    if not (match and (unit := _unit_name(match[2], match[3]))):
         return text, ""
     return (match[1][:-1], f"% {unit}") if match[1].endswith("%") else (match[1], unit)
 
@@ -325,20 +325,3 @@ def _unit_name(text: str, power: str | None) -> str | None:
         if not {"/", "of"} & {*names}:
             head = word if word in UNITS or is_plural else ""
     return " ".join(names).replace(" / ", "/") + (f"^{power}" if power else "") if head and len(names) <= 4 else None
-
-
-def _read_units() -> tuple[dict[str, str], set[str]]:
-    """Return the unit that each spelling stands for, and the words that change the value of a number before them."""
-    units, no_units = {}, set()
-    for line in Path(__file__).with_name("units.tsv").read_text(encoding="utf-8").splitlines():
-        kind, _, entries = line.partition("\t")
-        if kind == "no unit":
-            no_units |= {*entries.split()}
-            continue
-        for name, *others in (re.split("[=,]", entry) for entry in entries.split()):
-            for spelling in (name, *others):
-                units[spelling] = units[f"{spelling}s" if len(spelling) > 2 else spelling] = name
-    return units, no_units
-
-
-UNITS, NO_UNITS = _read_units()

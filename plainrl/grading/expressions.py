@@ -105,12 +105,10 @@ def _find_factor(one: Sides, other: Sides, deadline: float) -> int:
     factor: Value = Fraction(1) if len(one) == 1 else None
     num_zeros = num_multiples = 0
     for x, y in _common_values(one, other, sorted(variables), deadline):
-        if x == 0 or y == 0:
-            if x != y:
-                return 0
+        if x == y == 0:
             num_zeros += 1
             continue
-        ratio, num_multiples = Point({}).compute("/", x, y), num_multiples + 1
+        ratio, num_multiples = Point({}).compute("/", x, y), num_multiples + 1  # no value if only y is 0
         factor = ratio if factor is None else factor
         if not are_same(ratio, factor):
             return 0
@@ -316,5 +314,4 @@ class _Reader:
 def _number(token: str) -> Fraction:
     plain, _, repeated = token.removesuffix("}").partition(r"\overline{")
     unit = Fraction(1, 10 ** len(plain.partition(".")[2]))
-    value = Fraction(plain.removesuffix(".")) if plain.strip(".") else Fraction(0)
-    return value + unit * Fraction(int(repeated), 10 ** len(repeated) - 1) if repeated else value
+    return Fraction(f"0{plain}") + (unit * Fraction(int(repeated), 10 ** len(repeated) - 1) if repeated else 0)

@@ -45,20 +45,12 @@ class Grade(NamedTuple):
 
 
 def write_r1_zero(reasoning: str, answer: str) -> str:
-    """Write a response in the format of r1_zero.
-
-    >>> write_r1_zero("1 + 2 = 3.", "3")
-    ' 1 + 2 = 3. </think> <answer> 3 </answer>'
-    """
+    """Write a response in the format of r1_zero."""
     return f" {reasoning} </think> <answer> {answer} </answer>"
 
 
 def write_question_only(reasoning: str, answer: str) -> str:
-    r"""Write a response in the format of question_only.
-
-    >>> write_question_only("1 + 2 = 3.", "3")
-    ' 1 + 2 = 3. The answer is \\boxed{3}.'
-    """
+    """Write a response in the format of question_only."""
     return f" {reasoning} The answer is \\boxed{{{answer}}}."
 
 
@@ -96,11 +88,7 @@ def r1_zero_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
 
 
 def question_only_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
-    r"""Grade a response whose answer stands in its last `\boxed{}`.
-
-    >>> question_only_reward_fn(r"So it is \boxed{\frac{1}{2}}.", "0.5")["reward"]
-    1.0
-    """
+    r"""Grade a response whose answer stands in its last `\boxed{}`."""
     return grade_answer(last_boxed(response), ground_truth).rewards
 
 
@@ -146,13 +134,12 @@ def as_reward(reward_fn: AnyReward) -> Reward:
     >>> as_reward("r1_zero") is as_reward(r1_zero_reward_fn) is REWARD_FUNCTIONS["r1_zero"]
     True
     """
-    if isinstance(reward_fn, Reward):
-        return reward_fn
-    if isinstance(reward_fn, str) and reward_fn in REWARD_FUNCTIONS:
-        return REWARD_FUNCTIONS[reward_fn]
-    if not callable(reward_fn):
+    found = REWARD_FUNCTIONS.get(reward_fn) if isinstance(reward_fn, str) else reward_fn
+    if isinstance(found, Reward):
+        return found
+    if not callable(found):
         raise ValueError(f"reward_fn = {reward_fn!r}: use {', '.join(REWARD_FUNCTIONS)}, or a function")
-    return next((reward for reward in REWARD_FUNCTIONS.values() if reward.function is reward_fn), Reward(reward_fn))
+    return next((reward for reward in REWARD_FUNCTIONS.values() if reward.function is found), Reward(found))
 
 
 def grade_responses(responses: Sequence[str], ground_truths: Sequence[str], reward_fn: AnyReward) -> list[Grade]:
@@ -187,12 +174,11 @@ def grade_answer(answer: str | None, ground_truth: Any) -> Grade:
     """
     if answer is None:
         return Grade(dict.fromkeys(("format_reward", "answer_reward", "reward"), 0.0))
-    correct, failure = 0.0, None
+    answer, truths = clean_ground_truth(answer), _alternatives(clean_ground_truth(ground_truth))
     try:
-        answer, truths = clean_ground_truth(answer), _alternatives(clean_ground_truth(ground_truth))
-        correct = float(any(answers_match(answer, truth) for truth in truths))
+        correct, failure = float(any(answers_match(answer, truth) for truth in truths)), None
     except GradingError as error:
-        failure = str(error)
+        correct, failure = 0.0, str(error)
     return Grade({"format_reward": 1.0, "answer_reward": correct, "reward": correct}, failure)
 
 
@@ -250,7 +236,11 @@ _one_by_one = threading.RLock()  # a user's function need not be safe to call fr
 
 def _complete_rewards(result: Any, function: RewardFunction) -> dict[str, float]:
     """Return what a user's function returned as floats, with the two keys that it may leave out."""
-    rewards = {key: _as_float(value) for key, value in result.items()} if isinstance(result, Mapping) else {}
+    items = result.items() if isinstance(result, Mapping) else ()
+    try:  # numbers of numpy and torch are numbers too; text, an array of several and an integer too large are none
+        rewards = {key: float(value) if isinstance(value, SupportsFloat) else math.nan for key, value in items}
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        rewards = {}
     if "reward" not in rewards or not all(map(math.isfinite, rewards.values())):
         name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
         shown = repr(result) if len(repr(result)) <= 100 else f"{repr(result)[:100]}..."
@@ -261,14 +251,6 @@ def _complete_rewards(result: Any, function: RewardFunction) -> dict[str, float]
     rewards.setdefault("answer_reward", rewards["reward"])
     rewards.setdefault("format_reward", 1.0)
     return rewards
-
-
-def _as_float(value: Any) -> float:
-    """Return a number as a float, that of numpy and torch too; NaN for anything else."""
-    try:
-        return float(value) if isinstance(value, SupportsFloat) else math.nan
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # an array of several numbers, an integer too large
-        return math.nan
 
 
 def _alternatives(ground_truth: str) -> list[str]:

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 MAX_ANSWER_CHARS = 1000  # longer answers are compared as text only; no answer of MATH is nearly as long
-PLACEHOLDERS = {
-    "<GROUP>": r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}",  # with up to two levels of braces inside
-    "<NAME>": r"(?:[A-Za-z]|\\[a-z]{2,8})",
-}
+GROUP = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # with up to two levels of braces inside
+NAME = r"(?:[A-Za-z]|\\[a-z]{2,8})"
 CHARACTERS = str.maketrans({
     "\u2212": "-", "\u2013": "-", "\u2010": "-", "π": r"\pi ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\ne ", "∞": r"\infty ", "\u00d7": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "±": r"\pm ",
@@ -34,8 +32,6 @@ TENS = [f"{ten}-{one}" for ten in "twenty thirty forty fifty sixty seventy eight
 NUMBER_WORDS = {word.removesuffix("-zero"): str(number) for number, word in enumerate([*ONES, *TEENS, *TENS])}
 BASE_IN_WORDS = re.compile(rf"_\{{\s*\\text\s*\{{\s*({'|'.join(NUMBER_WORDS)})\s*\}}\s*\}}")
 NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
-SUPERSCRIPTS = re.compile("[⁰¹²³⁴-⁹]+")
-RADICAL_SIGN = re.compile(r"√\s*(?:(\d+|[A-Za-z])|\(([^()]*)\))")
 
 
 class Rule(NamedTuple):
@@ -47,17 +43,12 @@ class Rule(NamedTuple):
     pattern: re.Pattern[str]
 
 
-def _read_rules() -> dict[str, Rule]:
-    rules = {}
-    for line in Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").split("\n"):
-        if line and not line.startswith("#"):
-            name, before, after, replacement, pattern = line.split("\t")
-            pattern = re.sub("<[A-Z]+>", lambda match: PLACEHOLDERS[match[0]], pattern)
-            rules[name] = Rule(before, after, replacement, re.compile(pattern, re.ASCII | re.DOTALL))
-    return rules
-
-
-RULES = _read_rules()
+TABLE = Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").replace("<GROUP>", GROUP).replace("<NAME>", NAME)
+LINES = [line.split("\t") for line in TABLE.split("\n") if line and not line.startswith("#")]
+RULES = {
+    name: Rule(before, after, replacement, re.compile(pattern, re.ASCII | re.DOTALL))
+    for name, before, after, replacement, pattern in LINES
+}
 
 
 @lru_cache(4096)
@@ -72,8 +63,8 @@ def tidy(text: str) -> str:
     if r"\begin" not in text or r"\\begin" in text:  # a doubled backslash, which is not the end of a row
         text = text.replace(r"\\", "\\")
     if not text.isascii():
-        text = RADICAL_SIGN.sub(r"\\sqrt{\1\2}", text)
-        text = SUPERSCRIPTS.sub(lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+        text = re.sub(r"√\s*(?:(\d+|[A-Za-z])|\(([^()]*)\))", r"\\sqrt{\1\2}", text)
+        text = re.sub("[⁰¹²³⁴-⁹]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
         text = unicodedata.normalize("NFKC", text.translate(CHARACTERS))
     text = " ".join(text.split())  # long runs of spaces would take long
     for rule in RULES.values():

@@ -33,7 +33,7 @@ from plainrl.engine import (
 from plainrl.grading.rewards import RewardFunction, count_failures, grade_responses
 from plainrl.policy import load_policy, score_responses
 from plainrl.preflight import check_scores
-from plainrl.records import Example, Response, mean
+from plainrl.records import Example, Response, UserError, mean
 from plainrl.run_folder import EVALUATION, RunFolder
 from SFT_helper import encode_prompt, pad_token_id
 
@@ -288,7 +288,9 @@ def metrics_table(metrics: Mapping[str, float | int | None]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Evaluate a model without training it. Print a table and ten examples of each category."""
-    arguments = [re.sub(r"^data=", "validation_data=", argument) for argument in arguments]
+    arguments = [re.sub(r"^data(?==|$)", "validation_data", argument) for argument in arguments]
+    if any(argument.startswith("resume=") for argument in arguments):
+        raise UserError("resume: an evaluation is not gone on with; start it again")
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
     examples = validation_subset(load_validation_set(config), config)

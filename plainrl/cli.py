@@ -69,6 +69,8 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
     if presets and preset not in presets:
         raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(map(str, presets))}")
     preset_values = presets.get(preset, {})
+    if yaml_values.get("resume") or preset_values.get("resume"):
+        raise UserError(f"resume ({yaml_path}): it is read from the command line alone; give it there")
 
     config = _validate(
         schema,
@@ -335,7 +337,10 @@ def _is_of_schema(schema: type[RunConfig], path: Path) -> bool:
     own = [key for key in TABLES if ":" in str(values.get(key))]
     try:
         schema.model_validate({key: value for key, value in values.items() if key not in own})
-    except (UserError, ValidationError):
+    except (UserError, ValidationError) as error:
+        if values.keys() <= schema.model_fields.keys():  # of this script, whose keys no other has all
+            reason = _describe(error, schema, {}) if isinstance(error, ValidationError) else error
+            print(f"resume = auto: {path.parent} is passed over ({reason})")
         return False
     return True
 

@@ -159,7 +159,7 @@ def load_examples(
 ) -> list[Example]:
     """Return all examples of a data source, with their prompts and responses written out.
 
-    An answer that no response can equal is no answer. How many there are is printed.
+    An answer that no response can equal is no answer. How many records have one is printed.
 
     Args:
         source: `arithmetic`, a file, or a hub data set.
@@ -220,11 +220,11 @@ def read_answers(records: Sequence[Record], reward: Reward, source: str) -> list
         answers = [answer for truth in truths if (answer := bare(truth))]
         text = json.dumps(answers, ensure_ascii=False) if record.alternatives else record.ground_truth
         found.append((text, answers[0]) if answers else (None, None))
-        if truths and not answers:
+        if len(answers) < len(truths):  # some of the alternatives, or all
             failing.append(record)
     if failing:
         shown = "; ".join(f"{record.source}: {(record.ground_truth or '')[:60]!r}" for record in failing[:3])
-        print(f"no response can equal {len(failing)} of {len(records)} answers of {source}, for example {shown}")
+        print(f"no response can equal answers in {len(failing)} of {len(records)} records of {source}, such as {shown}")
     return found
 
 

@@ -37,6 +37,7 @@ NUM_SHOWN, MOST_SHOWN = 3, 300  # names, and characters of a library's error, in
 NEEDS = "it needs config, weights and tokenizer in Transformers format: copy or download it again"
 # num_experts, num_local_experts, n_routed_experts, moe_num_experts; not the shared ones, which every token uses
 EXPERTS_KEY = re.compile(r"(^|_)n(um)?_((?!shared)\w+_)?experts$")
+GENERATION_FILE = "generation_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -166,8 +167,9 @@ def load_weights(folder: str, label: str, model_config: PreTrainedConfig, attent
         UserError: a file is missing or damaged, a tensor is missing, has another size or is unknown to the model, or
             weights are infinite or NaN.
     """
-    generation_config = _read_generation_config(folder, label)
-    options = {} if generation_config is None else {"generation_config": generation_config}
+    if (Path(folder) / GENERATION_FILE).exists():
+        with _in_one_line(label, GENERATION_FILE, "repair or remove it"):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
     with _in_one_line(label, "the model", NEEDS, folder):
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -178,9 +180,9 @@ def load_weights(folder: str, label: str, model_config: PreTrainedConfig, attent
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
-            **options,
         )
     policy, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    _leave_out_sampling_flags(policy, label)
     sizes = [
         f"{name} has {list(size)}, not {list(expected)}" for name, size, expected in sorted(found["mismatched_keys"])
     ]
@@ -243,25 +245,27 @@ def load_tokenizer(folder: str, label: str, policy: PreTrainedModel) -> PreTrain
     return tokenizer
 
 
-def _read_generation_config(folder: str, label: str) -> GenerationConfig | None:
-    """Return a generation config without its sampling flags if it could not be saved as it is, else None.
+def _leave_out_sampling_flags(policy: PreTrainedModel, label: str) -> None:
+    """Leave the sampling flags out of a generation config that could not be saved as it is, and say so.
 
-    Saving checks the flags more strictly than loading does. They are not used here: requests carry their own.
+    Saving checks the flags more strictly than loading does. They are not used here: requests carry their own. Old
+    models have them in config.json.
     """
-    path = Path(folder) / "generation_config.json"
-    if not path.exists():
-        return None
-    with _in_one_line(label, path.name, "repair or remove it"):
-        generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        values = json.loads(path.read_text())
-        try:
-            generation_config.validate(strict=True)
-            return None
-        except ValueError:
-            ids = {key: values[key] for key in TOKEN_IDS if values.get(key) not in (None, -1)}
-    flags = [f"{key} = {value}" for key, value in values.items() if key not in (*ids, "transformers_version")]
-    print(f"{label}: {path.name} could not be saved as it is; left out, as it is not used here: {', '.join(flags)}")
-    return GenerationConfig(**ids)
+    generation_config = cast(GenerationConfig, policy.generation_config)
+    try:
+        generation_config.validate(strict=True)
+        return
+    except ValueError:
+        values = generation_config.to_diff_dict()
+    ids = {key: values[key] for key in TOKEN_IDS if values.get(key) not in (None, -1)}
+    policy.generation_config = GenerationConfig(**ids)
+    flags = [
+        f"{key} = {value}"
+        for key, value in values.items()
+        if key not in (*ids, "transformers_version", "use_cache") and not key.startswith(("_", "output_"))
+    ]
+    shown = ", ".join(flags)
+    print(f"{label}: its generation config could not be saved as it is; left out, as it is not used here: {shown}")
 
 
 @contextlib.contextmanager

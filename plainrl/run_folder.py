@@ -93,7 +93,9 @@ class RunFolder:
         self.path, self.config, self.checkpoint = path, config, checkpoint
         self._lock, self._resumption = lock, resumption
         self._wandb_run: Any = None
-        self._wandb_run_id = read_record(checkpoint).get("wandb_run_id") if checkpoint else None
+        record = read_record(checkpoint) if checkpoint else {}
+        self._wandb_run_id = record.get("wandb_run_id")
+        self._train_step: int = record.get("train_step", 0)
 
     @classmethod
     def open(cls, config: RunConfig, script: str) -> Self:
@@ -118,10 +120,8 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             if any(file.name not in BEFORE_CONFIGURATION for file in path.iterdir()):
-                raise UserError(
-                    f"run_name = {name}: {path} exists already; go on with it by resume={path}, give another run_name, "
-                    "or remove it"
-                )
+                go_on = "" if script == EVALUATION else f"go on with it by resume={path}, "  # that cannot be resumed
+                raise UserError(f"run_name = {name}: {path} exists already; {go_on}give another run_name, or remove it")
             lock = lock_folder(path)
             (path / "samples").mkdir(exist_ok=True)
             write_durably(path / "environment.json", json.dumps({"script": script} | describe_environment(), indent=2))
@@ -186,16 +186,15 @@ class RunFolder:
             # Nothing was run: the name is free for the next try. An error here must not hide the one that came first.
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+        again = f"go on with resume={self.path}" if self.path.is_dir() else "start again"
         if isinstance(error, UserError) or not isinstance(error, Exception):
             return
         if is_disk_full(error):
-            raise UserError(
-                f"the disk of {self.path} is full ({error}); free disk space, then go on with resume={self.path}"
-            ) from error
+            raise UserError(f"the disk of {self.path} is full ({error}); free disk space, then {again}") from error
         if is_gone and isinstance(error, FileNotFoundError):
             raise UserError(f"{self.path} was removed or renamed during the run ({first_line(error)})") from error
         if isinstance(error, OSError) and (fault := describe_fault(error)):
-            raise UserError(f"{fault}; then go on with resume={self.path}") from error
+            raise UserError(f"{fault}; then {again}") from error
         if is_out_of_memory(error):
             raise UserError(
                 f"out of memory on the GPU ({first_line(error)}); reduce memory by smaller microbatches (a smaller "
@@ -209,6 +208,7 @@ class RunFolder:
         row = {name: json_number(value) for name, value in metrics.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        self._train_step = int(row.get("train_step") or self._train_step)
         if self._wandb_run is not None:
             known = {name: value for name, value in row.items() if value is not None}
             self._try_wandb(lambda run: run.log(known))
@@ -219,7 +219,9 @@ class RunFolder:
 
     def last_train_step(self) -> int:
         """Return the last optimizer step logged so far. Before the first it is 0."""
-        return max((row["train_step"] for row in self.read_metrics() if row.get("train_step") is not None), default=0)
+        # The checkpoint knows it, too: the last row may have been damaged. Older checkpoints do not.
+        rows = self.read_metrics()
+        return max([self._train_step, *(row["train_step"] for row in rows if row.get("train_step") is not None)])
 
     def metrics_bytes(self) -> int:
         """Return the size of metrics.jsonl in bytes. A run resumed from a checkpoint cuts the file to it."""
@@ -272,6 +274,7 @@ class RunFolder:
             record = {
                 "config": self.config.model_dump(mode="json"),
                 "wandb_run_id": self._wandb_run_id,
+                "train_step": self._train_step,
             }
             if self.metrics_bytes():
                 flush_to_disk(self.path / "metrics.jsonl")

@@ -66,7 +66,7 @@ def set_damaged_lines_aside(folder: Path) -> None:
 
 def _complete_lines(path: Path) -> list[bytes]:
     content = path.read_bytes() if os.path.lexists(path) else b""
-    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    return [line + b"\n" for line in content.split(b"\n")[:-1]]  # a carriage return in a damaged line ends no line
 
 
 def _read_row(line: bytes) -> dict[str, Any] | None:
@@ -77,7 +77,10 @@ def _read_row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict):
         return None
-    is_whole = all(value is None or (isinstance(value, int | float) and math.isfinite(value)) for value in row.values())
+    try:  # an integer of over 308 digits is no number that a metric can be
+        is_whole = all(value is None or math.isfinite(value) for value in row.values())
+    except (TypeError, OverflowError):
+        return None
     return row if is_whole else None
 
 

@@ -226,7 +226,7 @@ def decode_text(data: bytes, name: str) -> str:
     'a\nb'
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
-        raise UserError(f"{name} is UTF-16 text; convert it to UTF-8")
+        raise UserError(f"{name} is UTF-16 or UTF-32 text, or holds NUL bytes; convert it to UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -354,17 +354,12 @@ def _read_table(
 def _column_values(column: "pyarrow.ChunkedArray", name: str, source: str) -> Iterator[Any]:
     """Yield the values of a column as Python's own.
 
-    A float32 is the shortest number that rounds to it, 0.1 and not 0.10000000149. A float column whose numbers are all
-    whole, with some missing, is one of integers: pandas writes integers so if some are missing.
+    A float32 is the shortest number that rounds to it, 0.1 and not 0.10000000149.
     """
     import pyarrow
 
     if pyarrow.types.is_floating(column.type):
-        numbers = [None if text is None else float(text) for text in column.cast(pyarrow.string()).to_pylist()]
-        present = [number for number in numbers if number is not None and not math.isnan(number)]
-        if len(present) < len(numbers) and all(number.is_integer() for number in present):
-            numbers = [None if number is None or math.isnan(number) else int(number) for number in numbers]
-        yield from numbers
+        yield from (None if text is None else float(text) for text in column.cast(pyarrow.string()).to_pylist())
         return
     for index, scalar in enumerate(column, start=1):
         try:
@@ -389,11 +384,15 @@ def _answers(value: Any, name: str, where: str) -> list[str]:
 
 
 def _text(value: Any, name: str, where: str) -> str:
-    """Return a value as text: a text as it is, a finite number in digits.
+    """Return a value as text: a text as it is, a finite number in digits, a whole one without a point.
+
+    pandas writes integers as 7.0 where some are missing.
 
     Raises:
         UserError: the value is something else, or the text holds what no tokenizer takes.
     """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, float | Decimal) and math.isfinite(value):
         return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
     if isinstance(value, int) and not isinstance(value, bool):

@@ -44,5 +44,5 @@ def is_own_program(main_file: str | None, command: list[str]) -> bool:
     if main_file is not None:
         path = Path(main_file).resolve()
         return path.parent == REPOSITORY.resolve() and path.name in SCRIPTS
-    module = command[command.index("-m") + 1 :][:1] if "-m" in command else []
-    return bool(module) and module[0].partition(".")[0] in ("experiments", "plainrl")
+    modules = (part[2:] or command[index + 1] for index, part in enumerate(command[:-1]) if part.startswith("-m"))
+    return next(modules, "").partition(".")[0] in ("experiments", "plainrl")

@@ -27,7 +27,10 @@ RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
 SCRIPT = Path(__file__).parent.parent / "SFT_train.py"
 YAML = SCRIPT.with_name("config.yaml")
 # What the policy of a warm start depends on. A finished one is taken again if they are the same.
-DECISIVE = ("model", "prompt", "reward", "train_data", "validation_data", "arithmetic_terms", "arithmetic_max_term")
+DECISIVE = (
+    *("model", "prompt", "reward", "stop_string", "train_data", "validation_data"),
+    *("arithmetic_terms", "arithmetic_max_term"),
+)
 # What the SFT run takes over: all but its name, its seed, and how it trains, which its preset says.
 INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"}
 

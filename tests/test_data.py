@@ -71,7 +71,7 @@ def test_a_template_of_ones_own_is_taken_as_it_is_but_for_marks_of_its_editor(tm
     [
         (b"", "lacks the place holder"),
         (b"\xef\xbb\xbf", "lacks the place holder"),
-        ("Q: {question}".encode("utf-16"), "my.prompt is UTF-16 text; convert it to UTF-8"),
+        ("Q: {question}".encode("utf-16"), "my.prompt is UTF-16 or UTF-32 text"),
         (b"Q:\n\xe9 {question}", r"my.prompt is not UTF-8 text \(line 2, byte 3\)"),
         (b"\xed\xa0\xbd {question}", r"my.prompt is not UTF-8 text \(line 1, byte 0\)"),
     ],
@@ -236,7 +236,9 @@ UNGRADABLE = [
         ("#### 1200", "1200"),
         ("The answer is 5", "5"),
         (7, "7"),
-        (7.0, "7.0"),
+        ("**Answer:** 5", "5"),
+        ("Let x = 2. Then x + 3 = 5.\nAnswer: 5", "5"),
+        (7.0, "7"),
         (" 17 ", "17"),
         (["3", r"\boxed{4}"], "3"),
         ([UNGRADABLE[0], r"\boxed{4}", None], "4"),
@@ -270,7 +272,9 @@ def test_answers_that_no_response_can_equal_are_counted_shown_and_left_out(tmp_p
     config = GRPOConfig(train_data=data, validation_data=data, **ROLLOUTS | {"group_size": 32})
     assert [example.question for example in load_questions([], config)] == ["p0", "p5"]
     shown, left_out = capsys.readouterr().out.splitlines()
-    assert shown.startswith(f"no response can equal 4 of 8 answers of {data}, for example {data}, line 2: 'Add both")
+    assert shown.startswith(
+        f"no response can equal answers in 4 of 8 records of {data}, such as {data}, line 2: 'Add both"
+    )
     assert shown.count(f"{data}, line ") == 3 and shown.endswith("'</answer> 5'")
     assert left_out == f"left out: 6 of 8 training examples have no answer, the first at {data}, line 2"
     assert [example.question for example in load_validation_set(config)] == ["p0", "p5"]

@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,5 +45,5 @@ def is_own_program(main_file: str | None, command: list[str]) -> bool:
     if main_file is not None:
         path = Path(main_file).resolve()
         return path.parent == REPOSITORY.resolve() and path.name in SCRIPTS
-    modules = (part[2:] or command[index + 1] for index, part in enumerate(command[:-1]) if part.startswith("-m"))
+    modules = (part[2:] or after for part, after in pairwise([*command, ""]) if part.startswith("-m"))
     return next(modules, "").partition(".")[0] in ("experiments", "plainrl")

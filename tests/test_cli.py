@@ -121,6 +121,9 @@ def test_mistakes_in_the_file_name_the_file(tmp_path):
         ("seed: 1\n", "preset = laptop: "),
         ("seed: 1\nrun_name: \xe9\n", ", line 2: not UTF-8 text; save the file as UTF-8"),
         ("", ", line 1: expected `key: value` lines, found nothing"),
+        ("resume: auto\n", f"resume ({path}): it is read from the command line alone; give it there"),
+        ("resume: runs/x\n", f"resume ({path}): it is read from the command line alone; give it there"),
+        ("presets:\n  laptop:\n    resume: auto\n", f"resume ({path}): it is read from the command line alone"),
     ]:
         path.write_bytes(text.encode("latin-1"))
         with pytest.raises(UserError, match=re.escape(message)):
@@ -185,16 +188,20 @@ def test_listing_runs_executes_no_file_of_theirs(tmp_path):
 
 
 def test_auto_names_the_runs_that_cannot_be_read(tmp_path, capsys):
-    """A run of another script is passed over in silence, a damaged one is named."""
-    for name, text in (("torn", "seed: [1"), ("empty", ""), ("grpo", "n_grpo_steps: 3\n"), ("own", "num_epochs: 1\n")):
+    """A run of another script is passed over in silence. One that is damaged or has a wrong value is named."""
+    wrong = "num_epochs: 1\nseed: -1\n"
+    configs = {"torn": "seed: [1", "empty": "", "wrong": wrong, "grpo": "n_grpo_steps: 3\n", "own": "num_epochs: 1\n"}
+    for name, text in configs.items():
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "lock").touch()
         (tmp_path / name / "config.yaml").write_text(text)
     assert newest_unfinished_run(SFTConfig, SFTConfig(runs_dir=str(tmp_path))) == tmp_path / "own"
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.partition(" is passed over (")[0] for line in lines) == [
-        f"resume = auto: {tmp_path / name}" for name in ("empty", "torn")
+        f"resume = auto: {tmp_path / name}" for name in ("empty", "torn", "wrong")
     ]
+    reason = "seed = -1: input should be greater than or equal to 0"
+    assert f"resume = auto: {tmp_path / 'wrong'} is passed over ({reason})" in lines
 
 
 @pytest.mark.parametrize("name", ["foreign", "auto"])

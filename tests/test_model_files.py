@@ -297,6 +297,10 @@ SOUND = {
     ),
     "a flag without sampling": ([change_json(GENERATION, top_k=20)], "top_k = 20"),
     "flags of beams": ([change_json(GENERATION, num_beams=1, length_penalty=2.0)], "num_beams = 1, length_penalty"),
+    "a flag in config.json, as in old files": (
+        [remove(GENERATION), change_json(CONFIG, temperature=0.3)],
+        "temperature = 0.3",
+    ),
     "a negative PAD": ([change_json(GENERATION, pad_token_id=-1)], "pad_token_id = -1"),
 }
 

@@ -1,6 +1,7 @@
 """Evaluations: graded, measured and written by the real engine; summaries by hand."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from test_engine import QUESTIONS, changed_policy, sampling
 from plainrl.data import derive_seed
 from plainrl.engine import load_policy_into_vllm_instance, sample_responses
 from plainrl.policy import score_responses
-from plainrl.records import Response
-from policy_evaluation import evaluate_vllm, log_generations, summarize_examples
+from plainrl.records import Response, UserError
+from policy_evaluation import evaluate_vllm, log_generations, main, summarize_examples
 from SFT_helper import encode_prompt
 
 
@@ -101,3 +102,25 @@ def test_empty_responses_have_no_entropy_and_do_not_spoil_the_mean(tmp_path):
     examples = log_generations(["p", "p"], [empty, other], ["t", "t"], rewards, [None, 0.5], path)
     assert summarize_examples(examples)["token_entropy"] == 0.5
     assert json.loads(path.read_text().splitlines()[0])["token_entropy"] is None
+
+
+@pytest.mark.parametrize("value", ["auto", "runs/x"])
+def test_an_evaluation_is_not_resumed(value, tmp_path):
+    with pytest.raises(UserError, match="^resume: an evaluation is not gone on with; start it again$"):
+        main(["preset=laptop", f"runs_dir={tmp_path}", f"resume={value}"])
+
+
+@pytest.mark.usefixtures("cpu_engine")
+def test_a_run_name_that_is_taken_offers_no_resume(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    taken = f"run_name = mine: {tmp_path / 'mine'} exists already; give another run_name, or remove it"
+    with pytest.raises(UserError, match=f"^{re.escape(taken)}$"):
+        main(["preset=laptop", f"runs_dir={tmp_path}", "run_name=mine", "wandb_mode=disabled"])
+
+
+def test_help_knows_data_by_its_short_name(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help", "data"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("validation_data   (")

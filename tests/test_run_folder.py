@@ -275,6 +275,27 @@ def test_a_damaged_line_is_set_aside_and_the_run_goes_on(stopped_run, tiny_model
     assert "was damaged" not in capsys.readouterr().out
 
 
+def test_a_damaged_last_row_does_not_set_the_count_of_optimizer_steps_back(tmp_path, tiny_model, tokenizer):
+    """One step may take several optimizer steps. Their number is in the checkpoint, and goes on to the next one."""
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
+        state = new_state(tiny_model, tokenizer)
+        for step in (1, 2):
+            run.log({"train_step": 8 * step})
+            run.complete_step(state, step)
+            run.save_checkpoint(state)
+    path = run.path / "metrics.jsonl"
+    first, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\0" * (len(last) - 1) + b"\n")
+    with resumed(run) as run:
+        state = go_on(run, tiny_model, tokenizer)
+        assert (run.read_metrics(), run.last_train_step()) == ([{"train_step": 8}, {}], 16)
+        run.complete_step(state, 3)
+        run.save_checkpoint(state)
+    with resumed(run) as run:
+        go_on(run, tiny_model, tokenizer)
+        assert run.last_train_step() == 16
+
+
 def test_lines_too_short_for_an_empty_row_are_set_aside_too(tmp_path):
     """Of one byte and of two: the lengths stay, and every line can be read."""
     path = tmp_path / "metrics.jsonl"
@@ -400,6 +421,19 @@ def test_an_error_before_anything_was_run_stays_what_it_is(tmp_path, error):
     """The folder is removed so that the name is free. It is not said to have been lost."""
     with pytest.raises(type(error)), RunFolder.create(config_in(tmp_path, run_name="mine"), "sft"):
         raise error
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.EIO, "x: Input/output error; "), (errno.ENOSPC, "the disk of ")]
+)
+def test_what_is_refused_before_anything_was_run_names_no_folder_to_go_on_with(tmp_path, number, message):
+    """The folder is removed, so there is nothing to resume."""
+    with (
+        pytest.raises(UserError, match=rf"^{message}.*then start again$"),
+        RunFolder.create(config_in(tmp_path, run_name="mine"), "sft"),
+    ):
+        raise OSError(number, os.strerror(number), "x")
     assert not (tmp_path / "mine").exists()
 
 

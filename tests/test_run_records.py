@@ -8,8 +8,9 @@ import pytest
 from test_run_folder import config_in, go_on, resumed
 from tiny import new_state
 
+from plainrl.records import UserError
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import Line, plot_metrics, start_wandb
+from plainrl.run_records import Line, plot_metrics, read_metrics, set_damaged_lines_aside, start_wandb
 
 
 def test_figures_are_drawn_from_the_rows_that_have_the_metric(tmp_path):
@@ -25,6 +26,24 @@ def test_figures_are_drawn_from_the_rows_that_have_the_metric(tmp_path):
     }
     plot_metrics(panels, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"b"\r: 2 garbage',  # a carriage return ends no line: the rows behind it stay where they are
+        b'{"train_step": 1' + b"0" * 319 + b"}",  # an integer of 320 digits, too large for a float
+    ],
+    ids=["carriage return", "320 digits"],
+)
+def test_a_damaged_line_moves_no_other_row(tmp_path, damaged):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + damaged + b'\n{"c": 3}\n')
+    with pytest.raises(UserError, match="line 2 is damaged: "):
+        read_metrics(tmp_path)
+    set_damaged_lines_aside(tmp_path)
+    assert path.read_bytes() == b'{"a": 1}\n{}' + b" " * (len(damaged) - 2) + b'\n{"c": 3}\n'
+    assert read_metrics(tmp_path) == [{"a": 1}, {}, {"c": 3}]
 
 
 class BrokenWandb:

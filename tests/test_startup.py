@@ -1,5 +1,7 @@
 """How a program of this project begins and ends at its terminal: Ctrl-C during the imports, a closed output."""
 
+from plainrl.startup import is_own_program
+
 import os
 import signal
 import subprocess
@@ -45,6 +47,22 @@ def start_and_interrupt(arguments, environment, cwd=REPOSITORY, **options):
 @pytest.mark.parametrize("arguments", PROGRAMS, ids=lambda arguments: arguments[-1])
 def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(slow_torch, arguments):
     assert start_and_interrupt(arguments, slow_torch) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_own"),
+    [
+        (["-m", "experiments.runs"], True),
+        (["-mexperiments.runs"], True),
+        (["-mexperiments.runs", "runs"], True),
+        (["-X", "dev", "-mplainrl.help"], True),
+        (["-mmine", "runs"], False),
+        (["-m", "mine", "-mexperiments.runs", "runs"], False),  # the first names the program, the rest is its own
+        (["-m"], False),
+    ],
+)
+def test_a_module_is_ours_with_and_without_a_space(arguments, is_own):
+    assert is_own_program(None, ["python", *arguments]) == is_own
 
 
 def test_ctrl_c_stays_as_it_is_in_a_program_of_somebody_else(slow_torch, tmp_path):

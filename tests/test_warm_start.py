@@ -64,6 +64,7 @@ def test_a_finished_warm_start_is_taken_again(tmp_path, process, capsys):
         ("prompt: r1_zero", {"model": "mine"}, "was trained with model = smollm2-135m, not mine"),
         ("arithmetic_terms: [2, 5]", {}, "was trained with arithmetic_terms = [2, 5], not [2, 4]"),
         ("train_data: other.jsonl", {}, "was trained with train_data = other.jsonl, not arithmetic"),
+        ("stop_string: END", {}, "was trained with stop_string = END, not </answer>"),
     ],
 )
 def test_a_warm_start_of_something_else_stays_and_another_is_made(line, overrides, message, tmp_path, process, capsys):

@@ -204,7 +204,7 @@ def test_grpo_by_hand_learns():
 def test_every_command_is_accepted(tmp_path, monkeypatch):
     """Scripts with their keys, tests that exist; in a folder with the files that the page writes."""
     monkeypatch.chdir(tmp_path)
-    for name in ("my_losses.py", "my_rewards.py"):
+    for name in ("my_losses.py", "my_rewards.py", "my_reward.py"):
         Path(name).write_text(block(name))
     monkeypatch.setitem(GRPO_helper.LOSSES, "cispo", GRPO_helper.LOSSES["grpo_clip"])  # as if the recipe were done
     num_scripts = 0

@@ -106,7 +106,7 @@ def odd_model_files(folder, generator):
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         yield from ((path.name, odd) for odd in (None, (), b"", b"{}", b"[]", b"null", b"\xff\xfe", content[:-1]))
-        yield from ((path.name, damage(content, generator)) for _ in range(2))
+        yield from ((path.name, damage(content, generator)) for _ in range(4))
         if path.suffix == ".json":
             values = json.loads(content)
             for key in sorted(values) if isinstance(values, dict) else ():

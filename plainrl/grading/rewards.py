@@ -30,7 +30,6 @@ RewardFunction = Callable[[str, str], dict[str, float]]
 NUM_WORKERS = 2  # threads that grade while others sample
 MAX_WORDS = 60  # of a ground truth; a longer one is a solution rather than an answer
 SENTENCES = re.compile(r"[a-z0-9)$}][.!?]\s+[A-Z][a-z]*\s+[a-z0-9\\$]|\n\s*\n|\n[^\n]*=[^\n]*\d\s*$")
-ANNOUNCED = re.compile(r"(?is)^[^%]*\banswer\b\W{0,4}?(?:\s+is\b|[:=])[\s:*]*(?=\S)")
 WORDS = re.compile(r"\b(?!(?:and|or|text)\b)[A-Za-z]{2}|\d")
 
 
@@ -213,7 +212,7 @@ def clean_ground_truth(truth: Any) -> str:
         return box.sub(r"\1", text)  # an answer in several boxes
     text = text.rpartition("####")[2].rpartition("<answer>")[2].partition("</answer>")[0]
     boxed = last_boxed(text)
-    return ANNOUNCED.sub("", text.strip()).removesuffix(".") if boxed is None else boxed
+    return RULES["announcement"].pattern.sub("", text.strip()).removesuffix(".") if boxed is None else boxed
 
 
 def is_gradable(ground_truth: str, reward: Reward) -> bool:

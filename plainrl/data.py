@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from plainrl.config import EMBEDDED_DATA, RolloutConfig, RunConfig, SFTConfig, TrainConfig
+from plainrl.config import RolloutConfig, RunConfig, SFTConfig, TrainConfig
 from plainrl.grading.rewards import Reward, clean_ground_truth, is_gradable
 from plainrl.records import Example, UserError
+from plainrl.shared_config import EMBEDDED_DATA
 from plainrl.sources import (
     Record,
     arithmetic_records,

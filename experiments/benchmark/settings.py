@@ -7,9 +7,10 @@ from typing import Any
 from pydantic import Field
 
 from plainrl.cli import load_config
-from plainrl.config import EMBEDDED_DATA, GRPOConfig, SFTConfig
+from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.data import load_sft_examples, load_validation_set
 from plainrl.records import Example
+from plainrl.shared_config import EMBEDDED_DATA
 
 REPOSITORY = Path(__file__).parent.parent.parent
 NUM_PROBES = 8  # validation questions that GRPO_train.py is given: it checks the weight sync on them

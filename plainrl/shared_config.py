@@ -1,0 +1,259 @@
+"""The keys that all scripts or all training share. plainrl/config.py has the rest, and says how the schema is used."""
+
+import os
+from typing import Annotated, Any, Literal, Self, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from plainrl.grading.rewards import REWARD_FUNCTIONS, Reward, as_reward
+from plainrl.lookup import look_up
+
+EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_DATA = "arithmetic"
+MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RunConfig(BaseModel):
+    """The keys that training and evaluation share: model, devices, data, sampling, engine, records."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    preset: str = Field("auto", description="preset of the YAML file to apply (auto: by CUDA devices and their memory)")
+    run_name: str = Field("", description="folder of the run under runs_dir (empty: script and time)")
+    runs_dir: str = Field("runs", description="folder that holds all runs")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed of the data order and of training samples. Validation samples have a fixed seed",
+    )
+
+    model: str = Field(EMBEDDED_MODEL, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub name")
+    policy_device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda:\d+)$", description="torch device of the policy: cpu or cuda:N"
+    )
+    evaluator_device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda:0)$",
+        description="device of vLLM: cpu or cuda:0 (vLLM takes the first visible GPU; order CUDA_VISIBLE_DEVICES)",
+    )
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="autocast dtype of the policy. Weights that are trained stay float32"
+    )
+    engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="dtype of the vLLM engine's weights and cache"
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="auto: flash_attention_2 if it is installed, on CUDA and not in float32, else sdpa. Both compute "
+        "a prefix that rows share once, without padding. eager: the plain computation",
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward, which saves memory")
+    compile_policy: bool = Field(
+        False, description="compile the policy's blocks for training. The first step is slower"
+    )
+
+    prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
+    reward: str = Field(
+        "r1_zero", description="reward function: a name in REWARD_FUNCTIONS, or your own as file.py:function"
+    )
+    train_data: str = Field(
+        EMBEDDED_DATA,
+        description=f"{EMBEDDED_DATA} (embedded), a JSON/JSONL/Parquet file, or hub owner/name[/configuration]:split",
+    )
+    validation_data: str = Field(EMBEDDED_DATA, description="held-out data, named like train_data")
+    arithmetic_terms: tuple[int, int] = Field(
+        (2, 4), description="fewest and most terms of an embedded arithmetic question"
+    )
+    arithmetic_max_term: int = Field(20, ge=2, description="largest term of an embedded arithmetic question")
+    num_eval_examples: int | Literal["all"] = Field(
+        256, description="validation questions per evaluation, a fixed subset (a count, or all)"
+    )
+
+    sampling_temperature: float = Field(1.0, ge=0, description="softmax temperature (0: greedy)")
+    sampling_top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
+    sampling_min_tokens: int = Field(4, ge=0, description="tokens before which a response cannot end")
+    sampling_max_tokens: int = Field(1024, ge=1, description="tokens at which a response is cut")
+    stop_string: str = Field("</answer>", description="text that ends a response and stays in it (empty: none)")
+
+    max_context_tokens: int = Field(2048, ge=8, description="longest prompt plus response, in tokens")
+    drop_long_examples: bool = Field(
+        False, description="leave out and count examples over max_context_tokens, instead of stopping"
+    )
+    gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of its GPU that vLLM may take")
+    engine_cache_gib: int = Field(1, ge=1, description="key-value cache of the CPU engine, in GiB")
+    engine_eager: bool = Field(True, description="false: compile the engine, which starts slower and samples faster")
+    max_sync_error: float = Field(
+        1.1,
+        gt=1,
+        description="limit on exp(mean |engine - policy log-prob|) after a weight sync. 1.0001 suits float32",
+    )
+    num_sync_tokens: int = Field(16, ge=1, description="sampled tokens per probe prompt, to check the weight sync")
+    scoring_batch_size: int = Field(16, ge=1, description="responses per forward pass when scoring without gradients")
+
+    max_rollout_seconds: float = Field(1800, gt=0, description="limit for a weight sync or a rollout phase, in seconds")
+    max_grade_seconds: float = Field(900, gt=0, description="limit for the grading of a rollout batch, in seconds")
+    max_train_seconds: float = Field(
+        1800, gt=0, description="limit for scoring one batch, or for all optimizer steps on it, in seconds"
+    )
+    max_evaluate_seconds: float = Field(3600, gt=0, description="limit for one evaluation, in seconds")
+    max_save_seconds: float = Field(900, gt=0, description="limit for writing one checkpoint, in seconds")
+
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online if an API key is set, else disabled"
+    )
+    wandb_project: str = Field("plainrl", description="wandb project")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_another_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and get_origin(annotation) is not Literal:
+            raise ValueError("true and false are not numbers, and they are text only in quotes")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("the character 0 can stand in no file and in no name: remove it")
+        return value
+
+    @field_validator("run_name")
+    @classmethod
+    def _check_run_name(cls, value: str) -> str:
+        if "/" in value or value in (".", ".."):
+            raise ValueError("the run's folder lies in runs_dir itself: leave / and . out, and set runs_dir if needed")
+        if (num_bytes := len(os.fsencode(value))) > MOST_NAME_BYTES:
+            raise ValueError(f"{num_bytes} bytes are too many for the name of a folder: use at most {MOST_NAME_BYTES}")
+        return value
+
+    @field_validator("reward")
+    @classmethod
+    def _check_reward(cls, value: str) -> str:
+        look_up(value, REWARD_FUNCTIONS, "reward")
+        return value
+
+    @model_validator(mode="after")
+    def _check_shared_fields(self) -> Self:
+        fewest, most = self.arithmetic_terms
+        if not 2 <= fewest <= most:
+            raise ValueError(f"arithmetic_terms = {[fewest, most]}: give [fewest, most] with 2 <= fewest <= most")
+        if self.sampling_min_tokens > self.sampling_max_tokens:
+            raise ValueError(
+                f"sampling_min_tokens = {self.sampling_min_tokens} exceeds "
+                f"sampling_max_tokens = {self.sampling_max_tokens}: lower the first or raise the second"
+            )
+        if self.sampling_max_tokens >= self.max_context_tokens:
+            raise ValueError(
+                f"sampling_max_tokens = {self.sampling_max_tokens} leaves no tokens for a prompt in "
+                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
+            )
+        if self.num_sync_tokens >= self.max_context_tokens:
+            raise ValueError(
+                f"num_sync_tokens = {self.num_sync_tokens} leaves no tokens for a prompt in "
+                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
+            )
+        if isinstance(self.num_eval_examples, int) and self.num_eval_examples < 1:
+            raise ValueError(f"num_eval_examples = {self.num_eval_examples}: must be at least 1, or all")
+        return self
+
+    def warnings(self) -> list[str]:
+        """Return a sentence for each combination of settings that is allowed but rarely intended."""
+        found = []
+        asked_by = {reward.prompt for reward in REWARD_FUNCTIONS.values()}
+        if self.prompt in asked_by and self.reward_function.prompt not in (None, self.prompt):
+            found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
+        if self.train_data != EMBEDDED_DATA == self.validation_data:
+            found.append(
+                f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data"
+            )
+        return found
+
+    @property
+    def reward_function(self) -> Reward:
+        """Return the reward function of that name, or the user's own."""
+        return as_reward(look_up(self.reward, REWARD_FUNCTIONS, "reward"))
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Return whether policy and vLLM use the same GPU. Then the engine must sleep during training."""
+        return self.policy_device == self.evaluator_device != "cpu"
+
+
+class TrainConfig(RunConfig):
+    """The keys that all training shares: batch, optimizer, evaluation, checkpoints."""
+
+    train_batch_size: int = Field(32, ge=1, description="rows (examples or responses) per optimizer step")
+    gradient_accumulation_steps: int = Field(
+        8,
+        ge=1,
+        description="a microbatch (one forward and backward pass) holds at most train_batch_size / this many rows",
+    )
+    microbatch_tokens: int = Field(
+        0,
+        ge=0,
+        description="most tokens of a microbatch (0: no limit). Only a single row may have more. A prefix that rows "
+        "share counts once. The gradient is that of the whole batch, however it is divided",
+    )
+    lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters, which alone are trained (0: train all weights)")
+    lora_alpha: float = Field(32.0, gt=0, description="the adapters count lora_alpha / lora_rank times")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="largest gradient norm. A larger gradient is scaled down to it")
+    loss_scale: float = Field(
+        65536.0,
+        ge=1,
+        description="with compute_dtype=float16 the loss is multiplied by this, so that small gradients do not vanish. "
+        "If gradients overflow, the step's gradient is computed again with half the factor",
+    )
+    eval_interval: int = Field(
+        50, ge=1, description="steps between evaluations. One also takes place before the first and after the last step"
+    )
+    num_final_eval_examples: int | Literal["all"] = Field(
+        "all", description="validation questions of the evaluation at the end, eval_all/* (all, or at most so many)"
+    )
+
+    checkpoint_interval: int = Field(
+        50, ge=1, description="steps between checkpoints, from which a run can be resumed. The last step has one, too"
+    )
+    keep_last: int = Field(1, ge=1, description="how many of the newest checkpoints are kept")
+    keep_best: bool = Field(True, description="also keep the checkpoint with the best validation answer reward")
+    resume: str = Field("", description="folder of a run to go on with (auto: run_name's, or the newest unfinished)")
+    resume_with_changes: bool = Field(False, description="go on although settings differ from the run's own")
+
+    @model_validator(mode="after")
+    def _check_train_fields(self) -> Self:
+        self._require_multiple("train_batch_size", "gradient_accumulation_steps")
+        if isinstance(self.num_final_eval_examples, int) and self.num_final_eval_examples < 1:
+            raise ValueError(f"num_final_eval_examples = {self.num_final_eval_examples}: must be at least 1, or all")
+        return self
+
+    def _require_multiple(self, name: str, divisor_name: str) -> None:
+        value, divisor = getattr(self, name), getattr(self, divisor_name)
+        if value % divisor:
+            below = value // divisor * divisor
+            near = " or ".join(f"{name} = {size}" for size in (below, below + divisor) if size > 0)
+            keys = ("rollout_batch_size", "group_size", "train_batch_size", "gradient_accumulation_steps")
+            others = [f"{key} = {getattr(self, key)}" for key in keys if key in type(self).model_fields]
+            raise ValueError(
+                f"{name} = {value} is not a multiple of {divisor_name} = {divisor}: {near} is ({', '.join(others)})"
+            )
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and those about a shared GPU and the best checkpoint."""
+        found = super().warnings()
+        if self.shares_gpu and self.gpu_memory_utilization > 0.5:
+            found.append(
+                f"gpu_memory_utilization = {self.gpu_memory_utilization:g}: the policy, its gradients and AdamW's "
+                "moments need memory on the same GPU; 0.35 of 80 GB is enough for the engine"
+            )
+        shorter, longer = sorted((self.checkpoint_interval, self.eval_interval))
+        if self.keep_best and longer % shorter:
+            found.append(
+                f"keep_best keeps only what is both saved and evaluated, but neither of checkpoint_interval = "
+                f"{self.checkpoint_interval} and eval_interval = {self.eval_interval} divides the other"
+            )
+        return found
+
+    @property
+    def microbatch_size(self) -> int:
+        """Return the most rows that share a forward and backward pass."""
+        return self.train_batch_size // self.gradient_accumulation_steps

@@ -35,13 +35,13 @@ from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
 from plainrl.microbatches import microbatches
 from plainrl.policy import (
-    autocast,
     compute_clipped_gradient,
     load_policy,
     prepare_training,
     require_finite,
     score_responses,
 )
+from plainrl.precision import working_copy
 from plainrl.preflight import preflight
 from plainrl.records import Example, Rollout
 from plainrl.rollouts import (
@@ -143,7 +143,7 @@ def score_old_log_probs(
 ) -> None:
     """Score every rollout once with the policy that the engine copied, before it moves."""
     responses = [rollout.response for rollout in rollouts]
-    scores = score_responses(policy, responses, padding_id, config.scoring_batch_size, config.compute_dtype)
+    scores = score_responses(policy, responses, padding_id, config.scoring_batch_size)
     for rollout, score in zip(rollouts, scores, strict=True):
         rollout.old_log_probs = score["log_probs"]
 
@@ -206,8 +206,7 @@ def accumulate_gradients(
         policy, prompts, tokens, padding_id, config.microbatch_size, config.microbatch_tokens
     ):
         part, mask = [rows[index] for index in indices], tensors["response_mask"]
-        with autocast(policy, config.compute_dtype):
-            scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
+        scores = get_masked_response_log_probs(working_copy(policy), **tensors, return_token_entropy=True)
         token_losses, metadata = config.loss(make_loss_inputs(part, scores["log_probs"], mask, config))
         # This microbatch's share of the step's loss: the divisors are those of the whole step.
         loss = LENGTH_NORMALIZATIONS[config.length_normalization](token_losses, mask, size)

@@ -41,7 +41,8 @@ from plainrl.grading.rewards import grade_responses
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
 from plainrl.microbatches import microbatches
-from plainrl.policy import autocast, compute_clipped_gradient, load_policy, prepare_training, require_finite
+from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
+from plainrl.precision import working_copy
 from plainrl.preflight import preflight
 from plainrl.records import Example, TokenizedExample, UserError
 from plainrl.run_folder import RunFolder
@@ -136,8 +137,7 @@ def accumulate_gradients(
         policy, prompts, responses, padding_id, config.microbatch_size, config.microbatch_tokens
     ):
         mask = tensors["response_mask"]
-        with autocast(policy, config.compute_dtype):
-            scores = get_masked_response_log_probs(policy, **tensors, return_token_entropy=True)
+        scores = get_masked_response_log_probs(working_copy(policy), **tensors, return_token_entropy=True)
         # This microbatch's share of the step's loss: the divisor counts the whole batch.
         loss = sft_loss(scores["log_probs"], mask, config.normalize_constant, num_step_rows=len(batch))
         (loss * loss_scale).backward()

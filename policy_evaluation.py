@@ -9,11 +9,12 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
 
 import json
+import random
 import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -57,7 +58,7 @@ def evaluate_vllm(
     tokenizer: PreTrainedTokenizerBase | None = None,
     policy: PreTrainedModel | None = None,
     scoring_batch_size: int = 16,
-    compute_dtype: str = "float32",
+    num_entropy_responses: int | Literal["all"] = "all",
     seed: int = 0,
     output_path: Path | None = None,
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
@@ -71,7 +72,8 @@ def evaluate_vllm(
         ground_truths: N answers.
         tokenizer: by default the engine's.
         policy: computes the token entropy. Without it that metric is None.
-        scoring_batch_size, compute_dtype: responses per forward pass of the policy, and the dtype of its matmuls.
+        scoring_batch_size: responses per forward pass of the policy.
+        num_entropy_responses: how many responses get a token entropy (a count, or all); see `choose_scored`.
         seed: prompt i is sampled with a seed derived from (seed, i), whatever else is in the batch.
         output_path: JSON-lines file that every example is written to.
 
@@ -84,9 +86,7 @@ def evaluate_vllm(
         ValueError: there is no prompt, or the numbers of prompts and ground truths differ.
     """
     if len(prompts) != len(ground_truths) or not prompts:
-        raise ValueError(
-            f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give one for each, and at least one"
-        )
+        raise ValueError(f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give one each, at least one")
     tokenizer = tokenizer or vllm_model.get_tokenizer()  # type: ignore[assignment]
     assert tokenizer is not None
     prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
@@ -95,17 +95,30 @@ def evaluate_vllm(
     responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds, with_log_probs=False)
     sampling_seconds = time.perf_counter() - started
     grades = grade_responses([response.text for response in responses], ground_truths, reward_fn)
-    entropies: Sequence[float | None] = [None] * len(responses)
+    entropies: list[float | None] = [None] * len(responses)
     if policy is not None:
-        scores = score_responses(policy, responses, pad_token_id(tokenizer), scoring_batch_size, compute_dtype)
-        entropies = [mean(score["token_entropy"].tolist()) for score in scores]
+        chosen = choose_scored(len(responses), num_entropy_responses, seed)
+        scored = [responses[index] for index in chosen]
+        scores = score_responses(policy, scored, pad_token_id(tokenizer), scoring_batch_size)
+        for index, score in zip(chosen, scores, strict=True):
+            entropies[index] = mean(score["token_entropy"].tolist())
     rewards = [grade.rewards for grade in grades]
     examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path)
     failures = count_failures([grade.failure for grade in grades])
     metrics = summarize_examples(examples) | {f"reward_{name}": count for name, count in failures.items()}
-    num_tokens = sum(example["response_length"] for example in examples)
-    metrics["sampled_tokens_per_second"] = num_tokens / sampling_seconds
+    metrics["sampled_tokens_per_second"] = sum(len(response.token_ids) for response in responses) / sampling_seconds
     return metrics, examples
+
+
+def choose_scored(num_responses: int, num_scored: int | Literal["all"], seed: int) -> list[int]:
+    """Return the indices of the responses whose entropy is computed: a random subset that the seed decides.
+
+    >>> choose_scored(4, "all", seed=0), len(choose_scored(100, 16, seed=0))
+    ([0, 1, 2, 3], 16)
+    """
+    if num_scored == "all" or num_scored >= num_responses:
+        return list(range(num_responses))
+    return sorted(random.Random(derive_seed(seed, "entropy")).sample(range(num_responses), num_scored))
 
 
 def log_generations(
@@ -119,7 +132,8 @@ def log_generations(
     """Return one dictionary per example, and write them as JSON lines if a path is given.
 
     The keys are prompt, response, ground_truth, format_reward, answer_reward, reward, token_entropy (mean over the
-    response's tokens, in nats), response_length (in tokens) and finish_reason (`length` if the response was cut).
+    response's tokens, in nats; None if it was not computed), response_length (in tokens) and finish_reason (`length` if
+    the response was cut).
     """
     columns = zip(prompts, responses, ground_truths, rewards, token_entropies, strict=True)
     examples = [
@@ -146,16 +160,16 @@ def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | 
     - num_format_*: counts of the assignment's three categories
     - response_length, response_length_correct, response_length_incorrect: means over all, correct and other examples,
       in tokens
-    - token_entropy: mean over all response tokens, in nats
+    - token_entropy: mean over all tokens of the responses that have one, in nats
+    - num_entropy_responses: how many have one
     - truncated_fraction: share of the responses that were cut at the length limit
     """
     correct = [example for example in examples if example["answer_reward"] == 1]
     incorrect = [example for example in examples if example["answer_reward"] != 1]
     categories = [category(example) for example in examples]
-    with_tokens = [example for example in examples if example["response_length"] > 0]
-    has_entropy = bool(with_tokens) and all(example["token_entropy"] is not None for example in with_tokens)
-    num_tokens = sum(example["response_length"] for example in with_tokens)
-    entropy_sum = sum(e["token_entropy"] * e["response_length"] for e in with_tokens) if has_entropy else None
+    scored = [example for example in examples if example["token_entropy"] is not None]  # an empty response has none
+    num_tokens = sum(example["response_length"] for example in scored)
+    entropy_sum = sum(example["token_entropy"] * example["response_length"] for example in scored)
     return {
         "num_examples": len(examples),
         "reward": mean([example["reward"] for example in examples]),
@@ -167,7 +181,8 @@ def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | 
         "response_length": mean([example["response_length"] for example in examples]),
         "response_length_correct": mean([example["response_length"] for example in correct]),
         "response_length_incorrect": mean([example["response_length"] for example in incorrect]),
-        "token_entropy": None if entropy_sum is None else entropy_sum / num_tokens,
+        "token_entropy": entropy_sum / num_tokens if scored else None,
+        "num_entropy_responses": len(scored),
         "truncated_fraction": mean([float(example["finish_reason"] == "length") for example in examples]),
     }
 
@@ -197,7 +212,6 @@ class Evaluator:
         # A longer prompt is cut, because a probe need not be a whole prompt.
         longest = config.max_context_tokens - config.num_sync_tokens
         self._probe_ids = [ids[:longest] for ids in encode_prompts(examples, tokenizer, config)[:NUM_PROBE_PROMPTS]]
-        print(f"starting vLLM on {config.evaluator_device}", flush=True)
         self.llm = init_vllm(
             tokenizer.name_or_path,  # the folder that policy and tokenizer were loaded from
             config.evaluator_device,
@@ -232,7 +246,6 @@ class Evaluator:
             pad_token_id(self.tokenizer),
             self.config.num_sync_tokens,
             self.config.max_sync_error,
-            self.config.compute_dtype,
         )
 
     def sleep(self) -> None:
@@ -268,7 +281,7 @@ class Evaluator:
                 tokenizer=self.tokenizer,
                 policy=policy,
                 scoring_batch_size=config.scoring_batch_size,
-                compute_dtype=config.compute_dtype,
+                num_entropy_responses=config.num_entropy_responses,
                 seed=VALIDATION_SAMPLING_SEED,
                 output_path=self.samples_path(eval_step, prefix),
             )

@@ -16,6 +16,7 @@ from experiments.catalog import FIGURES, TABLES
 from experiments.result_figures import draw
 from experiments.result_tables import make_methods_table, make_table, put_table
 from plainrl.cli import run_main
+from plainrl.devices import run_command
 from plainrl.records import UserError
 
 
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> None:
     """Draw every figure, write every table."""
     key, _, preset = (arguments or ["preset=laptop"])[0].partition("=")
     if len(arguments) > 1 or key != "preset" or not preset:
-        raise UserError("usage: uv run python -m experiments.plot_results [preset=one-gpu]")
+        raise UserError(f"usage: {run_command('python -m experiments.plot_results')} [preset=one-gpu]")
     readme = Path("README.md")
     if not readme.is_file():
         raise UserError("README.md is not here: run this from the root of the repository")

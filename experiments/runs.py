@@ -13,13 +13,14 @@ from pathlib import Path
 
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main
+from plainrl.devices import run_command
 from plainrl.help import SCHEMAS
 from plainrl.records import UserError
 from plainrl.run_folder import EVALUATION, list_checkpoints, script_of
 from plainrl.run_records import EVAL_SCORE, Line, plot_metrics, read_metrics
 
 MOST_SECONDS = 1e12  # what a time can show
-COMMAND = "uv run python -m experiments.runs"
+COMMAND = "python -m experiments.runs"
 
 
 def main(arguments: list[str]) -> None:
@@ -31,7 +32,8 @@ def main(arguments: list[str]) -> None:
     elif len(arguments) <= 1 and arguments != ["--help"]:
         print(list_runs(Path(*arguments or ["runs"])))
     else:
-        raise UserError(f"usage: {COMMAND} [runs_dir], or {COMMAND} compare FOLDER FOLDER [FIGURE]")
+        command = run_command(COMMAND)
+        raise UserError(f"usage: {command} [runs_dir], or {command} compare FOLDER FOLDER [FIGURE]")
 
 
 def list_runs(runs_dir: Path) -> str:
@@ -111,8 +113,8 @@ def draw_curves(one: Path, other: Path, figure: Path | None = None) -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"the figure {figure} cannot be written ({reason}); name another file: {COMMAND} compare {one} {other} "
-            "FIGURE.png"
+            f"the figure {figure} cannot be written ({reason}); name another file: {run_command(COMMAND)} compare "
+            f"{one} {other} FIGURE.png"
         ) from None
     return figure
 

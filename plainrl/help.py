@@ -14,6 +14,7 @@ import yaml
 
 from GRPO_helper import LOSSES
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
+from plainrl.devices import run_command
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.records import UserError
 
@@ -41,7 +42,7 @@ GROUPS = {
     "sampling": (
         *("sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens", "stop_string"),
     ),
-    "evaluation": ("eval_interval", "num_eval_examples", "num_final_eval_examples"),
+    "evaluation": ("eval_interval", "num_eval_examples", "num_final_eval_examples", "num_entropy_responses"),
     "devices and precision": (
         *("policy_device", "evaluator_device", "compute_dtype", "engine_dtype", "attn_implementation"),
         *("gradient_checkpointing", "compile_policy", "scoring_batch_size"),
@@ -67,8 +68,8 @@ SCHEMAS = {  # schema -> command, YAML file
 def help_text(schema: type[RunConfig], yaml_path: str | Path, command: str) -> str:
     """Return every key of a schema with its default and meaning, by group."""
     lines = [
-        f"usage: uv run python {command} [key=value ...]",
-        f"       uv run python {command} --help KEY        explains one key",
+        f"usage: {run_command('python')} {command} [key=value ...]",
+        f"       {run_command('python')} {command} --help KEY        explains one key",
         "",
         f"Values come from the defaults below, then {Path(yaml_path).name}, then its preset, then the command line.",
         f"config=FILE reads another YAML file than {Path(yaml_path).name}.",

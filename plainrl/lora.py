@@ -5,9 +5,8 @@
 Every linear layer of the policy's blocks gets a pair A, B. Only these have gradients and moments, in float32. A starts
 uniform in +-1/sqrt(in), and B starts at zero, so that step 0 is the model itself, if that was published in 16 bits.
 
-Nothing else of the policy is trained. Its matrices are held in the compute dtype, to which autocast would round all
-but the embeddings in each pass. A model in float32, such as the result of another stage, is thereby rounded once, also
-in its checkpoints. Vectors (norms, biases) stay float32, and so do the hidden states between the blocks.
+Nothing else of the policy is trained. It is held in the compute dtype alone. A model in float32, such as the result of
+another stage, is thereby rounded once, also in its checkpoints.
 
 The engine gets W', rounded to its own dtype. The policy computes with W' too, rounded in the same way, so that both
 are one model in 16 bits as well. With W x and B A x apart, steps of less than a rounding error would move the policy
@@ -68,12 +67,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return W' x + bias, computed in the dtype of W."""
-        dtype = self.weight.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(inputs.device.type, enabled=False):  # it would round A and B before their product
-            return _MergedLinear.apply(
-                inputs.to(dtype), self.weight, bias, self.lora_a, self.lora_b, self.alpha / self.rank
-            )
+        return _MergedLinear.apply(inputs, self.weight, self.bias, self.lora_a, self.lora_b, self.alpha / self.rank)
 
     def merged_weight(self) -> Tensor:
         """Return W' = W + (alpha / r) B A, in the dtype of A and B."""
@@ -118,7 +112,7 @@ def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tens
 
 
 def add_adapters(policy: "PreTrainedModel", config: "TrainConfig") -> None:
-    """Freeze a policy, round its matrices to the compute dtype, and put an adapter beside each linear layer.
+    """Freeze a policy, round it to the compute dtype, and put an adapter beside each linear layer.
 
     Args:
         policy: with float32 weights. It is changed in place.
@@ -142,10 +136,7 @@ def add_adapters(policy: "PreTrainedModel", config: "TrainConfig") -> None:
     dtype = getattr(torch, config.compute_dtype)
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
-        if parameter.dim() > 1:
-            parameter.data = parameter.data.to(dtype)
-    if dtype != torch.float32:
-        cast(nn.Module, policy.get_input_embeddings()).register_forward_hook(_to_float32)
+        parameter.data = parameter.data.to(dtype)
     generator = torch.Generator().manual_seed(config.seed)
     for parent, name, layer in linear_layers:
         setattr(parent, name, LoRALinear(layer, config.lora_rank, config.lora_alpha, generator))
@@ -237,8 +228,3 @@ def _settings_of(policy: nn.Module | None) -> str:
     for layer in adapted_layers(policy).values() if policy else ():
         return f"lora_rank={layer.rank} lora_alpha={layer.alpha:g}"
     return "lora_rank=0"
-
-
-def _to_float32(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Keep the hidden states between the blocks in float32, as with float32 embeddings."""
-    return output.float()

@@ -1,8 +1,8 @@
 """How much memory training takes on a GPU: estimated before anything is loaded, and compared with the card.
 
-The parts that depend on the number of parameters alone are exact. Activations are estimated for a Llama-like block
-under autocast, whose norms compute in float32. For Qwen2.5-Math-1.5B on an H200 the estimate is compared with
-measurements in tests/test_memory.py.
+The parts that depend on the number of parameters alone are exact. Activations are estimated for a Llama-like block in
+16 bits. Of their 8 F + 48 d bytes a token, 8 F + 21 d are what the backward pass needs, as counted on a CPU. The
+rest was found on an H200 (tests/test_memory.py), by code that kept residuals in float32, 10 d bytes more.
 """
 
 from typing import Any
@@ -55,7 +55,8 @@ def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict
         total: memory of the GPU, in GiB. The engine takes its share of it.
     """
     training = estimate_training_memory(model_config, config)
-    kept = {name: training[name] for name in ("weights", "moments", "logits")}  # logits: of responses that are scored
+    names = {"weights", "moments", "16-bit copies", "logits"} & training.keys()  # logits: of responses that are scored
+    kept = {name: size for name, size in training.items() if name in names}
     sampling = kept | {"engine": config.gpu_memory_utilization * total}
     return {"training": training} | ({"sampling": sampling} if config.shares_gpu else {})
 
@@ -63,9 +64,9 @@ def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict
 def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str, float]:
     """Return the peak of an optimizer step by parts, in GiB.
 
-        weights 4 n    gradients 4 m    moments 8 m    copies 2 m (16-bit weights that autocast keeps)
-        with adapters: weights 4 m + 2 n (4 for each element of a vector, and 4 n in float32), no copies, but 6 w
-        activations  t L (8 F + 58 d),  with gradient checkpointing  t (L 4 d + 8 F + 58 d)             bytes
+        weights 4 n    gradients 4 m    moments 8 m    copies 2 m (the working copy in 16 bits)
+        with adapters: weights 4 m + 2 n (4 n in float32), no copies, but 6 w
+        activations  t L (8 F + 48 d),  with gradient checkpointing  t (L 2 d + 8 F + 48 d)             bytes
         logits       c V 4 + 12 b
 
     n parameters of the model, m trained ones: all of them, or with adapters of rank r the r (in + out) of each linear
@@ -87,12 +88,16 @@ def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str
     most_tokens = config.microbatch_size * config.max_context_tokens
     num_tokens = min(config.microbatch_tokens or most_tokens, most_tokens)
     is_half = config.compute_dtype != "float32"
-    of_a_block = (8 * feed_forward + 58 * width) * (1 if is_half else 2)
-    kept = num_blocks * 4 * width + of_a_block if config.gradient_checkpointing else num_blocks * of_a_block
+    of_a_block = (8 * feed_forward + 48 * width) * (1 if is_half else 2)
+    kept = (
+        num_blocks * (2 if is_half else 4) * width + of_a_block
+        if config.gradient_checkpointing
+        else num_blocks * of_a_block
+    )
     logits = min(num_tokens, LOGIT_CHUNK_TOKENS) * text.vocab_size * (4 if is_half else 8) + 12 * GPU_BLOCK_NUMBERS
-    matrix_bytes = 2 if config.lora_rank and is_half else 4
-    own = sum(parameter.numel() * (matrix_bytes if parameter.dim() > 1 else 4) for parameter in model.parameters())
-    num_trained = num_added if config.lora_rank else sum(parameter.numel() for parameter in model.parameters())
+    num_own = sum(parameter.numel() for parameter in model.parameters())
+    own = num_own * (2 if config.lora_rank and is_half else 4)
+    num_trained = num_added if config.lora_rank else num_own
     copies = {"16-bit copies": 2 * num_trained * is_half}
     if config.lora_rank:
         copies = {"merged layer": (4 + 2 * is_half) * max((layer.weight.numel() for layer in layers), default=0)}

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from plainrl.devices import run_command, sync_command
 from plainrl.records import UserError
 from plainrl.shared_config import EMBEDDED_MODEL
 
@@ -64,8 +65,9 @@ def resolve_model(model: str) -> str:
         return snapshot_download(model, local_files_only=True)
     except (HFValidationError, LocalEntryNotFoundError):
         raise UserError(
-            f"model = {model}: neither a folder nor a downloaded hub model; run `hf download {model}` if it is on the "
-            f"hub, first make the run that it comes from, or use {EMBEDDED_MODEL}"
+            f"model = {model}: neither a folder nor a downloaded hub model; run "
+            f"`{run_command(f'hf download {model}')}` if it is on the hub, first make the run that it comes "
+            f"from, or use {EMBEDDED_MODEL}"
         ) from None
 
 
@@ -336,7 +338,9 @@ def _unpack_embedded_model() -> Path:
     try:
         files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"model = {EMBEDDED_MODEL}: package {EMBEDDED_PACKAGE} is missing; run `uv sync`") from None
+        raise UserError(
+            f"model = {EMBEDDED_MODEL}: package {EMBEDDED_PACKAGE} is missing; run `{sync_command()}`"
+        ) from None
     gguf = next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
     from transformers import GgufConfig
 

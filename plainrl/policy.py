@@ -29,6 +29,7 @@ from plainrl.model_files import (
     resolve_model,
     set_dropout,
 )
+from plainrl.precision import add_working_copy, refresh_working_copy, working_copy
 from plainrl.prefix_tree import share_prefixes, why_not_shared
 from plainrl.records import Response, UserError
 
@@ -41,8 +42,8 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
 
-    With `lora_rank` it has adapters, and its own weights are frozen: see plainrl/lora.py. Dropout is off, except in SFT
-    with `dropout=true`. With dropout, the policy that is trained would not be the policy that sampled: the importance
+    In 16 bits it has a working copy that computes: see plainrl/precision.py. With `lora_rank` it has adapters, and its
+    own weights are frozen: see plainrl/lora.py. Dropout is off, except in SFT with `dropout=true`. With dropout, the
     ratio of a policy that did not move would differ from 1.
 
     Args:
@@ -94,7 +95,8 @@ def load_policy(
     # vLLM serves some architectures by the class of Transformers, which it changes for compiling when it starts. The
     # changed class reads this attribute, which only models made after the change would have.
     cast(Any, policy.base_model).do_not_compile = True
-    return policy.eval(), tokenizer
+    add_working_copy(policy.eval(), config.compute_dtype)
+    return policy, tokenizer
 
 
 def blocks_of(policy: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -117,18 +119,21 @@ def compile_blocks(policy: PreTrainedModel) -> None:
 
 def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Put the policy into training mode, as configured, and return its AdamW optimizer."""
+    model = working_copy(policy)
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     if config.compile_policy:
-        compile_blocks(policy)
-    policy.train()
-    return torch.optim.AdamW(
+        compile_blocks(model)
+    model.train()
+    optimizer = torch.optim.AdamW(
         [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
         fused=True,
     )
+    optimizer.register_step_post_hook(lambda *_: refresh_working_copy(policy))
+    return optimizer
 
 
 def choose_attention(config: RunConfig, model_config: PreTrainedConfig | None = None) -> str:
@@ -160,7 +165,7 @@ def choose_attention(config: RunConfig, model_config: PreTrainedConfig | None = 
 
 
 def autocast(policy: PreTrainedModel, compute_dtype: str) -> torch.autocast:
-    """Return the context in which the policy computes: with matmuls in 16 bits, or in plain float32."""
+    """TEMPORARY, until tests/gpu no longer import it."""
     dtype = torch.float16 if compute_dtype == "float16" else torch.bfloat16
     return torch.autocast(policy.device.type, dtype=dtype, enabled=compute_dtype != "float32")
 
@@ -220,30 +225,29 @@ def score_responses(
     responses: Sequence[Response],
     padding_id: int,
     batch_size: int,
-    compute_dtype: str = "float32",
 ) -> list[dict[str, Tensor]]:
     """Score the sampled token ids with the policy, without gradients and without dropout.
 
     Args:
-        policy: the policy. It is put back into its mode, training or evaluation, afterwards.
+        policy: the policy, whose working copy computes. Training or evaluation, its mode is the same afterwards.
         responses: with their prompts, in any order. Responses of similar length share a forward pass.
         padding_id: token id that fills rows up.
         batch_size: most responses in a forward pass.
-        compute_dtype: dtype of the matmuls.
 
     Returns:
         For each response, in the order given, its `log_probs` and `token_entropy` in nats. Each has shape (number of
         response tokens,), float32, on the CPU.
     """
     prompts, tokens = [response.prompt_ids for response in responses], [response.token_ids for response in responses]
-    was_training = policy.training
-    policy.eval()
+    model = working_copy(policy)
+    was_training = model.training
+    model.eval()
     scores: dict[int, dict[str, Tensor]] = {}
-    for indices, batch in microbatches(policy, prompts, tokens, padding_id, batch_size):
-        with torch.inference_mode(), autocast(policy, compute_dtype):
-            batch_scores = get_masked_response_log_probs(policy, **batch, return_token_entropy=True)
+    for indices, batch in microbatches(model, prompts, tokens, padding_id, batch_size):
+        with torch.inference_mode():
+            batch_scores = get_masked_response_log_probs(model, **batch, return_token_entropy=True)
         for row, index in enumerate(indices):
             mask = batch["response_mask"][row]
             scores[index] = {name: values[row, mask].float().cpu() for name, values in batch_scores.items()}
-    policy.train(was_training)
+    model.train(was_training)
     return [scores[index] for index in range(len(responses))]

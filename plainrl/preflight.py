@@ -16,14 +16,15 @@ from plainrl.checkpoint import SPARE_BYTES, is_disk_full
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import free_bytes
 from plainrl.log_probs import get_masked_response_log_probs
-from plainrl.policy import autocast, blocks_of
+from plainrl.policy import blocks_of
+from plainrl.precision import working_copy
 from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints
 from SFT_helper import get_response_log_probs, join_prompt_and_response_ids
 
 NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")
 # Rounding gives about 1e-5 in float32 and 0.05 in 16 bits. An attention or logits of another kind give far more.
-MOST_SCORE_DIFFERENCE = {"float32": 0.01, "bfloat16": 0.5, "float16": 0.5}  # nats
+MOST_SCORE_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.5}  # nats
 
 
 def preflight(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, config: TrainConfig) -> None:
@@ -55,16 +56,15 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     responses = [[index % num_tokens for index in row] for row in ((15, 16, 17), (15, 18), (19, 20, 21, 22))]
     rows = join_prompt_and_response_ids([prompt] * len(responses), responses, padding_id=0)
     ids, labels, mask = (rows[name].to(policy.device) for name in ("input_ids", "labels", "response_mask"))
-    # In 16 bits a GPU takes other kernels than in float32. Adapters stand beside matrices that are in 16 bits.
-    as_in_training = policy.device.type != "cpu" or getattr(config, "lora_rank", 0)
-    dtype = config.compute_dtype if as_in_training else "float32"
-    was_training = policy.training
-    with torch.inference_mode(), autocast(policy, dtype):
-        policy.eval()
-        plain = get_response_log_probs(policy, ids, labels)["log_probs"].float()
-        policy.train(not getattr(config, "dropout", False))
-        fast = get_masked_response_log_probs(policy, ids, labels, mask)["log_probs"].float()
-    policy.train(was_training)
+    # In 16 bits a GPU takes other kernels than in float32.
+    model = policy if policy.device.type == "cpu" else working_copy(policy)
+    was_training = model.training
+    with torch.inference_mode():
+        model.eval()
+        plain = get_response_log_probs(model, ids, labels)["log_probs"].float()
+        model.train(not getattr(config, "dropout", False))
+        fast = get_masked_response_log_probs(model, ids, labels, mask)["log_probs"].float()
+    model.train(was_training)
     if not plain[mask].isfinite().all():
         raise UserError(f"model = {config.model}: its scores are infinite or NaN; use another model")
     found = {
@@ -75,7 +75,7 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     }
     for problem, differences in found.items():
         largest = cast(Tensor, differences).abs().max().item()
-        if not largest <= MOST_SCORE_DIFFERENCE[dtype]:
+        if not largest <= MOST_SCORE_DIFFERENCE[model.dtype]:
             raise UserError(f"model = {config.model}: {problem} (they differ by {largest:.2g} nats)")
 
 

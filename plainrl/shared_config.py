@@ -39,7 +39,7 @@ class RunConfig(BaseModel):
         description="device of vLLM: cpu or cuda:0 (vLLM takes the first visible GPU; order CUDA_VISIBLE_DEVICES)",
     )
     compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="autocast dtype of the policy. Weights that are trained stay float32"
+        "bfloat16", description="dtype in which the policy computes. Weights that are trained are kept in float32"
     )
     engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="dtype of the vLLM engine's weights and cache"
@@ -69,6 +69,9 @@ class RunConfig(BaseModel):
     arithmetic_max_term: int = Field(20, ge=2, description="largest term of an embedded arithmetic question")
     num_eval_examples: int | Literal["all"] = Field(
         256, description="validation questions per evaluation, a fixed subset (a count, or all)"
+    )
+    num_entropy_responses: int | Literal["all"] = Field(
+        256, description="responses of an evaluation whose token entropy is computed, a fixed subset (a count, or all)"
     )
 
     sampling_temperature: float = Field(1.0, ge=0, description="softmax temperature (0: greedy)")
@@ -152,6 +155,8 @@ class RunConfig(BaseModel):
             )
         if isinstance(self.num_eval_examples, int) and self.num_eval_examples < 1:
             raise ValueError(f"num_eval_examples = {self.num_eval_examples}: must be at least 1, or all")
+        if isinstance(self.num_entropy_responses, int) and self.num_entropy_responses < 0:
+            raise ValueError(f"num_entropy_responses = {self.num_entropy_responses}: must be at least 0, or all")
         return self
 
     def warnings(self) -> list[str]:

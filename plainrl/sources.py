@@ -26,6 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from plainrl.devices import run_command
 from plainrl.records import UserError, first_line
 from plainrl.shared_config import EMBEDDED_DATA
 
@@ -86,8 +87,8 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
             yield from _read_hub(source)
             return
         raise UserError(
-            f"data file {source} does not exist; name a JSON, JSON lines or Parquet file, a hub data set as "
-            f"owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
+            f"data file {source} does not exist; docs/data.md says where to get data; or name a JSON, JSON lines or "
+            f"Parquet file, a hub data set as owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
         )
     if path.is_dir():
         raise UserError(f"data file {source} is a folder; name one file in it")
@@ -335,7 +336,7 @@ def _read_hub(source: str) -> Iterator[tuple[dict[str, Any], str]]:
     except Exception as error:  # of any type, because the library raises many: unknown name or split, no network
         raise UserError(
             f"data set {source} could not be loaded ({first_line(error)}); download it with "
-            f"`uv run hf download {owner}/{name} --repo-type=dataset` or name a local file"
+            f"`{run_command(f'hf download {owner}/{name} --repo-type=dataset')}` or name a local file"
         ) from error
     names = rows.column_names
     table = rows.select_columns([name for name in names if name in FIELDS]).with_format("arrow")[:]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from plainrl.cli import PIPE_STATUS, command_of, load_config, read_yaml
 from plainrl.config import RolloutConfig, RunConfig, SFTConfig
 from plainrl.data import hold_out, load_sft_examples, load_validation_set
+from plainrl.devices import run_command
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import presets_of
 from plainrl.records import Stopped, UserError
@@ -155,4 +156,4 @@ def _arguments(settings: Mapping[str, Any]) -> list[str]:
 
 def _own_command() -> str:
     """Return the command that started this process."""
-    return shlex.join(["python", *command_of(Path(sys.argv[0])).split(), *sys.argv[1:]])
+    return run_command(shlex.join(["python", *command_of(Path(sys.argv[0])).split(), *sys.argv[1:]]))

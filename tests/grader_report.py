@@ -17,6 +17,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from plainrl.cli import run_main
+from plainrl.devices import run_command, sync_command
 from plainrl.grading.rewards import grade_answer
 from plainrl.records import UserError
 
@@ -131,10 +132,10 @@ def main(arguments: list[str]) -> None:
     """Grade the corpus that the command line names."""
     paths = [argument for argument in arguments if argument != "--math-verify"]
     if len(paths) > 1 or any(argument.startswith("-") for argument in paths):
-        raise UserError("usage: uv run python tests/grader_report.py [pairs.tsv] [--math-verify]")
+        raise UserError(f"usage: {run_command('python tests/grader_report.py')} [pairs.tsv] [--math-verify]")
     with_math_verify = paths != arguments
     if with_math_verify and find_spec("math_verify") is None:
-        raise UserError("--math-verify: the package math-verify is not installed; run uv sync")
+        raise UserError(f"--math-verify: the package math-verify is not installed; run `{sync_command()}`")
     report(Path(paths[0]) if paths else CORPUS, with_math_verify)
 
 

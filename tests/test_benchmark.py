@@ -19,6 +19,7 @@ from experiments.benchmark.trl_task import TRL_CHECKPOINTING, trl_task
 from experiments.benchmark.turns import only_visible, take_turn
 from plainrl.cli import load_config
 from plainrl.config import SFTConfig
+from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.run_records import describe_environment
 
@@ -113,7 +114,7 @@ def test_the_record_of_a_later_measurement_keeps_what_an_older_file_calls_peer(t
 
 def test_mistakes_are_named():
     for arguments in ([], ["speed"]):
-        with pytest.raises(UserError, match="usage: uv run python -m experiments.benchmark sft"):
+        with pytest.raises(UserError, match=f"usage: {run_command('python -m experiments.benchmark sft')}"):
             main(arguments)
 
 

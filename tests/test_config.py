@@ -38,7 +38,18 @@ def test_gpu_presets():
     assert one.compute_dtype == two.compute_dtype == "bfloat16"
     assert one.shares_gpu and not two.shares_gpu
     assert (two.policy_device, two.evaluator_device) == ("cuda:1", "cuda:0")
-    assert "sft-reason" in one.train_data and "sft-reason" in one.validation_data
+
+
+def test_gpu_presets_name_files_that_the_author_of_the_data_documents():
+    """Two files of traces, all and filtered, and one of validation questions, in the folder sft-reason/."""
+    traces, filtered, validation = (
+        f"data/sft-reason/{name}.jsonl" for name in ("sft_gpt-oss-120b", "sft_gpt-oss-120b_filtered", "val")
+    )
+    train_data = dict(zip(SCHEMAS, (filtered, traces, traces), strict=True))
+    for path, schema in SCHEMAS.items():
+        for preset in ("one-gpu", "two-gpu", "small-gpu"):
+            config = load_config(schema, REPOSITORY / path, [f"preset={preset}"])
+            assert (config.train_data, config.validation_data) == (train_data[path], validation), (path, preset)
 
 
 @pytest.mark.parametrize("path", SCHEMAS)

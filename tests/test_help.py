@@ -8,6 +8,7 @@ from tiny import REPOSITORY
 
 from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
+from plainrl.devices import run_command
 from plainrl.help import GROUPS, SCHEMAS, configuration_page, explain, help_text, keys_by_group
 from plainrl.records import UserError
 
@@ -27,7 +28,7 @@ def test_help_has_every_key_and_the_algorithms_own_first(schema):
     assert sorted(keys) == sorted(schema.model_fields)
     assert keys[0] in ("num_sft_examples", "n_grpo_steps", "n_ei_steps")
     assert all(len(line) <= 120 for line in text.splitlines())
-    assert text.startswith(f"usage: uv run python {SCHEMAS[schema][0]} [key=value ...]")
+    assert text.startswith(f"usage: {run_command('python')} {SCHEMAS[schema][0]} [key=value ...]")
 
 
 def test_one_key_is_explained_with_its_values_in_the_presets():
@@ -70,7 +71,7 @@ def test_help_names_the_command_that_was_started():
         cwd=REPOSITORY,
         timeout=120,
     )
-    assert result.stdout.startswith("usage: uv run python -m experiments.expert_iteration [key=value ...]")
+    assert result.stdout.startswith(f"usage: {run_command('python')} -m experiments.expert_iteration [key=value ...]")
 
 
 def test_presets_that_are_no_blocks_are_one_line():

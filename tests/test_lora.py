@@ -28,7 +28,8 @@ from plainrl.lora import (
     merged_state_dict,
     save_adapters,
 )
-from plainrl.policy import autocast, compute_clipped_gradient, load_policy, prepare_training
+from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training
+from plainrl.precision import add_working_copy, working_copy
 from plainrl.prefix_tree import share_prefixes, shares_prefixes
 from plainrl.records import UserError
 from SFT_helper import join_prompt_and_response_ids
@@ -72,9 +73,8 @@ def make_rows():
     return join_prompt_and_response_ids(prompts, responses, padding_id=0)
 
 
-def scores_of(model, dtype="float32"):
-    with autocast(model, dtype):
-        return get_masked_response_log_probs(model, **make_rows())["log_probs"]
+def scores_of(model):
+    return get_masked_response_log_probs(working_copy(model), **make_rows())["log_probs"]
 
 
 def test_the_equation_by_hand():
@@ -133,8 +133,9 @@ def test_step_0_is_the_model(base, dtype):
     for parameter in base.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
     share_prefixes(base)
-    expected = scores_of(base, dtype)
-    assert torch.equal(scores_of(with_adapters(base, is_trained=False, compute_dtype=dtype), dtype), expected)
+    add_working_copy(base, dtype)
+    expected = scores_of(base)
+    assert torch.equal(scores_of(with_adapters(base, is_trained=False, compute_dtype=dtype)), expected)
 
 
 def test_the_merged_model_has_the_same_scores_and_loads_in_plain_transformers(base, tmp_path):
@@ -153,15 +154,16 @@ def test_the_merged_model_has_the_same_scores_and_loads_in_plain_transformers(ba
 
 
 def test_in_16_bits_the_policy_computes_with_exactly_the_weights_that_the_engine_gets(base, tmp_path):
-    """The policy's scores are those of the plain model with the merged weights, under autocast: bit for bit."""
+    """The policy's scores are those of the plain model with the merged weights, in its working copy: bit for bit."""
     policy = with_adapters(base, compute_dtype="bfloat16")
     merged_model(policy).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     share_prefixes(plain)
-    assert torch.equal(scores_of(policy, "bfloat16"), scores_of(plain, "bfloat16"))
+    add_working_copy(plain, "bfloat16")
+    assert torch.equal(scores_of(policy), scores_of(plain))
     for layer in adapted_layers(policy).values():  # a change smaller than any rounding error changes neither
         layer.lora_b.data *= 1 + 1e-7
-    assert torch.equal(scores_of(policy, "bfloat16"), scores_of(plain, "bfloat16"))
+    assert torch.equal(scores_of(policy), scores_of(plain))
 
 
 def test_the_gradient_in_16_bits_is_near_that_in_float32(tiny_model_folder):
@@ -169,7 +171,7 @@ def test_the_gradient_in_16_bits_is_near_that_in_float32(tiny_model_folder):
     for dtype in ("float32", "bfloat16"):
         model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
         policy = with_adapters(model, compute_dtype=dtype)
-        scores_of(policy, dtype).sum().backward()
+        scores_of(policy).sum().backward()
         assert all(part.grad.dtype == torch.float32 for part in policy.parameters() if part.requires_grad)
         gradients.append(torch.cat([part.grad.flatten() for part in policy.parameters() if part.requires_grad]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
@@ -181,8 +183,7 @@ def test_frozen_weights_are_held_in_16_bits_and_saved_in_32(tiny_model, tmp_path
     dtypes = {name.rpartition(".")[2]: part.dtype for name, part in policy.model.layers[0].mlp.named_parameters()}
     assert dtypes == {"weight": torch.bfloat16, "lora_a": torch.float32, "lora_b": torch.float32}
     assert policy.get_input_embeddings().weight.dtype == policy.lm_head.weight.dtype == torch.bfloat16
-    assert policy.model.norm.weight.dtype == torch.float32
-    assert policy.get_input_embeddings()(torch.tensor([3])).dtype == torch.float32
+    assert policy.model.norm.weight.dtype == policy.dtype == torch.bfloat16
     merged_model(policy).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert {part.dtype for part in saved.values()} == {torch.float32}

@@ -32,7 +32,7 @@ def test_the_parts_are_those_worked_out_by_hand():
     gib = {name: size * 2**30 for name, size in found.items()}
     assert gib["weights"] == gib["gradients"] == 4 * num_parameters and gib["moments"] == 8 * num_parameters
     assert gib["16-bit copies"] == 2 * num_parameters
-    assert gib["activations"] == 1024 * 2 * (8 * 16 + 58 * 8)
+    assert gib["activations"] == 1024 * 2 * (8 * 16 + 48 * 8)
     assert gib["logits"] == 1024 * 1000 * 4 + 12 * 2**26
     assert set(found) == {"weights", "gradients", "moments", "16-bit copies", "activations", "logits"}
 
@@ -45,7 +45,7 @@ def test_adapters_alone_have_gradients_and_moments():
     assert num_added == 1088
     found = estimate_training_memory(model, gpu_config(lora_rank=4, evaluator_device="cpu"))
     gib = {name: size * 2**30 for name, size in found.items()}
-    assert gib["weights"] == 2 * (8000 + 2 * 640) + 4 * (2 * (24 + 16) + 8) + 4 * num_added
+    assert gib["weights"] == 2 * (8000 + 2 * 640 + 2 * (24 + 16) + 8) + 4 * num_added
     assert gib["gradients"] == 4 * num_added and gib["moments"] == 8 * num_added
     assert gib["merged layer"] == 6 * 8 * 16 and "16-bit copies" not in gib
     exact = estimate_training_memory(model, gpu_config(lora_rank=4, evaluator_device="cpu", compute_dtype="float32"))
@@ -67,7 +67,7 @@ def test_the_preset_for_small_cards_fits_24_gb_in_both_phases(schema):
 
 
 def test_the_estimate_is_near_what_an_h200_measured():
-    """From 5 % less to 15 % more. Too much is the safe side."""
+    """From 5 % less to 15 % more. Too much is the safe side. The H200 still kept residuals in float32."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     updates = [row for row in rows if row.get("part") == "GRPO update"]
     assert len(updates) == 2

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from plainrl.config import RunConfig
+from plainrl.devices import run_command
 from plainrl.model_files import find_dropout, resolve_model, set_dropout, why_unsupported
 from plainrl.policy import load_policy
 from plainrl.records import UserError
@@ -30,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 
 def test_unknown_model_says_how_to_download(tmp_path):
-    with pytest.raises(UserError, match=re.escape("run `hf download Qwen/Nothing-0B`")):
+    with pytest.raises(UserError, match=re.escape(f"run `{run_command('hf download Qwen/Nothing-0B')}`")):
         resolve_model("Qwen/Nothing-0B")
     with pytest.raises(UserError, match="no config.json"):
         resolve_model(str(tmp_path))

@@ -6,12 +6,17 @@ import re
 import pytest
 import torch
 from test_engine import QUESTIONS, changed_policy, sampling
+from tiny import REPOSITORY, FakeEvaluator, read_lines, tiny_arguments
 
-from plainrl.data import derive_seed
+import policy_evaluation
+from plainrl.cli import load_config
+from plainrl.config import SFTConfig
+from plainrl.data import derive_seed, load_validation_set
 from plainrl.engine import load_policy_into_vllm_instance, sample_responses
 from plainrl.policy import score_responses
 from plainrl.records import Response, UserError
-from policy_evaluation import evaluate_vllm, log_generations, main, summarize_examples
+from plainrl.run_folder import RunFolder
+from policy_evaluation import Evaluator, choose_scored, evaluate_vllm, log_generations, main, summarize_examples
 from SFT_helper import encode_prompt
 
 
@@ -57,8 +62,72 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
     assert [response.text for response in responses] == [example["response"] for example in examples]
     all_entropies = torch.cat([score["token_entropy"] for score in score_responses(policy, responses, 0, 6)])
     assert metrics["token_entropy"] == pytest.approx(all_entropies.mean().item(), rel=1e-5)
+    assert metrics["num_entropy_responses"] == 6
     with pytest.raises(ValueError, match="6 prompts and 1 ground truths"):
         evaluate_vllm(engine, reward_fn, QUESTIONS, sampling(), ["1"])
+
+
+def right(response, truth):
+    return {"format_reward": 1.0, "answer_reward": 1.0, "reward": 1.0}
+
+
+def test_entropies_of_a_sample_of_the_responses(engine, tiny_model, tmp_path, monkeypatch):
+    """The policy scores the sample alone. The others have null, and the mean is over the sample's tokens."""
+    scored = []
+
+    def count(policy, responses, *settings):
+        scored.append(len(responses))
+        return score_responses(policy, responses, *settings)
+
+    monkeypatch.setattr(policy_evaluation, "score_responses", count)
+
+    def evaluate(**options):
+        path = tmp_path / "samples.jsonl"
+        metrics, _ = evaluate_vllm(
+            engine, right, QUESTIONS, sampling(), ["1"] * 6, policy=tiny_model, output_path=path, **options
+        )
+        return metrics, read_lines(path)
+
+    whole, every = evaluate()
+    metrics, rows = evaluate(num_entropy_responses=2)
+    chosen = [index for index, row in enumerate(rows) if row["token_entropy"] is not None]
+    assert len(chosen) == metrics["num_entropy_responses"] == 2
+    lengths, entropies = ([every[index][key] for index in chosen] for key in ("response_length", "token_entropy"))
+    assert [rows[index]["token_entropy"] for index in chosen] == pytest.approx(entropies, rel=1e-5)
+    expected = (lengths[0] * entropies[0] + lengths[1] * entropies[1]) / (lengths[0] + lengths[1])
+    assert metrics["token_entropy"] == pytest.approx(expected, rel=1e-5)
+    own = {"token_entropy", "num_entropy_responses", "sampled_tokens_per_second"}
+    assert {key: metrics[key] for key in metrics.keys() - own} == {key: whole[key] for key in whole.keys() - own}
+    none, rows = evaluate(num_entropy_responses=0)
+    assert (none["token_entropy"], none["num_entropy_responses"]) == (None, 0)
+    assert evaluate(num_entropy_responses=7)[0]["token_entropy"] == whole["token_entropy"]
+    assert scored == [6, 2, 0, 6]
+
+
+def test_the_sample_is_the_same_in_every_evaluation_and_spread_over_the_questions():
+    chosen = choose_scored(1024, 256, seed=0)
+    assert chosen == choose_scored(1024, 256, seed=0) == sorted(set(chosen)) != choose_scored(1024, 256, seed=1)
+    assert len(chosen) == 256
+    quarters = [sum(index // 256 == quarter for index in chosen) for quarter in range(4)]
+    assert min(quarters) > 40  # 64 are expected in each, with a standard deviation of 6
+    assert choose_scored(256, 256, seed=0) == choose_scored(256, "all", seed=0) == list(range(256))
+
+
+def test_a_run_computes_as_many_entropies_as_it_is_asked_for(
+    engine, tiny_model_folder, tiny_model, tokenizer, tmp_path
+):
+    arguments = tiny_arguments(tiny_model_folder, tmp_path, num_entropy_responses=3)
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", arguments)
+    questions = load_validation_set(config)[:8]
+    with RunFolder.create(config, "sft") as run:
+        evaluator = FakeEvaluator(config, run, tokenizer, questions)
+        evaluator.llm = engine
+        metrics = Evaluator.evaluate(evaluator, tiny_model, eval_step=0)
+    rows = read_lines(evaluator.samples_path(0))
+    assert sum(row["token_entropy"] is not None for row in rows) == metrics["num_entropy_responses"] == 3
+    assert read_lines(run.path / "metrics.jsonl")[0]["eval/num_entropy_responses"] == 3
+    with pytest.raises(UserError, match="num_entropy_responses = -1: must be at least 0, or all"):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "num_entropy_responses=-1"])
 
 
 def example(format_reward, answer_reward, length, entropy=1.0, finish_reason="stop"):
@@ -87,6 +156,9 @@ def test_summary_by_hand():
     assert metrics["response_length_incorrect"] == 35
     assert metrics["truncated_fraction"] == 0.25
     assert metrics["token_entropy"] == pytest.approx((10 * 0.5 + 20 * 1.0 + 40 * 2.0) / 100)
+    assert metrics["num_entropy_responses"] == 4
+    unscored = summarize_examples([*examples, example(1, 1, 50, None)])
+    assert unscored["token_entropy"] == metrics["token_entropy"] and unscored["num_entropy_responses"] == 4
 
 
 def test_a_mean_over_nothing_is_none_not_zero():
@@ -100,7 +172,8 @@ def test_empty_responses_have_no_entropy_and_do_not_spoil_the_mean(tmp_path):
     empty, other = Response([1], "", [], [], "stop"), Response([1], "a", [7, 8], [0.0, 0.0], "stop")
     rewards = [{"format_reward": 0.0, "answer_reward": 0.0, "reward": 0.0}] * 2
     examples = log_generations(["p", "p"], [empty, other], ["t", "t"], rewards, [None, 0.5], path)
-    assert summarize_examples(examples)["token_entropy"] == 0.5
+    metrics = summarize_examples(examples)
+    assert (metrics["token_entropy"], metrics["num_entropy_responses"]) == (0.5, 1)
     assert json.loads(path.read_text().splitlines()[0])["token_entropy"] is None
 
 

@@ -10,6 +10,7 @@ from tiny import REPOSITORY
 from experiments import runs
 from experiments.runs import compare_settings, list_runs
 from plainrl.config import SFTConfig
+from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.run_folder import RunFolder, lock_folder
 
@@ -61,7 +62,7 @@ def test_the_commands_of_the_table(stopped_run, capsys):
     runs.main(["compare", str(stopped_run.path), str(stopped_run.path)])
     assert capsys.readouterr().out.splitlines()[1] == "no setting differs"
     for arguments, message in (
-        (["compare", "a"], "usage: uv run python -m experiments.runs"),
+        (["compare", "a"], f"usage: {run_command('python -m experiments.runs')}"),
         (["compare", "a", "b"], "a is no run"),
         (["none"], "no run"),
     ):

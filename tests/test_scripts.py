@@ -85,10 +85,14 @@ needs_sft_run = pytest.mark.background(job=run_sft)
 
 
 @needs_sft_run
-def test_sft_run_leaves_everything_in_its_folder(sft_run):
+def test_sft_run_leaves_everything_in_its_folder(sft_run, background):
     path, result = sft_run
     lines = result.stdout.splitlines()
     assert "24 taken" in result.stdout
+    start, started = (lines.index(line) for line in lines if "vLLM" in line)
+    assert started == start + 1 and lines[start] == f"starting vLLM on cpu: {background.tiny_model} in float32"
+    cache = "its key-value cache of 1.0 GiB holds 2,097,152 tokens, enough for 5,461.3 contexts of 384 tokens"
+    assert re.fullmatch(rf"vLLM started in \d+ s; {cache}", lines[started])  # and nothing of its own
     assert re.match(r"validation answer reward: last \d\.\d+ \(step 3\), best .*, on 8 held-out questions; ", lines[-2])
     assert re.search(r"; after the last step on 12: \d\.\d+ \(temperature 1\)$", lines[-2])
     assert str(path) in lines[-1]

@@ -16,6 +16,7 @@ from tiny import REPOSITORY
 from experiments import sweep, sweep_plan
 from experiments.sweep_plan import plan
 from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
+from plainrl.devices import run_command
 from plainrl.records import UserError
 
 # token_mean fails, masked_normalize waits for a signal in its first session, the others end well
@@ -193,9 +194,8 @@ def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number
     _, output = process.communicate(timeout=30)
     assert process.returncode == status
     assert (folder / "saved").read_text() == "once"
-    assert "to continue: uv run python -m experiments.sweep mine.yaml preset=laptop seeds=[0]" in output.replace(
-        "'", ""
-    )
+    command = run_command("python -m experiments.sweep mine.yaml preset=laptop seeds=[0]")
+    assert f"to continue: {command}" in output.replace("'", "")
     assert not Path("runs/mine-b-seed0").exists() and not Path("results").exists()
 
     run_sweep("seeds=[0]")

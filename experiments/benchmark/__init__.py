@@ -1,1 +1,1 @@
-"""This code against TRL, on one machine: `uv run python -m experiments.benchmark`."""
+"""Speed: this code against TRL, and this code on a GPU. `uv run python -m experiments.benchmark` says how."""

@@ -1,76 +1,37 @@
-"""This code against TRL, in turn, in one run on one machine.
+"""The benchmarks.
 
-    uv run python -m experiments.benchmark sft|grpo|rollout|logprob|grade|all [key=value ...]
+    uv run python -m experiments.benchmark sft|grpo|rollout|logprob|grade|all [key=value ...]    against TRL
+    uv run --no-sync python -m experiments.benchmark gpu [key=value ...]                        what a GPU does
 
-`--help` lists the keys.
-
-    sft      An optimizer step of SFT_train.py against one of TRL's SFTTrainer. TRL runs twice: as fast as it gets, and
-             with its default, gradient checkpointing. Every step has the same worked traces and the loss on the
-             response. Tokens per second counts the tokens of the examples, however they are computed.
-    grpo     A step of GRPO_train.py, as it logs it, against one of TRL's GRPOTrainer: the same questions, responses of
-             exactly sampling_max_tokens tokens, no stop string, no KL term, one optimizer step. Ours skips responses
-             without an advantage. Their number differs from draw to draw, so each pair has a seed of its own.
-    rollout  sample_responses against LLM.generate in the same engine: with the same requests, and with requests
-             without seeds and log-probs.
-    logprob  Old log-probs and training on invented responses with advantage +1 or -1, so that none is skipped. Then
-             with twice the questions, and with responses twice as long.
-    grade    grade_responses on arithmetic answers, right and wrong.
-
-Each side runs in a process of its own in each turn (A B A B ...). The first step of a process is a warm-up and is not
-timed.
-
-mfu is the rate of floating-point operations in the timed steps, over the best rate of a plain bfloat16 matmul on this
-machine. That peak is measured anew before each turn. The operations of matmuls are counted in one more step, after
-times and memory are taken, because counting keeps tensors alive. Recomputation counts. Fused attention on the CPU,
-about 3 %, does not.
-
-Written to results_dir: benchmark.csv (one line per figure), benchmark.png and environment.json. What is not measured
-now stays as it was, unless it is from another machine.
+`--help` lists the keys of the first line, `gpu --help` those of the second. against_trl.py and gpu.py say what is
+measured.
 """
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
-from experiments.benchmark.environment import discard_another_machines, record_environment
-from experiments.benchmark.figures import read_rows, summarize, write_rows
-from experiments.benchmark.random_model import choose_model, is_random
-from experiments.benchmark.report import plot, table
-from experiments.benchmark.settings import REPOSITORY, BenchmarkConfig
-from experiments.benchmark.turns import TURNS, measure
-from plainrl.cli import load_config, run_main
+from experiments.benchmark.against_trl import compare
+from experiments.benchmark.gpu import measure_gpu
+from experiments.benchmark.turns import TURNS
+from plainrl.cli import run_main
+from plainrl.devices import run_command
 from plainrl.records import UserError
-from plainrl.warm_start import apply_warm_start
 
-COMMAND = "uv run python -m experiments.benchmark"
-NEEDS_WARM_START = {"grpo", "rollout", "logprob"}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    **{name: partial(compare, name) for name in (*TURNS, "all")},
+    "gpu": measure_gpu,
+}
+USAGE = f"python -m experiments.benchmark {'|'.join(COMMANDS)} [key=value ...]"
 
 
 def main(arguments: list[str]) -> None:
-    """Take all turns of the benchmarks named, write the results, print them."""
-    names = list(TURNS) if arguments[:1] == ["all"] else arguments[:1]
-    if not names or names[0] not in (*TURNS, "--help"):
-        raise UserError(f"usage: {COMMAND} {'|'.join(TURNS)}|all [key=value ...]; --help lists the keys")
-    keys = arguments if "--help" in names else arguments[1:]
-    config = choose_model(load_config(BenchmarkConfig, REPOSITORY / "grpo_train.yaml", keys))
-    config = config.model_copy(update={"given": [argument.partition("=")[0] for argument in arguments[1:]]})
-    if is_random(config) and "grpo" in names:
-        print("grpo is left out: a random model is never right, so our step would train on nothing")
-        names = [name for name in names if name != "grpo"]
-    started_from = apply_warm_start(config) if NEEDS_WARM_START & set(names) else config
-    warm_config = config.model_copy(update={"model": started_from.model})
-    suffix = "" if config.preset == "laptop" else f"-{config.preset}"
-    folder = Path(config.results_dir or f"results/benchmark{suffix}")
-    folder.mkdir(parents=True, exist_ok=True)
-    discard_another_machines(folder)
-    trl: dict[str, Any] = {}
-    for name in names:
-        rows = measure(name, config if name == "sft" else warm_config, trl)
-        kept = read_rows(folder / "benchmark.csv") if (folder / "benchmark.csv").exists() else []
-        write_rows(folder / "benchmark.csv", [row for row in kept if row.benchmark != name] + rows)
-    rows = read_rows(folder / "benchmark.csv")
-    record_environment(folder / "environment.json", names, config, trl)
-    plot(rows, folder / "benchmark.png")
-    print("\n".join(table(summarize([row for row in rows if row.benchmark in names]))))
+    """Run the benchmark named."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        arguments = ["all", *arguments]
+    name, *keys = arguments or [""]
+    if name not in COMMANDS:
+        raise UserError(f"usage: {run_command(USAGE)}; --help lists the keys, gpu --help those of gpu")
+    COMMANDS[name](keys)
 
 
 if __name__ == "__main__":

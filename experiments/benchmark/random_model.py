@@ -14,6 +14,8 @@ from plainrl.shared_config import EMBEDDED_DATA
 
 QWEN = "Qwen/Qwen2.5-Math-1.5B"
 RANDOM_MODEL = "random-1.5b"
+EOS = "<|endoftext|>"  # as Qwen2 calls it: Transformers would add it beside another
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte; \u0120 stands for a space
 QWEN_SHAPE = Qwen2Config(
     vocab_size=151936,
     hidden_size=1536,
@@ -52,15 +54,48 @@ def is_random(config: BenchmarkConfig) -> bool:
     return Path(config.model).name == RANDOM_MODEL
 
 
-def make_random_model(folder: Path) -> None:
-    """Save a model of Qwen2.5-Math-1.5B's shape with random weights, and a tokenizer trained on the prompt."""
+def make_random_model(
+    folder: Path, tokenizer: Tokenizer | None = None, shape: Qwen2Config = QWEN_SHAPE, device: str = "cpu"
+) -> None:
+    """Save a model with random weights, in bfloat16, and its tokenizer.
+
+    Args:
+        folder: where to.
+        tokenizer: by default one that is trained on the prompt.
+        shape: of the model, by default that of Qwen2.5-Math-1.5B.
+        device: where the weights are drawn. A GPU is faster.
+    """
+    tokenizer = tokenizer or train_tokenizer()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def train_tokenizer() -> Tokenizer:
+    """Return a byte-level tokenizer that is trained on the prompt. Of a large vocabulary it knows the first part."""
     tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=[EOS], initial_alphabet=ALPHABET)
+    _work_on_bytes(tokenizer).train_from_iterator([load_prompt_template("r1_zero")] * 100, trainer)
+    return tokenizer
+
+
+def number_tokenizer(num_tokens: int) -> Tokenizer:
+    """Return a tokenizer in which every token id has a text: the single bytes, then numbers. It merges nothing.
+
+    >>> tokenizer = number_tokenizer(300)
+    >>> tokenizer.encode("2+3").ids == [1 + ALPHABET.index(character) for character in "2+3"]
+    True
+    >>> tokenizer.decode([257, 299])
+    ' 257 299'
+    """
+    texts = [EOS, *ALPHABET, *(f"\u0120{number}" for number in range(1 + len(ALPHABET), num_tokens))]
+    tokenizer = Tokenizer(models.BPE({text: index for index, text in enumerate(texts)}, []))
+    tokenizer.add_special_tokens([EOS])
+    return _work_on_bytes(tokenizer)
+
+
+def _work_on_bytes(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<eos>"], initial_alphabet=alphabet)
-    template = load_prompt_template("r1_zero")
-    tokenizer.train_from_iterator([template] * 100, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(QWEN_SHAPE, dtype=torch.bfloat16).save_pretrained(folder)
+    return tokenizer

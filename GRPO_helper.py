@@ -1,19 +1,20 @@
 """The mathematics of GRPO: advantages, a table of losses, a table of length normalizations.
 
 Symbols: N responses in groups of G to the same question; R the reward, A the advantage; B rows of T positions; m the
-response mask; rho_t = pi(y_t) / pi_old(y_t) the importance ratio of a token; eps the clip range.
+response mask; rho_t = pi(y_t) / pi_old(y_t) the importance ratio of a token; eps the clip range; sg stop-gradient.
 
-    advantage     A_i = (R_i - mean of its group) [ / (std of its group + advantage_eps) ]
+    advantage     A_i = (R_i - mean of its group) [ / a scale, see `ADVANTAGE_SCALES` ]
     losses        no_baseline              -R log pi
                   reinforce_with_baseline  -A log pi
                   grpo_clip                -min(rho A, clip(rho, 1 - eps, 1 + eps) A)
                   grpo_no_clip             -rho A
+                  cispo                    -sg(min(rho, cap)) A log pi
 
 A new loss is one function of `LossInputs` and one line in `LOSSES`: see docs/how_to.md. `pytest tests/test_losses.py`
-then tests it.
+then tests it. What is added to a loss, and multiplies it, is in plainrl/corrections.py.
 
 Sources: Shao et al. 2024 (DeepSeekMath, GRPO), equations 3 and 4; Liu et al. 2025 (Dr. GRPO: no std);
-Stanford CS336 (Spring 2025), Assignment 5, section 7. As in the assignment there is no KL term.
+Stanford CS336 (Spring 2025), Assignment 5, section 7. What came later is cited where it stands.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,11 +44,11 @@ def compute_group_normalized_rewards(
         repeated_ground_truths: N answers, each repeated `group_size` times.
 
     Returns:
-        Advantages (N,) and raw rewards (N,), both float32; and metadata: mean, sample std, min and max of the
-        rewards, and the fraction of responses whose advantage is zero.
+        Advantages (N,) and raw rewards (N,), float32; and metadata: mean, sample std, min and max of the rewards, and
+        the fraction of advantages that are zero.
 
     Raises:
-        ValueError: lengths differ, N is not a multiple of G, or a reward is NaN or infinite.
+        ValueError: lengths differ, or as there.
 
     Source: CS336 Assignment 5, problem compute_group_normalized_rewards.
     """
@@ -68,24 +69,40 @@ def compute_group_normalized_rewards(
     return advantages, raw_rewards, metadata
 
 
+def group_mean(groups: Tensor, advantage_eps: float) -> Tensor:
+    """Return the mean of each group of rewards that are 0 or more. Source: MaxRL (arXiv 2602.02710)."""
+    if groups.min() < 0:
+        raise ValueError(f"a reward is {groups.min().item():g}: divide by the mean only if rewards are 0 or more")
+    return groups.mean(dim=1, keepdim=True)
+
+
+# What advantages are divided by, from rewards (N / G, G) and advantage_eps. Both std are sample std (divisor G - 1).
+# batch: Liu et al. 2025 (Lite PPO), Khatri et al. 2025 (ScaleRL).
+ADVANTAGE_SCALES: dict[bool | str, Callable[[Tensor, float], Tensor] | None] = {
+    True: lambda groups, advantage_eps: groups.std(dim=1, keepdim=True) + advantage_eps,
+    False: None,
+    "batch": lambda groups, advantage_eps: groups.std() + advantage_eps,
+    "mean": group_mean,
+}
+
+
 def normalize_within_groups(
-    raw_rewards: Float[Tensor, " rollouts"], group_size: int, advantage_eps: float, normalize_by_std: bool
+    raw_rewards: Float[Tensor, " rollouts"], group_size: int, advantage_eps: float, normalize_by_std: bool | str
 ) -> Float[Tensor, " rollouts"]:
     """Subtract from each reward the mean of its group.
 
-        A_i = R_i - mean(R_group),    divided by (std(R_group) + advantage_eps) if `normalize_by_std`
+        A_i = R_i - mean(R_group),    divided by ADVANTAGE_SCALES[normalize_by_std]
 
-    The std is the sample std (divisor G - 1). A group of equal rewards has advantages of exactly zero.
+    A group of equal rewards has advantages of exactly zero.
 
     Args:
         raw_rewards: (N,). Those of a group stand next to each other.
-        group_size: responses per question, G >= 2 if `normalize_by_std`.
-        advantage_eps: added to the std.
-        normalize_by_std: divide by the std.
+        group_size: responses per question, G.
+        advantage_eps: added to a std.
+        normalize_by_std: a key of ADVANTAGE_SCALES. All but False need groups of two or more.
 
     Raises:
-        ValueError: N is not a multiple of G, the std is asked of groups of one, or a reward is NaN, infinite or too
-            large for float32.
+        ValueError: there are no whole groups, or a reward is NaN, infinite or too large, or with `mean` negative.
 
     >>> normalize_within_groups(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2, 1e-6, normalize_by_std=False)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
@@ -93,13 +110,14 @@ def normalize_within_groups(
     num_rollouts = len(raw_rewards)
     if group_size < 1 or num_rollouts == 0 or num_rollouts % group_size:
         raise ValueError(f"{num_rollouts} responses do not make whole groups of group_size = {group_size}")
-    if normalize_by_std and group_size == 1:
+    scale = ADVANTAGE_SCALES[normalize_by_std]
+    if scale and group_size == 1:
         raise ValueError("group_size = 1 has no standard deviation: use groups of 2 or more")
     _require_finite("reward", raw_rewards)
     groups = raw_rewards.view(-1, group_size)
     advantages = groups - groups.mean(dim=1, keepdim=True)
-    if normalize_by_std:
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps)
+    if scale:
+        advantages = advantages / scale(groups, advantage_eps)
     # The mean of equal numbers can differ from them by rounding. Such a group teaches nothing: make it exactly zero.
     is_uniform = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     advantages = advantages.masked_fill(is_uniform, 0.0).flatten()
@@ -123,9 +141,7 @@ class LossInputs:
     """Everything that a loss may look at: the rows of one microbatch.
 
     What a loss does not need may be None. Log-probs outside the mask must be finite; the training loop has zeros there.
-
-    Raises:
-        ValueError: advantages or rewards are not (B, 1). As (B,) they would be spread over tokens instead of rows.
+    Advantages and rewards that are not (B, 1) are refused: as (B,) they would be spread over tokens instead of rows.
     """
 
     log_probs: Float[Tensor, "batch sequence"]  # of the policy, with gradient
@@ -134,29 +150,27 @@ class LossInputs:
     raw_rewards: Float[Tensor, "batch 1"] | None = None
     old_log_probs: Float[Tensor, "batch sequence"] | None = None  # before this batch's first step, without gradient
     cliprange: float | None = None  # eps
+    cliprange_high: float | None = None  # eps above 1; None: cliprange
+    cliprange_dual: float = 0.0  # c, the bound of the loss where A < 0; 0: none
+    ratio_cap: float | None = None  # the largest ratio that counts
 
     def __post_init__(self) -> None:
-        num_rows = len(self.log_probs)
+        shape, wanted = tuple(self.log_probs.shape), (len(self.log_probs), 1)
         for name, values in (("advantages", self.advantages), ("raw_rewards", self.raw_rewards)):
-            if values is not None and values.shape != (num_rows, 1):
-                raise ValueError(
-                    f"{name} is {tuple(values.shape)}: give one number per row, as ({num_rows}, 1) for log-probs of "
-                    f"{tuple(self.log_probs.shape)}"
-                )
+            if values is not None and values.shape != wanted:
+                found = tuple(values.shape)
+                raise ValueError(f"{name} is {found}: give one number per row, as {wanted} for log-probs of {shape}")
 
 
 # What a loss returns: the loss of each token (B, T), and metadata. These are values per token by name, (B, T) without
 # gradient. Each is logged as `train/<name>`: the mean over the response tokens of an optimizer step, or the maximum if
 # the name ends in `_max`.
 TokenLosses = tuple[Tensor, dict[str, Tensor]]
-TAKEN_NAMES = {"loss", "num_trained_rows", "token_entropy", "grad_norm", "loss_scale", "learning_rate"}
+MAX_LOG_RATIO = 20.0
 
 
 def no_baseline(inputs: LossInputs) -> TokenLosses:
-    """REINFORCE with the raw reward: l_t = - R log pi(y_t).
-
-    Source: Williams 1992.
-    """
+    """REINFORCE with the raw reward: l_t = - R log pi(y_t). Source: Williams 1992."""
     assert inputs.raw_rewards is not None
     return -inputs.raw_rewards * inputs.log_probs, {}
 
@@ -170,86 +184,88 @@ def reinforce_with_baseline(inputs: LossInputs) -> TokenLosses:
     return -inputs.advantages * inputs.log_probs, {}
 
 
-def grpo_clip(inputs: LossInputs) -> TokenLosses:
-    """The clipped loss of PPO and GRPO: l_t = - min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A).
+def importance_ratio(inputs: LossInputs) -> Tensor:
+    """Return rho_t = exp(log pi(y_t) - log pi_old(y_t)), never infinite or NaN.
 
-    Metadata: the ratio, and the tokens whose gradient the clip removes: rho < 1 - eps with A < 0 (low), rho > 1 + eps
-    with A > 0 (high).
-
-    Source: Schulman et al. 2017, equation 7; Shao et al. 2024, equation 3.
+    The exponent is held within +-20. Where it is held, the gradient is zero.
     """
-    assert inputs.advantages is not None and inputs.old_log_probs is not None and inputs.cliprange is not None
-    ratio = torch.exp(inputs.log_probs - inputs.old_log_probs)
-    low, high = 1.0 - inputs.cliprange, 1.0 + inputs.cliprange
-    losses = -torch.minimum(ratio * inputs.advantages, ratio.clamp(low, high) * inputs.advantages)
-    return losses, _describe_ratio(ratio) | {
-        "clip_fraction_low": (ratio.detach() < low) & (inputs.advantages < 0),
-        "clip_fraction_high": (ratio.detach() > high) & (inputs.advantages > 0),
+    assert inputs.old_log_probs is not None
+    return torch.exp((inputs.log_probs - inputs.old_log_probs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def grpo_clip(inputs: LossInputs) -> TokenLosses:
+    """The clipped loss of PPO and GRPO: l_t = - min(rho_t A, clip(rho_t, 1 - eps, 1 + eps_high) A).
+
+    With `cliprange_dual` = c it is at most - c A where A < 0. Metadata: the ratio, and the tokens whose gradient the
+    clip removes: rho < 1 - eps with A < 0 (low), rho > 1 + eps_high with A > 0 (high), rho > c with A < 0 (dual).
+
+    Source: Schulman et al. 2017, equation 7; Shao et al. 2024, equation 3; eps_high: Yu et al. 2025 (DAPO); c: Ye et
+    al. 2020 (arXiv 1912.09729).
+    """
+    assert inputs.advantages is not None and inputs.cliprange is not None
+    ratio, advantages = importance_ratio(inputs), inputs.advantages
+    high = 1.0 + (inputs.cliprange if inputs.cliprange_high is None else inputs.cliprange_high)
+    low, dual = 1.0 - inputs.cliprange, inputs.cliprange_dual
+    losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    metadata = _describe_ratio(ratio) | {
+        "clip_fraction_low": (ratio.detach() < low) & (advantages < 0),
+        "clip_fraction_high": (ratio.detach() > high) & (advantages > 0),
     }
+    if dual:
+        losses = torch.where(advantages < 0, torch.minimum(losses, -dual * advantages), losses)
+        metadata["clip_fraction_dual"] = (ratio.detach() > dual) & (advantages < 0)
+    return losses, metadata
 
 
 def grpo_no_clip(inputs: LossInputs) -> TokenLosses:
-    """The same without the clip: l_t = - rho_t A.
-
-    Source: CS336 Assignment 5, the clip ablation.
-    """
-    assert inputs.advantages is not None and inputs.old_log_probs is not None
-    ratio = torch.exp(inputs.log_probs - inputs.old_log_probs)
+    """The same without the clip: l_t = - rho_t A. Source: CS336 Assignment 5, the clip ablation."""
+    assert inputs.advantages is not None
+    ratio = importance_ratio(inputs)
     return -ratio * inputs.advantages, _describe_ratio(ratio)
 
 
-class LossError(ValueError):
-    """A loss function returned something that is no loss: the user's mistake, shown as one line."""
+def cispo(inputs: LossInputs) -> TokenLosses:
+    """REINFORCE with a capped importance weight: l_t = - sg(min(rho_t, cap)) A log pi(y_t). No token is left out.
+
+    Source: MiniMax 2025 (MiniMax-M1, CISPO); Khatri et al. 2025 (ScaleRL: the cap is that of the ratio itself).
+    """
+    assert inputs.advantages is not None and inputs.ratio_cap is not None
+    ratio = importance_ratio(inputs).detach()
+    losses = -ratio.clamp(max=inputs.ratio_cap) * inputs.advantages * inputs.log_probs
+    return losses, _describe_ratio(ratio) | {"ratio_capped_fraction": ratio > inputs.ratio_cap}
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of the table: its function, what it needs, and which rows it may skip.
-
-    Args:
-        function: from `LossInputs` to the loss of each token and its metadata.
-        needs: the fields of `LossInputs`, beside log_probs and mask, that it uses.
-        zero_with: "advantages" or "raw_rewards". A row where this is zero has no loss and no gradient, and training
-            skips it. None: no row is skipped.
-    """
+    """A loss of the table: its function, what it needs, and which rows it may skip."""
 
     function: Callable[[LossInputs], TokenLosses]
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()  # the fields of LossInputs, beside log_probs and mask, that it uses
+    # "advantages" or "raw_rewards": a row where this is zero has no loss and no gradient, so that training skips it.
     zero_with: str | None = None
+    options: tuple[str, ...] = ()  # the fields that it uses if they are set
 
     def __post_init__(self) -> None:
         fields = LossInputs.__dataclass_fields__
-        if unknown := set(self.needs) - set(fields):
-            raise ValueError(f"needs = {', '.join(sorted(unknown))}: LossInputs has {', '.join(fields)}")
+        for key, names in (("needs", self.needs), ("options", self.options)):
+            if unknown := set(names) - set(fields):
+                raise ValueError(f"{key} = {', '.join(sorted(unknown))}: LossInputs has {', '.join(fields)}")
         if self.zero_with not in (None, "advantages", "raw_rewards"):
             raise ValueError(f"zero_with = {self.zero_with}: use advantages, raw_rewards or None")
 
     def __call__(self, inputs: LossInputs) -> TokenLosses:
-        """Return the loss of each token, and its metadata.
-
-        Raises:
-            LossError: the function returned something else.
-        """
-        result = self.function(inputs)
-        name, shape = getattr(self.function, "__name__", self.function), inputs.log_probs.shape
-        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
-            raise LossError(f"the loss {name} returned {type(result).__name__}: return (losses, metadata)")
-        for key, values in {"the losses": result[0], **result[1]}.items():
-            if not isinstance(values, Tensor) or values.shape != shape:
-                found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise LossError(f"the loss {name} returned {key} as {found}: give one value per token, {tuple(shape)}")
-        if taken := TAKEN_NAMES & result[1].keys():
-            raise LossError(
-                f"the loss {name} returned metadata {', '.join(sorted(taken))}: each run logs that; rename it"
-            )
-        return result
+        """Return the loss of each token, and its metadata."""
+        return self.function(inputs)
 
 
 LOSSES: dict[str, Loss] = {
-    "no_baseline": Loss(no_baseline, needs=("raw_rewards",), zero_with="raw_rewards"),
-    "reinforce_with_baseline": Loss(reinforce_with_baseline, needs=("advantages",), zero_with="advantages"),
-    "grpo_clip": Loss(grpo_clip, needs=("advantages", "old_log_probs", "cliprange"), zero_with="advantages"),
-    "grpo_no_clip": Loss(grpo_no_clip, needs=("advantages", "old_log_probs"), zero_with="advantages"),
+    "no_baseline": Loss(no_baseline, ("raw_rewards",), "raw_rewards"),
+    "reinforce_with_baseline": Loss(reinforce_with_baseline, ("advantages",), "advantages"),
+    "grpo_clip": Loss(
+        *(grpo_clip, ("advantages", "old_log_probs", "cliprange"), "advantages"), ("cliprange_high", "cliprange_dual")
+    ),
+    "grpo_no_clip": Loss(grpo_no_clip, ("advantages", "old_log_probs"), "advantages"),
+    "cispo": Loss(cispo, ("advantages", "old_log_probs", "ratio_cap"), "advantages"),
 }
 
 
@@ -279,14 +295,10 @@ class StepSize:
 def masked_mean(
     tensor: Float[Tensor, "..."], mask: Bool[Tensor, "..."] | Int[Tensor, "..."], dim: int | None = None
 ) -> Float[Tensor, "..."]:
-    """Return the mean over the masked elements; NaN (0/0) where a slice has none.
+    """Return the mean over the elements where the mask is not zero; NaN (0/0) where a slice has none.
 
-    What stands outside the mask changes neither value nor gradient, NaN and infinities included.
-
-    Args:
-        tensor: any shape.
-        mask: same shape; nonzero elements count.
-        dim: dimension to average over; None averages over all.
+    What stands outside the mask changes neither value nor gradient, NaN and infinities included. `dim` is the dimension
+    to average over; None averages over all.
 
     Source: CS336 Assignment 5, problem masked_mean.
 
@@ -309,18 +321,12 @@ def mean_per_response(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
 
 
 def sum_over_longest(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
-    """1/N sum_b 1/L sum_t m_bt l_bt. L is the longest that a response may be, so every token weighs the same.
-
-    Source: Liu et al. 2025 (Dr. GRPO).
-    """
+    """1/N sum_b 1/L sum_t m_bt l_bt. L is the longest that a response may be. Source: Liu et al. 2025 (Dr. GRPO)."""
     return torch.where(mask, losses, 0.0).sum() / float(size.max_response_tokens) / size.num_rows
 
 
 def mean_per_token(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
-    """1/M sum_b sum_t m_bt l_bt. M counts the response tokens of the whole step.
-
-    Source: Yu et al. 2025 (DAPO), equation 8.
-    """
+    """1/M sum_b sum_t m_bt l_bt. M counts the tokens of the whole step. Source: Yu et al. 2025 (DAPO), equation 8."""
     return torch.where(mask, losses, 0.0).sum() / float(size.num_tokens)
 
 
@@ -339,22 +345,16 @@ LENGTH_NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, StepSize], Tensor]] =
 def compute_naive_policy_gradient_loss(
     raw_rewards_or_advantages: Float[Tensor, "batch 1"], policy_log_probs: Float[Tensor, "batch sequence"]
 ) -> Float[Tensor, "batch sequence"]:
-    """Return the REINFORCE loss of each token, - A log pi(y_t), of shape (B, T).
-
-    Args:
-        raw_rewards_or_advantages: (B, 1), one number per response.
-        policy_log_probs: (B, T), with gradient.
-
-    Raises:
-        ValueError: the first is not (B, 1).
+    """Return the REINFORCE loss of each token, - A log pi(y_t), (B, T). Raise a ValueError if A is not (B, 1).
 
     Source: CS336 Assignment 5, problem compute_naive_policy_gradient_loss.
 
     >>> compute_naive_policy_gradient_loss(torch.tensor([[2.0]]), torch.tensor([[-1.0, -0.5]]))
     tensor([[2., 1.]])
     """
-    everywhere = torch.ones_like(policy_log_probs, dtype=torch.bool)
-    return reinforce_with_baseline(LossInputs(policy_log_probs, everywhere, advantages=raw_rewards_or_advantages))[0]
+    return compute_policy_gradient_loss(
+        policy_log_probs, "reinforce_with_baseline", advantages=raw_rewards_or_advantages
+    )[0]
 
 
 def compute_grpo_clip_loss(
@@ -381,15 +381,16 @@ def compute_policy_gradient_loss(
     cliprange: float | None = None,
     *,
     response_mask: Bool[Tensor, "batch sequence"] | None = None,
+    **options: Any,
 ) -> tuple[Float[Tensor, "batch sequence"], dict[str, Tensor]]:
     """Return the loss of each token by the name of a loss, (B, T), and its metadata.
 
-    Args: as in `LossInputs`.
+    Args: as in `LossInputs`, which has further `options`.
         loss_type: a name of `LOSSES`.
         response_mask: what a loss over sequences counts; default: all positions.
 
     Raises:
-        ValueError: the loss is unknown, or an argument that it needs is missing (all are named).
+        ValueError: the loss is unknown, or arguments that it needs are missing.
 
     Source: CS336 Assignment 5, problem compute_policy_gradient_loss.
     """
@@ -397,12 +398,11 @@ def compute_policy_gradient_loss(
         raise ValueError(f"loss_type = {loss_type!r}: use one of {', '.join(LOSSES)}")
     if response_mask is None:
         response_mask = torch.ones_like(policy_log_probs, dtype=torch.bool)
-    inputs = LossInputs(policy_log_probs, response_mask, advantages, raw_rewards, old_log_probs, cliprange)
+    inputs = LossInputs(policy_log_probs, response_mask, advantages, raw_rewards, old_log_probs, cliprange, **options)
     missing = [name for name in LOSSES[loss_type].needs if getattr(inputs, name) is None]
     if missing:
-        raise ValueError(
-            f"loss_type = {loss_type} needs {' and '.join(missing)}: pass {'them' if missing[1:] else 'it'}"
-        )
+        them = "them" if missing[1:] else "it"
+        raise ValueError(f"loss_type = {loss_type} needs {' and '.join(missing)}: pass {them}")
     return LOSSES[loss_type](inputs)
 
 
@@ -415,6 +415,7 @@ def grpo_microbatch_train_step(
     advantages: Float[Tensor, "batch 1"] | None = None,
     old_log_probs: Float[Tensor, "batch sequence"] | None = None,
     cliprange: float | None = None,
+    **options: Any,
 ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
     """Compute the policy-gradient loss of one microbatch and add its gradient to the parameters' `.grad`.
 
@@ -424,9 +425,7 @@ def grpo_microbatch_train_step(
 
     Args: as in `compute_policy_gradient_loss`; response_mask (B, T) is true at response tokens.
 
-    Returns:
-        The loss as differentiated, without gradient; and metadata: `num_tokens`, and what `reduce_metadata` makes of
-        the loss's own.
+    Returns: the loss as differentiated, without gradient; and metadata: `num_tokens`, and the loss's own, reduced.
 
     Source: CS336 Assignment 5, problem grpo_microbatch_train_step.
     """
@@ -438,7 +437,8 @@ def grpo_microbatch_train_step(
     if old_log_probs is not None:
         old_log_probs = torch.where(mask, old_log_probs, 0.0)
     losses, metadata = compute_policy_gradient_loss(
-        policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange, response_mask=mask
+        *(policy_log_probs, loss_type, raw_rewards, advantages, old_log_probs, cliprange),
+        **({"response_mask": mask} | options),
     )
     loss = masked_mean(losses, mask, dim=-1).sum() / (len(losses) * gradient_accumulation_steps)
     loss.backward()

@@ -9,22 +9,22 @@ Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
     5. optimizer steps on L = mean_i mean_t l_it                 l_it = - A_i log pi(y_it)
     6. log: docs/metrics.md defines the metrics
 
-LOSSES has other l_it, LENGTH_NORMALIZATIONS other means. On-policy is one optimizer step per rollout batch: rho = 1.
-Off-policy is several (epochs_per_rollout_batch > 1, or train_batch_size < rollout_batch_size). The std is the sample
-std; equal rewards have A = 0 exactly, and such responses are skipped: no divisor changes, so neither does the gradient.
+LOSSES has other l_it, LENGTH_NORMALIZATIONS other means; plainrl/objective.py adds KL and entropy. On-policy is one
+optimizer step per rollout batch: rho = 1. Off-policy is several (epochs_per_rollout_batch > 1, or train_batch_size <
+rollout_batch_size). The std is the sample std; equal rewards have A = 0 exactly, and such responses are skipped: no
+divisor changes, so neither does the gradient.
 """
 
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from GRPO_helper import LENGTH_NORMALIZATIONS, LossInputs, StepSize, normalize_within_groups, reduce_metadata
+from GRPO_helper import LENGTH_NORMALIZATIONS, StepSize, reduce_metadata
 from plainrl.cli import load_config, run_main
 from plainrl.config import GRPOConfig, RolloutConfig
 from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
@@ -34,6 +34,7 @@ from plainrl.grading.rewards import NUM_WORKERS
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
 from plainrl.microbatches import microbatches
+from plainrl.objective import compute_advantages, compute_token_losses, summarize_update
 from plainrl.policy import (
     compute_clipped_gradient,
     load_policy,
@@ -44,18 +45,20 @@ from plainrl.policy import (
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
 from plainrl.records import Example, Rollout
+from plainrl.reference import Reference
 from plainrl.rollouts import (
     check_gap,
     make_rollouts,
     measure_gap,
     old_log_probs_in,
-    sample_groups,
+    sample_rounds,
     summarize_step,
     thread_pool,
     write_rollouts,
 )
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import Line, describe_evaluations, plot_metrics
+from plainrl.selection import QuestionOrder, choose_batch, summarize_selection, training_reward
 from plainrl.warm_start import apply_warm_start
 from policy_evaluation import Evaluator
 from SFT_helper import masked_normalize, pad_token_id
@@ -68,13 +71,15 @@ def main(arguments: list[str]) -> None:
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "grpo") as run:
-        policy, tokenizer = load_policy(apply_warm_start(config, run.checkpoint), run.checkpoint)
+        first = apply_warm_start(config, run.checkpoint)
+        policy, tokenizer = load_policy(first, run.checkpoint)
+        reference = Reference(policy, run, first) if config.kl_coefficient else None
         preflight(policy, tokenizer, run.path, config)
         questions, prompt_ids = fit_questions(questions, tokenizer, config)
         validation = fit_validation(validation, tokenizer, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
-        train(policy, tokenizer, questions, prompt_ids, evaluator, run, config)
+        train(policy, reference, tokenizer, questions, prompt_ids, evaluator, run, config)
         evaluator.evaluate_finally(policy, config.n_grpo_steps, validation.final)
         report(run, config)
         run.finish()
@@ -82,6 +87,7 @@ def main(arguments: list[str]) -> None:
 
 def train(
     policy: PreTrainedModel,
+    reference: Reference | None,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Example],
     prompt_ids: Sequence[list[int]],
@@ -91,48 +97,50 @@ def train(
 ) -> None:
     """Run the GRPO steps that are left."""
     optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
-    num_steps, num_questions = config.n_grpo_steps, config.num_questions_per_step
-    order = epoch_order(len(questions), num_steps * num_questions, config.seed)
+    num_steps, order = config.n_grpo_steps, QuestionOrder(len(questions), config)
     data = zip(prompt_ids, [question.ground_truth for question in questions], strict=True)
     with (
-        TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO") as loop,
+        TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO", order) as loop,
         thread_pool(NUM_WORKERS) as grading_threads,
     ):
         for step in loop:
-            chosen = order[(step - 1) * num_questions : step * num_questions]
-
             # 1. Sync: copy the policy's weights into the engine. The copy is checked: both must agree on the log-probs
-            #    of sampled tokens. At temperature 1 the rollouts serve for this (phase 5), else probes sampled here.
+            #    of sampled tokens. With top-p 1 the rollouts serve for this (phase 5), else probes sampled here.
             with loop.phase("sync"):
                 sync_metrics = evaluator.sync(policy, with_probes=not config.rollouts_check_sync)
 
             # 2. Sample: group_size responses to each question. Grading begins as soon as one is finished.
+            #    With dynamic_sampling, further questions follow until enough groups have right and wrong answers.
             with loop.phase("rollout"):
-                responses, gradings = sample_groups(
-                    evaluator.llm, questions, prompt_ids, chosen, step, config, grading_threads
-                )
+                sampled = sample_rounds(evaluator.llm, questions, prompt_ids, order, step, config, grading_threads)
 
             # 3. Grade and normalize: a response is good if it is better than the others of its group.
             with loop.phase("grade"):
                 evaluator.sleep()  # on a shared GPU: its memory is the policy's until the next sync
-                grades = [grading.result() for grading in gradings]
-                rewards = torch.tensor([grade.rewards["reward"] for grade in grades])
-                with_std = config.use_std_normalization and config.group_size > 1
-                advantages = normalize_within_groups(rewards, config.group_size, config.advantage_eps, with_std)
-                asked = [questions[index] for index in chosen]
-                rollouts = make_rollouts(asked, responses, grades, advantages.tolist(), config.group_size)
+                grades = [grading.result() for grading in sampled.gradings]
+                order.record(sampled.chosen, grades)
+                asked = [questions[index] for index in sampled.chosen]
+                graded = make_rollouts(asked, sampled.responses, grades, None, config.group_size)
+                rollouts = choose_batch(graded, config)  # those to train on: all, without dynamic_sampling
+                rewards = torch.tensor([training_reward(rollout, config) for rollout in rollouts])
+                for rollout, advantage in zip(rollouts, compute_advantages(rewards, config).tolist(), strict=True):
+                    rollout.advantage = advantage
 
             # 4. Old log-probs: only if several optimizer steps follow. Else the ratio is 1, and nothing is scored.
+            #    The first policy scores the rollouts for a KL term.
             with loop.phase("old_log_probs"):
                 if config.is_off_policy:
                     score_old_log_probs(policy, rollouts, padding_id, config)
+                if reference:
+                    reference.score(policy, rollouts, padding_id, config, loop.mark_weights)
 
             # 5. Update: one optimizer step on-policy, several off-policy.
             with loop.phase("train"):
                 rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
 
-            # 6. Log.
-            rows = loop.log(rows, summarize_step(rollouts, sync_metrics, loop.seconds, config))
+            # 6. Log. What is said of rollouts is said of all that were sampled.
+            of_selection = summarize_selection(graded, sampled.num_rounds, order, config)
+            rows = loop.log(rows, summarize_step(graded, sync_metrics, loop.seconds, config) | of_selection)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
             diagnose(step, rows, config)
             loop.show(reward=f"{rows[-1]['rollout/reward']:.3f}")
@@ -143,7 +151,7 @@ def score_old_log_probs(
 ) -> None:
     """Score every rollout once with the policy that the engine copied, before it moves."""
     responses = [rollout.response for rollout in rollouts]
-    scores = score_responses(policy, responses, padding_id, config.scoring_batch_size)
+    scores = score_responses(policy, responses, padding_id, config.scoring_batch_size, config.sampling_temperature)
     for rollout, score in zip(rollouts, scores, strict=True):
         rollout.old_log_probs = score["log_probs"]
 
@@ -206,13 +214,15 @@ def accumulate_gradients(
         policy, prompts, tokens, padding_id, config.microbatch_size, config.microbatch_tokens
     ):
         part, mask = [rows[index] for index in indices], tensors["response_mask"]
-        scores = get_masked_response_log_probs(working_copy(policy), **tensors, return_token_entropy=True)
-        token_losses, metadata = config.loss(make_loss_inputs(part, scores["log_probs"], mask, config))
+        scores = get_masked_response_log_probs(
+            working_copy(policy), **tensors, return_token_entropy=True, temperature=config.sampling_temperature
+        )
+        token_losses, metadata = compute_token_losses(part, scores, mask, config)
         # This microbatch's share of the step's loss: the divisors are those of the whole step.
         loss = LENGTH_NORMALIZATIONS[config.length_normalization](token_losses, mask, size)
         (loss * loss_scale).backward()
 
-        entropy_sum = masked_normalize(scores["token_entropy"], mask, 1.0)
+        entropy_sum = masked_normalize(scores["token_entropy"].detach(), mask, 1.0)
         found = {"loss": loss.detach(), "num_tokens": mask.sum(), "entropy_sum": entropy_sum}
         found |= {f"train/{name}": value for name, value in reduce_metadata(metadata, mask).items()}
         if config.rollouts_check_sync and not config.is_off_policy:
@@ -227,53 +237,14 @@ def rows_to_train_on(batch: Sequence[Rollout], config: GRPOConfig) -> tuple[list
     """Return the rows of an optimizer step that have something to learn from, and the size of the whole step.
 
     Skipped are rows whose loss and gradient are zero: those of advantage zero (no_baseline: of reward zero). The
-    divisors count them all the same. With `mask_truncated_responses` responses that were cut are skipped, too. They
-    count as rows, but their tokens do not count.
+    divisors count them all the same. With a KL or entropy term no row is such. With `mask_truncated_responses`
+    responses that were cut are skipped, too. They count as rows, but their tokens do not count.
     """
     kept = [row for row in batch if not (config.mask_truncated_responses and row.is_truncated)]
-    weights = {"advantages": lambda row: row.advantage, "raw_rewards": lambda row: row.rewards["reward"]}
+    weights = {"advantages": lambda row: row.advantage, "raw_rewards": lambda row: training_reward(row, config)}
     weight = weights[config.loss.zero_with] if config.loss.zero_with else lambda row: 1.0
     num_tokens = sum(len(row.response.token_ids) for row in kept)
     return [row for row in kept if weight(row) != 0], StepSize(len(batch), num_tokens, config.sampling_max_tokens)
-
-
-def make_loss_inputs(part: Sequence[Rollout], log_probs: Tensor, mask: Tensor, config: GRPOConfig) -> LossInputs:
-    """Return what the loss may look at, for the rows of a microbatch."""
-    old_log_probs = log_probs.detach()  # on-policy the old policy is the policy, held fixed: the ratio is 1
-    if config.is_off_policy:
-        old_log_probs = torch.zeros_like(log_probs).masked_scatter(mask, old_log_probs_in(part).to(log_probs))
-    return LossInputs(
-        log_probs,
-        mask,
-        advantages=torch.tensor([[row.advantage] for row in part], device=log_probs.device),
-        raw_rewards=torch.tensor([[row.rewards["reward"]] for row in part], device=log_probs.device),
-        old_log_probs=old_log_probs,
-        cliprange=config.cliprange,
-    )
-
-
-def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
-    """Return the metrics of an optimizer step from its sums over response tokens. A mean over no token is None."""
-
-    def per_token(name: str) -> float | None:
-        return sums[name] / sums["num_tokens"] if name in sums else None
-
-    of_loss = dict.fromkeys(
-        ("train/ratio_mean", "train/ratio_max", "train/clip_fraction_low", "train/clip_fraction_high")
-    )
-    of_loss |= {
-        name: sums[name] if name.endswith("_max") else per_token(name) for name in sums if name.startswith("train/")
-    }
-    gap_mean = sums["gap_sum"] / sums["num_gap_tokens"] if sums.get("num_gap_tokens") else None
-    return {
-        "train/loss": sums["loss"],
-        "train/num_trained_rows": sums["num_trained_rows"],
-        "train/token_entropy": per_token("entropy_sum"),
-        **of_loss,
-        "rollout/log_prob_gap_mean": gap_mean,
-        "rollout/log_prob_gap_multiplicative": None if gap_mean is None else torch.tensor(gap_mean).exp().item(),
-        "rollout/log_prob_gap_max": None if gap_mean is None else sums["gap_max"],
-    }
 
 
 def report(run: RunFolder, config: RolloutConfig) -> None:

@@ -4,6 +4,7 @@ Symbols: B rows, T positions, V vocabulary; x the prompt, y the response; m in {
 where the label is a response token.
 
     SFT loss  L = - (1/B) sum_b (1/C) sum_t m_bt log p(y_bt | x_b, y_b,<t)        C: normalize_constant
+    per token L = - (1/M) sum_b sum_t m_bt log p(y_bt | x_b, y_b,<t)              M = sum_b sum_t m_bt
 
 Rows are padded on the right and the attention is causal. No real position ever sees padding, so that no attention mask
 is needed.
@@ -12,17 +13,20 @@ Source: Stanford CS336 (Spring 2025), Assignment 5, sections 4.2 and 4.3.
 Difference: log-softmax and entropy are computed in at least float32, whatever the dtype of the logits.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # only the type is needed: the schema reads this module, and a table of runs should not wait for it
+    import transformers
 
 
 def tokenize_prompt_and_output(
-    prompt_strs: list[str], output_strs: list[str], tokenizer: PreTrainedTokenizerBase
+    prompt_strs: list[str], output_strs: list[str], tokenizer: "transformers.PreTrainedTokenizerBase"
 ) -> dict[str, Tensor]:
     """Tokenize prompts and outputs apart, join them, and mask the output tokens.
 
@@ -52,7 +56,7 @@ def tokenize_prompt_and_output(
     return join_prompt_and_response_ids(prompts, outputs, pad_token_id(tokenizer))
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(prompt: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
     """Return the token ids of a prompt, with exactly one BOS where the tokenizer asks for one.
 
     Special tokens that a tokenizer adds at the end (EOS) are left out: the response comes next.
@@ -64,7 +68,7 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return token_ids
 
 
-def encode_response(response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_response(response: str, tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
     """Return the token ids of a response: its text alone, no special token added."""
     return cast(list[int], tokenizer.encode(response, add_special_tokens=False))
 
@@ -95,7 +99,7 @@ def join_prompt_and_response_ids(
     }
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
     """Return the id to pad with: PAD, else EOS."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token_id, int):
@@ -202,6 +206,49 @@ def sft_loss(
     """
     per_row = masked_normalize(policy_log_probs, response_mask, normalize_constant, dim=-1)
     return -per_row.sum() / num_step_rows
+
+
+class SFTStepSize(NamedTuple):
+    """How large an optimizer step is, whatever its microbatches: the divisors of the length normalizations."""
+
+    num_rows: int  # N, responses of the step
+    num_tokens: int  # M, their response tokens
+    normalize_constant: float  # C, not zero
+
+
+def sum_per_response(
+    policy_log_probs: Float[Tensor, "batch sequence"], response_mask: Bool[Tensor, "batch sequence"], size: SFTStepSize
+) -> Float[Tensor, ""]:
+    """- 1/N sum_b 1/C sum_t m_bt log p_bt. The gradient grows with the length of the responses.
+
+    Source: CS336 Assignment 5, problem sft_microbatch_train_step.
+    """
+    return sft_loss(policy_log_probs, response_mask, size.normalize_constant, size.num_rows)
+
+
+def mean_per_token(
+    policy_log_probs: Float[Tensor, "batch sequence"], response_mask: Bool[Tensor, "batch sequence"], size: SFTStepSize
+) -> Float[Tensor, ""]:
+    """- 1/M sum_b sum_t m_bt log p_bt. M counts the response tokens of the whole step.
+
+    It is the usual cross-entropy loss of a language model.
+    """
+    return -masked_normalize(policy_log_probs, response_mask, float(size.num_tokens))
+
+
+class LengthNormalization(NamedTuple):
+    """How the token losses of a step become one number, and whether `normalize_constant` counts in it."""
+
+    loss: Callable[[Tensor, Tensor, SFTStepSize], Tensor]
+    needs_constant: bool
+
+
+# Each gives a microbatch's share of the step's loss. The shares add up to the same loss however the rows of the step
+# are divided into microbatches.
+LENGTH_NORMALIZATIONS: dict[str, LengthNormalization] = {
+    "sum": LengthNormalization(sum_per_response, needs_constant=True),
+    "token_mean": LengthNormalization(mean_per_token, needs_constant=False),
+}
 
 
 def sft_microbatch_train_step(

@@ -6,6 +6,7 @@ Algorithm 1 of Stanford CS336 (Spring 2025), Assignment 5, with gradient accumul
 
         L = - 1/N sum_i 1/C sum_t log p(y_it | x_i, y_i,<t)            C: normalize_constant
 
+LENGTH_NORMALIZATIONS has another mean, over tokens.
 The metrics are defined in docs/metrics.md, the method in docs/sft.md.
 Differences from the assignment: epochs follow each other without a gap, so that no example is left out of a batch. A
 response that does not end in `stop_string` is taught to end in EOS.
@@ -48,7 +49,14 @@ from plainrl.records import Example, TokenizedExample, UserError
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import Line, describe_evaluations, plot_metrics
 from policy_evaluation import Evaluator
-from SFT_helper import encode_prompt, encode_response, masked_normalize, pad_token_id, sft_loss
+from SFT_helper import (
+    LENGTH_NORMALIZATIONS,
+    SFTStepSize,
+    encode_prompt,
+    encode_response,
+    masked_normalize,
+    pad_token_id,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -132,19 +140,20 @@ def accumulate_gradients(
         The metrics of the batch. The loss is not scaled.
     """
     prompts, responses = [row.prompt_ids for row in batch], [row.response_ids for row in batch]
+    size = SFTStepSize(len(batch), sum(map(len, responses)), config.normalize_constant)
     total_loss = sum_log_prob = sum_entropy = num_tokens = torch.zeros((), device=policy.device)
     for _, tensors in microbatches(
         policy, prompts, responses, padding_id, config.microbatch_size, config.microbatch_tokens
     ):
         mask = tensors["response_mask"]
         scores = get_masked_response_log_probs(working_copy(policy), **tensors, return_token_entropy=True)
-        # This microbatch's share of the step's loss: the divisor counts the whole batch.
-        loss = sft_loss(scores["log_probs"], mask, config.normalize_constant, num_step_rows=len(batch))
+        # This microbatch's share of the step's loss: the divisors count the whole batch.
+        loss = LENGTH_NORMALIZATIONS[config.length_normalization].loss(scores["log_probs"], mask, size)
         (loss * loss_scale).backward()
 
         total_loss = total_loss + loss.detach()
         sum_log_prob = sum_log_prob + masked_normalize(scores["log_probs"].detach(), mask, 1.0)
-        sum_entropy = sum_entropy + masked_normalize(scores["token_entropy"], mask, 1.0)
+        sum_entropy = sum_entropy + masked_normalize(scores["token_entropy"].detach(), mask, 1.0)
         num_tokens = num_tokens + mask.sum()
     return {
         "train/loss": total_loss.item(),
@@ -246,7 +255,7 @@ def report(run: RunFolder, config: SFTConfig) -> None:
         run.path / "training.png",
         step_name="optimizer steps",
     )
-    print(describe_evaluations(rows, config.sampling_temperature))
+    print(describe_evaluations(rows, config.evaluation_temperature))
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ from plainrl.engine import (
     sampling_params,
     sleep_vllm_instance,
 )
-from plainrl.grading.rewards import RewardFunction, count_failures, grade_responses
+from plainrl.grading.rewards import Grade, RewardFunction, as_reward, count_failures, grade_responses
 from plainrl.policy import load_policy, score_responses
 from plainrl.preflight import check_scores
 from plainrl.records import Example, Response, UserError, mean
 from plainrl.run_folder import EVALUATION, RunFolder
+from plainrl.several_samples import is_of_several, samples_table, summarize_samples
 from SFT_helper import encode_prompt, pad_token_id
 
 if TYPE_CHECKING:
@@ -60,9 +61,10 @@ def evaluate_vllm(
     scoring_batch_size: int = 16,
     num_entropy_responses: int | Literal["all"] = "all",
     seed: int = 0,
+    num_samples: int = 1,
     output_path: Path | None = None,
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """Sample a response to each prompt, grade it, and summarize.
+    """Sample responses to each prompt, grade them, and summarize.
 
     Args:
         vllm_model: the engine.
@@ -75,12 +77,11 @@ def evaluate_vllm(
         scoring_batch_size: responses per forward pass of the policy.
         num_entropy_responses: how many responses get a token entropy (a count, or all); see `choose_scored`.
         seed: prompt i is sampled with a seed derived from (seed, i), whatever else is in the batch.
+        num_samples: responses to each prompt. Those after the first have a seed derived from (seed, i, their number).
         output_path: JSON-lines file that every example is written to.
 
     Returns:
-        Metrics, and one dictionary per example (see `log_generations`). The metrics are those of `summarize_examples`,
-        the numbers of answers that could not be compared (reward_timeouts, reward_out_of_memory, reward_errors; they
-        count as wrong), and sampled_tokens_per_second. docs/metrics.md defines them all.
+        Metrics (see `summarize_evaluation`), and one dictionary per response (see `log_generations`).
 
     Raises:
         ValueError: there is no prompt, or the numbers of prompts and ground truths differ.
@@ -89,8 +90,9 @@ def evaluate_vllm(
         raise ValueError(f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give one each, at least one")
     tokenizer = tokenizer or vllm_model.get_tokenizer()  # type: ignore[assignment]
     assert tokenizer is not None
-    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    seeds = [derive_seed(seed, "evaluation", index) for index in range(len(prompts))]
+    prompt_ids = repeat_each([encode_prompt(prompt, tokenizer) for prompt in prompts], num_samples)
+    seeds = sampling_seeds(seed, len(prompts), num_samples)
+    prompts, ground_truths = repeat_each(prompts, num_samples), repeat_each(ground_truths, num_samples)
     started = time.perf_counter()
     responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds, with_log_probs=False)
     sampling_seconds = time.perf_counter() - started
@@ -103,11 +105,45 @@ def evaluate_vllm(
         for index, score in zip(chosen, scores, strict=True):
             entropies[index] = mean(score["token_entropy"].tolist())
     rewards = [grade.rewards for grade in grades]
-    examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path)
+    examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path, num_samples)
+    return summarize_evaluation(examples, grades, sampling_seconds, reward_fn), examples
+
+
+def repeat_each(values: Sequence[Any], num_samples: int) -> list[Any]:
+    """Return each value as often as there are samples. Those of a question stand next to each other.
+
+    >>> repeat_each(["a", "b"], 2)
+    ['a', 'a', 'b', 'b']
+    """
+    return [value for value in values for _ in range(num_samples)]
+
+
+def sampling_seeds(seed: int, num_prompts: int, num_samples: int) -> list[int]:
+    """Return the seed of every sample. The first of a prompt has the same one, however many there are.
+
+    >>> sampling_seeds(0, num_prompts=2, num_samples=3)[::3] == sampling_seeds(0, num_prompts=2, num_samples=1)
+    True
+    """
+    numbers = [() if sample == 0 else (sample,) for sample in range(num_samples)]
+    return [derive_seed(seed, "evaluation", prompt, *number) for prompt in range(num_prompts) for number in numbers]
+
+
+def summarize_evaluation(
+    examples: Sequence[dict[str, Any]], grades: Sequence[Grade], sampling_seconds: float, reward_fn: RewardFunction
+) -> dict[str, float | None]:
+    """Return all metrics of an evaluation. docs/metrics.md defines them.
+
+    They are those of `summarize_examples`, the numbers of answers that could not be compared (reward_timeouts,
+    reward_out_of_memory, reward_errors; they count as wrong), sampled_tokens_per_second, and with several responses to
+    a question those of `plainrl.several_samples.summarize_samples`.
+    """
     failures = count_failures([grade.failure for grade in grades])
     metrics = summarize_examples(examples) | {f"reward_{name}": count for name, count in failures.items()}
-    metrics["sampled_tokens_per_second"] = sum(len(response.token_ids) for response in responses) / sampling_seconds
-    return metrics, examples
+    num_tokens = sum(example["response_length"] for example in examples)
+    metrics["sampled_tokens_per_second"] = num_tokens / sampling_seconds
+    if any(example["sample"] > 0 for example in examples):
+        metrics |= summarize_samples(examples, as_reward(reward_fn).extract)
+    return metrics
 
 
 def choose_scored(num_responses: int, num_scored: int | Literal["all"], seed: int) -> list[int]:
@@ -128,16 +164,20 @@ def log_generations(
     rewards: Sequence[dict[str, float]],
     token_entropies: Sequence[float | None],
     output_path: Path | None = None,
+    num_samples: int = 1,
 ) -> list[dict[str, Any]]:
-    """Return one dictionary per example, and write them as JSON lines if a path is given.
+    """Return one dictionary per response, and write them as JSON lines if a path is given.
 
-    The keys are prompt, response, ground_truth, format_reward, answer_reward, reward, token_entropy (mean over the
-    response's tokens, in nats; None if it was not computed), response_length (in tokens) and finish_reason (`length` if
-    the response was cut).
+    `question` and `sample` count the questions, and the responses to each, from 0. Those to a question stand next to
+    each other. Further keys: prompt, response, ground_truth, format_reward, answer_reward, reward, token_entropy (mean
+    over the response's tokens, in nats; None if it was not computed), response_length (in tokens) and finish_reason
+    (`length` if the response was cut).
     """
     columns = zip(prompts, responses, ground_truths, rewards, token_entropies, strict=True)
     examples = [
         {
+            "question": index // num_samples,
+            "sample": index % num_samples,
             "prompt": prompt,
             "response": response.text,
             "ground_truth": truth,
@@ -146,7 +186,7 @@ def log_generations(
             "response_length": len(response.token_ids),
             "finish_reason": response.finish_reason,
         }
-        for prompt, response, truth, reward, entropy in columns
+        for index, (prompt, response, truth, reward, entropy) in enumerate(columns)
     ]
     if output_path is not None:
         output_path.write_text("".join(json.dumps(example, allow_nan=False) + "\n" for example in examples))
@@ -156,6 +196,7 @@ def log_generations(
 def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Return the metrics of an evaluation. A mean over no example is None.
 
+    - num_examples: questions asked
     - reward, format_reward, answer_reward: means over all examples
     - num_format_*: counts of the assignment's three categories
     - response_length, response_length_correct, response_length_incorrect: means over all, correct and other examples,
@@ -171,7 +212,7 @@ def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | 
     num_tokens = sum(example["response_length"] for example in scored)
     entropy_sum = sum(example["token_entropy"] * example["response_length"] for example in scored)
     return {
-        "num_examples": len(examples),
+        "num_examples": len({example["question"] for example in examples}),
         "reward": mean([example["reward"] for example in examples]),
         "format_reward": mean([example["format_reward"] for example in examples]),
         "answer_reward": mean([example["answer_reward"] for example in examples]),
@@ -222,6 +263,7 @@ class Evaluator:
             cpu_cache_gib=config.engine_cache_gib,
             enforce_eager=config.engine_eager,
             enable_sleep_mode=config.shares_gpu,
+            float32_output_layer=config.float32_output_layer,
         )
         seed_everything(config.seed)  # because the engine reseeds the global generators when it starts
         self.sleep()  # because a resumed SFT run may train before the first sync
@@ -276,13 +318,14 @@ class Evaluator:
                 self.llm,
                 config.reward_function,
                 [example.prompt for example in examples],
-                sampling_params(config),
+                sampling_params(config.model_copy(update={"sampling_temperature": config.evaluation_temperature})),
                 [example.ground_truth or "" for example in examples],
                 tokenizer=self.tokenizer,
                 policy=policy,
                 scoring_batch_size=config.scoring_batch_size,
                 num_entropy_responses=config.num_entropy_responses,
                 seed=VALIDATION_SAMPLING_SEED,
+                num_samples=config.num_eval_samples,
                 output_path=self.samples_path(eval_step, prefix),
             )
         metrics |= sync_metrics | {"seconds": seconds["time/evaluate"]}
@@ -317,14 +360,16 @@ def main(arguments: list[str]) -> None:
         path = evaluator.samples_path(0)
         print_categories(examples, [json.loads(line) for line in path.read_text().splitlines()])
         print(f"\n{config.model} on {config.validation_data}, prompt {config.prompt}:")
-        print(metrics_table(metrics))
+        print(metrics_table({name: value for name, value in metrics.items() if not is_of_several(name)}))
+        if config.num_eval_samples > 1:
+            print(f"\n{config.num_eval_samples} responses per question:\n{samples_table(metrics)}\n")
         print(f"all examples: {path}")
 
 
 def print_categories(examples: Sequence[Example], graded: Sequence[Mapping[str, Any]]) -> None:
     """Print ten examples of each of the assignment's three categories."""
     for name in CATEGORIES:
-        members = [(asked, row) for asked, row in zip(examples, graded, strict=True) if category(row) == name]
+        members = [(examples[row["question"]], row) for row in graded if category(row) == name]
         print(f"\n=== {name}: {len(members)} of {len(graded)} ===")
         for asked, row in members[:10]:
             print(f"--- question: {asked.question}")

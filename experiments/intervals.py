@@ -1,8 +1,9 @@
-"""The statistics of the tables: means over seeds, differences of means, shares, each with its 95 % interval.
+"""The statistics of the tables: means over seeds and differences of means, each with its 95 % interval.
 
 mean          m +- t_{0.975, n-1} s / sqrt(n)    s: sample standard deviation over n seeds
 difference    Welch, 1947: the two standard deviations may differ
-share         Wilson, 1927: right answers among n questions
+
+Shares of questions have the interval of `plainrl.several_samples.wilson_interval`.
 """
 
 import math
@@ -38,12 +39,3 @@ def difference_and_half_width(values: Sequence[float], baseline: Sequence[float]
         return statistics.fmean(values) - statistics.fmean(baseline), 0.0
     low, high = stats.ttest_ind(values, baseline, equal_var=False).confidence_interval()
     return float(low + high) / 2, float(high - low) / 2
-
-
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a probability, given the share of successes in n trials.
-
-    Source: Wilson, "Probable inference", 1927.
-    """
-    interval = stats.binomtest(round(share * n), n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)

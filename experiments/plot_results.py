@@ -12,6 +12,7 @@ table of its own, of the laptop preset, with one line per method.
 
 from pathlib import Path
 
+from experiments import pass_at_k
 from experiments.catalog import FIGURES, TABLES
 from experiments.result_figures import draw
 from experiments.result_tables import make_methods_table, make_table, put_table
@@ -51,6 +52,7 @@ def write_all(results: Path, output: Path, suffix: str = "") -> None:
             print(f"\n{experiment}{suffix}:\n{table}")
         if table and path.exists():
             path.write_text(put_table(path.read_text(), table))
+    pass_at_k.write_figure_and_table(results, output, suffix)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from experiments.catalog import METHODS_TABLE
 from experiments.curves import Curve, rows_of
-from experiments.intervals import difference_and_half_width, mean_and_half_width, wilson_interval
+from experiments.intervals import difference_and_half_width, mean_and_half_width
+from plainrl.several_samples import wilson_interval
 
 START_OF_TABLE, END_OF_TABLE = "<!-- table -->", "<!-- end of table -->"
 COLUMNS = (

@@ -3,11 +3,12 @@
     step_*/  model/                 policy and tokenizer, Transformers format, float32 weights
              adapters.safetensors   with `lora_rank` alone, what `model/` does not tell, see plainrl/lora.py
              optimizer.safetensors  AdamW's moments and step counts, by parameter name
-             state.json             step, size of metrics.jsonl, random states, configuration, fingerprint of the data
+             state.json             step, size of metrics.jsonl, random states, configuration, fingerprint of the data;
+                                    in GRPO the position in the questions, and which are solved
              manifest.json          size and SHA-256 of every file above, checked before anything is loaded
 
-What follows from this state is not stored again. The learning rate and the position in the data follow from the step
-and the seed. The best score follows from metrics.jsonl.
+What follows from this state is not stored again. The learning rate follows from the step, the order of the data from
+the seed, and the best score from metrics.jsonl.
 
 A checkpoint is written under another name, flushed to the disk, then renamed. It is therefore complete, or it is not
 there. No pickle is read.
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -75,6 +76,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+class Resumable(Protocol):
+    """What decides which data come next, where they do not follow from the step: see selection.QuestionOrder."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return its state as JSON. It stays as it is when the object moves on."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on from a state after `step`. An older checkpoint has an empty one."""
+        ...
+
+
 @dataclass
 class TrainingState:
     """What training changes: the policy, its optimizer, and the step that they have reached.
@@ -87,6 +100,8 @@ class TrainingState:
             false, and `complete_step` makes it true again.
         is_being_saved: whether a checkpoint is being written.
         generators: the states of the global random generators after that step.
+        order: of the data. None: they follow from the step.
+        order_state: its state after that step.
     """
 
     policy: "PreTrainedModel"
@@ -98,6 +113,8 @@ class TrainingState:
     is_whole: bool = True
     is_being_saved: bool = False
     generators: dict[str, Any] = field(default_factory=random_states)
+    order: Resumable | None = None
+    order_state: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Register a hook, so that `is_whole` is false as soon as the optimizer changes the weights."""
@@ -106,6 +123,7 @@ class TrainingState:
     def complete_step(self, step: int, metrics_bytes: int) -> None:
         """Record that a step is complete and its metrics are written. From here on it can be saved."""
         self.step, self.metrics_bytes, self.generators, self.is_whole = step, metrics_bytes, random_states(), True
+        self.order_state = self.order.state_dict() if self.order else {}
 
     def can_be_saved(self) -> bool:
         """Return whether the weights are those after `step` and all of them are finite."""
@@ -156,7 +174,8 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
         state.tokenizer.save_pretrained(unfinished / "model")
         save_file(optimizer_tensors(state.policy, state.optimizer), unfinished / "optimizer.safetensors")
         step = {"step": state.step, "metrics_bytes": state.metrics_bytes, "data_fingerprint": state.data_fingerprint}
-        (unfinished / RECORD).write_text(json.dumps(step | dict(record) | {"random_states": state.generators}))
+        positions = {"data_order": state.order_state, "random_states": state.generators}
+        (unfinished / RECORD).write_text(json.dumps(step | dict(record) | positions))
         (unfinished / MANIFEST).write_text(json.dumps(describe_files(unfinished), indent=2))
         for file in [*unfinished.rglob("*"), unfinished]:
             flush_to_disk(file)
@@ -242,6 +261,8 @@ def restore(path: Path, state: TrainingState) -> None:
         )
     load_optimizer_tensors(load_file(path / "optimizer.safetensors"), state.policy, state.optimizer)
     set_random_states(record["random_states"])
+    if state.order is not None:
+        state.order.load_state_dict(record.get("data_order", {}), record["step"])
     state.complete_step(record["step"], record["metrics_bytes"])
 
 
@@ -258,8 +279,9 @@ def load_optimizer_tensors(
     tensors: Mapping[str, torch.Tensor], policy: "PreTrainedModel", optimizer: torch.optim.Optimizer
 ) -> None:
     """Load tensors that `optimizer_tensors` returned into an optimizer of the same parameters."""
-    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    indices = {name: index for index, name in enumerate(trained)}
+    names = {parameter: name for name, parameter in policy.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    indices = {name: index for index, name in enumerate(ordered)}  # the optimizer counts through its groups
     state: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")

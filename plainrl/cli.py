@@ -19,7 +19,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from GRPO_helper import LossError
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.config import ConfigType, RunConfig
 from plainrl.devices import run_command
@@ -247,7 +246,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     previous_handlers = handle_signals(stop)
     try:
         main(sys.argv[1:])
-    except (UserError, LossError, RewardError) as error:
+    except (UserError, RewardError) as error:
         say(f"error: {_as_one_line(str(error))}")
         sys.exit(2)
     except Stopped as stopped:

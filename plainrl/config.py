@@ -4,16 +4,50 @@ Here are the keys of each kind of training; those that all share are in plainrl/
 other keys are properties. `--help` and docs/configuration.md are generated from this schema.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from GRPO_helper import LENGTH_NORMALIZATIONS, LOSSES, Loss
+import SFT_helper
+from GRPO_helper import ADVANTAGE_SCALES, LENGTH_NORMALIZATIONS, LOSSES, Loss, group_mean
+from plainrl.corrections import ENGINE_CORRECTIONS, KL_ESTIMATORS, RATIO_LEVELS, k1
 from plainrl.lookup import look_up
 from plainrl.shared_config import EMBEDDED_DATA, RunConfig, TrainConfig
 
+NAMED_SCALES = tuple(name for name in ADVANTAGE_SCALES if isinstance(name, str))  # beside true and false
+# A switch of GRPO, and the keys that have no effect without it.
+SWITCHED_KEYS = {
+    "dynamic_sampling": ("max_resampling_rounds",),
+    "drop_solved_questions": ("solved_pass_rate", "solved_visits"),
+    "kl_coefficient": ("kl_estimator",),
+}
 
-class SFTConfig(TrainConfig):
+
+class ImitationConfig(TrainConfig):
+    """The keys that training on given responses shares: SFT and expert iteration."""
+
+    length_normalization: Literal[tuple(SFT_helper.LENGTH_NORMALIZATIONS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        "sum",
+        description="how token losses become one number. sum: sum divided by normalize_constant, mean per response. "
+        "token_mean: mean over all response tokens of the optimizer step",
+    )
+    normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and one if normalize_constant has no effect."""
+        found = super().warnings()
+        needs_constant = SFT_helper.LENGTH_NORMALIZATIONS[self.length_normalization].needs_constant
+        if self.normalize_constant != type(self).model_fields["normalize_constant"].default and not needs_constant:
+            found.append(
+                f"normalize_constant = {self.normalize_constant:g} has no effect with length_normalization = "
+                f"{self.length_normalization}"
+            )
+        return found
+
+
+class SFTConfig(ImitationConfig):
     """Supervised fine-tuning (SFT_train.py)."""
 
     num_sft_examples: int | Literal["all"] = Field(
@@ -30,7 +64,6 @@ class SFTConfig(TrainConfig):
     dropout: bool = Field(False, description="train with the dropout that the model's config.json asks for")
     num_epochs: float = Field(1.0, gt=0, description="passes over the training examples, if max_steps is 0")
     max_steps: int = Field(0, ge=0, description="optimizer steps (0: as many as num_epochs needs)")
-    normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="constant, or a linear warm-up then a cosine down to a tenth"
     )
@@ -80,8 +113,13 @@ class RolloutConfig(TrainConfig):
         """Return whether the rollouts check the weight sync. Only then are their log-probs asked for."""
         return False
 
+    @property
+    def needs_first_policy(self) -> bool:
+        """Return whether a resumed run needs the weights that it began with: those beside adapters are not saved."""
+        return self.lora_rank > 0
 
-class ExpertIterationConfig(RolloutConfig):
+
+class ExpertIterationConfig(RolloutConfig, ImitationConfig):
     """Expert iteration: SFT on the policy's own correct responses (experiments/expert_iteration.py)."""
 
     n_ei_steps: int = Field(5, ge=1, description="expert iteration steps")
@@ -90,7 +128,6 @@ class ExpertIterationConfig(RolloutConfig):
     keep_correct: Literal["distinct", "one"] = Field(
         "distinct", description="correct responses kept per question: all that differ in their tokens, or the first"
     )
-    normalize_constant: float = Field(1.0, gt=0, description="divisor of the summed token loss")
 
     @property
     def num_questions_per_step(self) -> int:
@@ -113,23 +150,123 @@ class GRPOConfig(RolloutConfig):
 
     loss_type: str = Field(
         "reinforce_with_baseline",
-        description="policy-gradient loss: a name in LOSSES (GRPO_helper.py), or your own as file.py:function",
+        description="policy-gradient loss: a name in LOSSES (GRPO_helper.py), or your own as file.py:function. GSPO is "
+        "grpo_clip with ratio_level=sequence",
     )
-    use_std_normalization: bool = Field(True, description="divide advantages by the std of their group")
-    advantage_eps: float = Field(1e-6, gt=0, description="added to the std of a group")
+    use_std_normalization: bool | Literal[NAMED_SCALES] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        True,
+        description="what advantages are divided by. true: the std of their group. false: nothing. batch: the std of "
+        "all rewards of the rollout batch. mean: the mean of their group (MaxRL)",
+    )
+    advantage_eps: float = Field(1e-6, gt=0, description="added to the std of the rewards")
     cliprange: float = Field(0.2, gt=0, lt=1, description="clip range of the importance ratio, for losses that clip")
+    cliprange_high: float | None = Field(
+        None, gt=0, description="clip range above 1, often 0.28 (DAPO's clip-higher; null: cliprange)"
+    )
+    cliprange_dual: float = Field(
+        0.0, ge=0, description="where the advantage is negative, ratios above this have no gradient, often 3 (0: off)"
+    )
+    ratio_cap: float = Field(5.0, ge=1, description="loss_type=cispo: largest ratio that a token is weighted with")
+    ratio_level: Literal[tuple(RATIO_LEVELS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        "token",
+        description="token: each token has its own importance ratio. sequence: it has that of its response, the "
+        "geometric mean of its tokens' (GSPO), where a cliprange of 3e-4 is usual",
+    )
     length_normalization: Literal[tuple(LENGTH_NORMALIZATIONS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
         "masked_mean",
         description="how token losses become one number. masked_mean: mean per response. masked_normalize: sum divided "
         "by sampling_max_tokens (Dr. GRPO). token_mean: mean over all tokens of the optimizer step (DAPO)",
     )
     mask_truncated_responses: bool = Field(False, description="leave responses cut at the length limit out of the loss")
+    kl_coefficient: float = Field(
+        0.0,
+        ge=0,
+        description="factor of the KL divergence from the first policy, which is added to the loss (0: off). For it, "
+        "that policy scores each rollout batch, from a copy of its weights in the CPU's memory",
+    )
+    kl_estimator: Literal[tuple(KL_ESTIMATORS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        "k3",
+        description="estimator of that divergence, from d = log pi - log pi_ref. k1: d. k2: d^2 / 2, which has the "
+        "gradient of the reverse KL divergence. k3: exp(-d) + d - 1, GRPO's own",
+    )
+    entropy_coefficient: float = Field(
+        0.0, ge=0, description="factor of the token entropy, which is subtracted from the loss (0: off)"
+    )
+    engine_correction: Literal[tuple(ENGINE_CORRECTIONS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        "none",
+        description="weights w = policy / engine for the engine's error in the probabilities of the sampled tokens. "
+        "token_truncate: at most the cap (TIS). token_mask: 0 outside [1/cap, cap] (IcePop). sequence_mask: the "
+        "product over a response, 0 above the cap (MIS). sequence_mean_mask: 0 or 1 by its geometric mean",
+    )
+    engine_correction_cap: float = Field(2.0, gt=1, description="cap of engine_correction, a factor")
+    overlong_cache_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens before sampling_max_tokens over which a penalty on the reward grows from 0 to -1 (DAPO; 0: "
+        "no penalty)",
+    )
+
+    dynamic_sampling: bool = Field(
+        False, description="ask further questions until as many groups as a batch holds have right and wrong answers"
+    )
+    max_resampling_rounds: int = Field(
+        8,
+        ge=0,
+        description="rounds of further questions per step at most, each of one batch or less. A batch that is then "
+        "short of mixed groups is filled up with other sampled groups",
+    )
+    drop_solved_questions: bool = Field(False, description="do not ask a question again once it is solved")
+    solved_pass_rate: float = Field(
+        0.9, gt=0, le=1, description="mean answer reward from which on a question is solved (drop_solved_questions)"
+    )
+    solved_visits: int = Field(
+        1, ge=1, description="how often a question was asked last, for that mean (drop_solved_questions)"
+    )
 
     @field_validator("loss_type")
     @classmethod
     def _check_loss_type(cls, value: str) -> str:
         look_up(value, LOSSES, "loss_type")
         return value
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> Self:
+        if self._is_changed("ratio_level") and self.loss.needs and "old_log_probs" not in self.loss.needs:
+            with_ratio = ", ".join(name for name, loss in LOSSES.items() if "old_log_probs" in loss.needs)
+            raise ValueError(
+                f"ratio_level = {self.ratio_level} with loss_type = {self.loss_type}, which has no ratio: use one of "
+                f"{with_ratio}"
+            )
+        if 0 < self.cliprange_dual <= 1:
+            raise ValueError(
+                f"cliprange_dual = {self.cliprange_dual:g} would clip where the policy has not moved: use more than 1, "
+                "often 3, or 0 for none"
+            )
+        if ENGINE_CORRECTIONS[self.engine_correction] and not self.rollouts_check_sync:
+            raise ValueError(
+                f"engine_correction = {self.engine_correction} compares log-probs of the same distribution: use "
+                f"sampling_top_p = 1 (now {self.sampling_top_p:g}) and sampling_min_tokens (now "
+                f"{self.sampling_min_tokens}) below sampling_max_tokens, or engine_correction = none"
+            )
+        if self.overlong_cache_tokens and ADVANTAGE_SCALES[self.use_std_normalization] is group_mean:
+            raise ValueError(
+                f"use_std_normalization = {self.use_std_normalization} needs rewards of 0 or more, and "
+                f"overlong_cache_tokens = {self.overlong_cache_tokens} lowers them: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Self:
+        if self.overlong_cache_tokens > self.sampling_max_tokens:
+            raise ValueError(
+                f"overlong_cache_tokens = {self.overlong_cache_tokens} exceeds sampling_max_tokens = "
+                f"{self.sampling_max_tokens}: use that or less, often a fifth of it"
+            )
+        if self.dynamic_sampling and self.group_size == 1:
+            raise ValueError(
+                "dynamic_sampling = true with group_size = 1: a group of one is never mixed; use group_size >= 2"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_grpo_fields(self) -> Self:
@@ -156,28 +293,53 @@ class GRPOConfig(RolloutConfig):
                 f"several optimizer steps per rollout batch with loss_type = {self.loss_type}, which ignores that the "
                 "policy has changed; grpo_clip corrects for it"
             )
-        if not self.is_off_policy and "cliprange" in needs:
-            found.append("cliprange has no effect with one optimizer step per rollout batch: the ratio is always 1")
-        if self.cliprange != type(self).model_fields["cliprange"].default and needs and "cliprange" not in needs:
-            found.append(f"cliprange = {self.cliprange:g} has no effect with loss_type = {self.loss_type}")
+        of_ratio = ("cliprange", "cliprange_high", "cliprange_dual", "ratio_cap")
+        if not self.is_off_policy:
+            idle = [key for key in of_ratio if key in needs or (key in self.loss.options and self._is_changed(key))]
+            idle += ["ratio_level"] if self._is_changed("ratio_level") else []
+            reason = "has no effect with one optimizer step per rollout batch: the ratio is always 1"
+            found += [f"{key} {reason}" for key in idle]
+        if needs:
+            unused = [key for key in of_ratio if key not in (*needs, *self.loss.options)]
+            found += self._without_effect(unused, f"with loss_type = {self.loss_type}")
+        for switch, keys in SWITCHED_KEYS.items():
+            if not getattr(self, switch):
+                found += self._without_effect(keys, f"without {switch}")
+        if not ENGINE_CORRECTIONS[self.engine_correction]:
+            reason = f"with engine_correction = {self.engine_correction}"
+            found += self._without_effect(["engine_correction_cap"], reason)
+        if self.kl_coefficient and KL_ESTIMATORS[self.kl_estimator] is k1:
+            found.append(f"kl_estimator = {self.kl_estimator} has a gradient of mean zero, which pulls nowhere; use k2")
         if not self.samples_from_policy:
             found.append(
-                f"sampling_temperature = {self.sampling_temperature:g}, sampling_top_p = {self.sampling_top_p:g}: "
-                "responses come from another distribution than the policy's, which the gradient ignores; "
-                "rollout/log_prob_gap is left out"
+                f"sampling_top_p = {self.sampling_top_p:g}: responses come from the likeliest tokens alone, which the "
+                "gradient ignores; rollout/log_prob_gap is left out"
             )
         return found
 
     @property
     def loss(self) -> Loss:
-        """Return the loss of that name, or the user's own. A plain function gets every input and skips no rows."""
+        """Return the loss of that name, or the user's own. A plain function gets every input and skips no rows.
+
+        Nor does any loss with a term that every row has: KL or entropy.
+        """
         found = look_up(self.loss_type, LOSSES, "loss_type")
-        return found if isinstance(found, Loss) else Loss(found)
+        loss = found if isinstance(found, Loss) else Loss(found)
+        return replace(loss, zero_with=None) if self.kl_coefficient or self.entropy_coefficient else loss
+
+    def _is_changed(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
+    def _without_effect(self, keys: Sequence[str], reason: str) -> list[str]:
+        return [f"{key} = {getattr(self, key)} has no effect {reason}" for key in keys if self._is_changed(key)]
 
     @property
     def samples_from_policy(self) -> bool:
-        """Return whether responses are sampled from the policy's own distribution, sampling_min_tokens aside."""
-        return self.sampling_temperature == self.sampling_top_p == 1
+        """Return whether responses are sampled from the distribution that is trained: the policy's at the temperature.
+
+        The first sampling_min_tokens tokens are left aside.
+        """
+        return self.sampling_top_p == 1
 
     @property
     def num_questions_per_step(self) -> int:
@@ -188,6 +350,11 @@ class GRPOConfig(RolloutConfig):
     def rollouts_check_sync(self) -> bool:
         """Return whether the rollouts can check the weight sync. Then their log-probs should be the policy's."""
         return self.samples_from_policy and self.sampling_min_tokens < self.sampling_max_tokens
+
+    @property
+    def needs_first_policy(self) -> bool:
+        """Return whether a resumed run needs the weights that it began with: beside adapters, or for a KL term."""
+        return super().needs_first_policy or self.kl_coefficient > 0
 
     @property
     def is_off_policy(self) -> bool:

@@ -280,11 +280,16 @@ def epoch_order(num_examples: int, num_draws: int, seed: int) -> list[int]:
     order: list[int] = []
     epoch = 0
     while len(order) < num_draws:
-        permutation = list(range(num_examples))
-        random.Random(f"{seed} epoch {epoch}").shuffle(permutation)
-        order += permutation
+        order += order_of_epoch(num_examples, epoch, seed)
         epoch += 1
     return order[:num_draws]
+
+
+def order_of_epoch(num_examples: int, epoch: int, seed: int) -> list[int]:
+    """Return the indices of all examples in the random order of one epoch. The first epoch is 0."""
+    permutation = list(range(num_examples))
+    random.Random(f"{seed} epoch {epoch}").shuffle(permutation)
+    return permutation
 
 
 def describe_sources(examples: Sequence[Example]) -> str:

@@ -48,6 +48,7 @@ def init_vllm(
     cpu_cache_gib: int = 1,
     enforce_eager: bool = True,
     enable_sleep_mode: bool = False,
+    float32_output_layer: bool = False,
 ) -> "LLM":
     """Start a vLLM engine inside this process. Print what starts, how long it took, and what its cache holds.
 
@@ -61,6 +62,7 @@ def init_vllm(
         cpu_cache_gib: size of the key-value cache on the CPU, in GiB.
         enforce_eager: whether the engine runs without compiling.
         enable_sleep_mode: whether `LLM.sleep` is possible, which a GPU shared with the policy needs.
+        float32_output_layer: whether logits are computed in float32, from weights and hidden states in `dtype`.
 
     The engine reseeds this process's global random state. A caller that relies on that state must seed it afterwards.
 
@@ -79,6 +81,7 @@ def init_vllm(
         "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "hf_overrides": {"head_dtype": "float32"} if float32_output_layer else {},
     }
     if device == "cpu":
         options |= {

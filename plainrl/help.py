@@ -25,13 +25,17 @@ GROUPS = {
         *("lr_schedule", "warmup_fraction", "dropout", "arithmetic_corrupt_fraction"),
     ),
     "GRPO": (
-        *("n_grpo_steps", "rollout_batch_size", "epochs_per_rollout_batch", "loss_type", "cliprange"),
-        *("use_std_normalization", "advantage_eps", "length_normalization", "mask_truncated_responses"),
+        *("n_grpo_steps", "rollout_batch_size", "epochs_per_rollout_batch"),
+        *("loss_type", "cliprange", "cliprange_high", "cliprange_dual", "ratio_cap", "ratio_level"),
+        *("kl_coefficient", "kl_estimator", "entropy_coefficient", "engine_correction", "engine_correction_cap"),
+        *("use_std_normalization", "advantage_eps", "mask_truncated_responses", "overlong_cache_tokens"),
+        *("dynamic_sampling", "max_resampling_rounds", "drop_solved_questions", "solved_pass_rate", "solved_visits"),
     ),
     "expert iteration": ("n_ei_steps", "ei_batch_size", "ei_epochs", "keep_correct"),
     "rollouts": ("warm_start", "group_size", "num_logged_groups"),
     "batch and optimizer": (
-        *("train_batch_size", "gradient_accumulation_steps", "microbatch_tokens", "normalize_constant"),
+        *("train_batch_size", "gradient_accumulation_steps", "microbatch_tokens"),
+        *("length_normalization", "normalize_constant"),
         *("learning_rate", "adam_betas", "weight_decay", "max_grad_norm", "loss_scale"),
         *("lora_rank", "lora_alpha"),
     ),
@@ -42,10 +46,13 @@ GROUPS = {
     "sampling": (
         *("sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens", "stop_string"),
     ),
-    "evaluation": ("eval_interval", "num_eval_examples", "num_final_eval_examples", "num_entropy_responses"),
+    "evaluation": (
+        *("eval_interval", "num_eval_examples", "num_final_eval_examples", "num_eval_samples"),
+        *("eval_sampling_temperature", "num_entropy_responses"),
+    ),
     "devices and precision": (
         *("policy_device", "evaluator_device", "compute_dtype", "engine_dtype", "attn_implementation"),
-        *("gradient_checkpointing", "compile_policy", "scoring_batch_size"),
+        *("float32_output_layer", "gradient_checkpointing", "compile_policy", "scoring_batch_size"),
     ),
     "engine": ("gpu_memory_utilization", "engine_cache_gib", "engine_eager", "max_sync_error", "num_sync_tokens"),
     "run": (
@@ -148,13 +155,15 @@ def configuration_page() -> str:
         for key in GROUPS[group]:
             owners = [schema for schema in SCHEMAS if key in schema.model_fields]
             defaults: dict[str, str] = {}  # default -> the first script that has it
+            meanings: dict[str, str] = {}
             for schema in owners:
                 defaults.setdefault(f"`{default_of(schema, key) or '(empty)'}`", SCHEMAS[schema][0])
+                meanings.setdefault(str(schema.model_fields[key].description).replace("|", "\\|"), SCHEMAS[schema][0])
             shown = [
-                f"{default} ({command})" if len(defaults) > 1 else default for default, command in defaults.items()
+                ", ".join(f"{text} ({command})" if len(texts) > 1 else text for text, command in texts.items())
+                for texts in (defaults, meanings)
             ]
-            text = str(owners[0].model_fields[key].description).replace("|", "\\|")
-            lines.append(f"| `{key}` | {', '.join(shown)} | {text} |")
+            lines.append(f"| `{key}` | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,9 +3,11 @@
 Symbols: B rows, T positions, V vocabulary.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from plainrl.prefix_tree import PrefixTree, build_prefix_tree, compute_hidden_states, gather_rows, shares_prefixes
+from plainrl.records import UserError
 
 LOGIT_CHUNK_TOKENS = 2048  # 0.6 GB of bfloat16 logits at a vocabulary of 151,936
 # Logits are processed in float32, in blocks of so many numbers. 8 MB stay in a CPU's cache. A GPU prefers long kernels.
@@ -26,10 +29,12 @@ def get_masked_response_log_probs(
     response_mask: Bool[Tensor, "batch sequence"],
     return_token_entropy: bool = False,
     prefix_tree: PrefixTree | None = None,
+    *,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Score only the labels under the mask. Scores equal `get_response_log_probs` there and are zero elsewhere.
 
-        log p(y_t | x, y_<t) = log softmax(z_t)[y_t]
+        log p(y_t | x, y_<t) = log softmax(z_t / temperature)[y_t]
 
     Two savings make it cheaper than scoring all positions, and neither changes a value.
 
@@ -46,9 +51,12 @@ def get_masked_response_log_probs(
         response_mask: (B, T), true where a score is needed.
         return_token_entropy: whether the entropies are returned, too.
         prefix_tree: the tree of these rows for a model that shares prefixes. None: it is built here.
+        temperature: that of the sampling, so that the scores are those of the distribution that was sampled. 1 is the
+            model's own.
 
     Returns:
-        `log_probs` and, if asked for, `token_entropy`: (B, T), in nats. The entropies carry no gradient.
+        `log_probs` and, if asked for, `token_entropy`: (B, T), in nats. Both carry a gradient, which costs nothing
+        unless it is used. An entropy is that of the whole distribution at `temperature`.
 
     Raises:
         ValueError: the model changes its logits after the output layer (soft-capping, scaling). This shortcut would
@@ -63,11 +71,35 @@ def get_masked_response_log_probs(
     else:
         outputs = model.base_model(input_ids=input_ids, use_cache=False)
         hidden_states, scored_labels = outputs.last_hidden_state[response_mask], labels[response_mask]
-    scores = _score_in_chunks(model, hidden_states, scored_labels, return_token_entropy)
+    scores = _score_in_chunks(model, hidden_states, scored_labels, return_token_entropy, temperature)
     return {
         name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
         for name, values in scores.items()
     }
+
+
+def compute_output_in_float32(model: PreTrainedModel) -> None:
+    """Let the model compute its output layer in float32, from weights in 16 bits too. Names and weights stay.
+
+    In bfloat16 logits between 16 and 32 would be rounded to multiples of 1/8. vLLM's head_dtype=float32 spares the
+    engine that rounding.
+
+    Raises:
+        UserError: the output layer is no plain linear layer.
+
+    Source: MiniMax-M1, 2025, section 3.2, and ScaleRL, 2025, section 3.
+    """
+    layer = cast(Any, model.get_output_embeddings())
+    if type(layer) is not torch.nn.Linear:
+        raise UserError(
+            f"float32_output_layer = true: the output layer of {model.config.model_type} is a {type(layer).__name__}, "
+            "no torch.nn.Linear; leave it out"
+        )
+    cast(Any, layer).forward = partial(_linear_in_float32, layer)
+
+
+def _linear_in_float32(layer: torch.nn.Linear, inputs: Tensor) -> Tensor:
+    return F.linear(inputs.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 def changes_logits(model: PreTrainedModel) -> str:
@@ -81,12 +113,13 @@ def _score_in_chunks(
     hidden_states: Float[Tensor, "tokens width"],
     labels: Int[Tensor, " tokens"],
     return_token_entropy: bool,
+    temperature: float,
 ) -> dict[str, Tensor]:
     """Score hidden states chunk by chunk. If there are several chunks, none keeps its logits for the backward pass."""
     output_layer = cast(torch.nn.Module, model.get_output_embeddings())
 
     def score(hidden_chunk: Tensor, label_chunk: Tensor) -> dict[str, Tensor]:
-        return _score_labels(output_layer(hidden_chunk), label_chunk, return_token_entropy)
+        return _score_labels(output_layer(hidden_chunk), label_chunk, return_token_entropy, temperature)
 
     if len(labels) <= LOGIT_CHUNK_TOKENS:
         return score(hidden_states, labels)
@@ -100,29 +133,32 @@ def _score_in_chunks(
 
 
 def _score_labels(
-    logits: Float[Tensor, "... vocabulary"], labels: Int[Tensor, "..."], return_token_entropy: bool
+    logits: Float[Tensor, "... vocabulary"],
+    labels: Int[Tensor, "..."],
+    return_token_entropy: bool,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    log_probs, entropies = _LabelScores.apply(logits.flatten(0, -2), labels.flatten())
+    log_probs, entropies = _LabelScores.apply(logits.flatten(0, -2), labels.flatten(), temperature)
     scores = {"log_probs": log_probs.view(labels.shape)}
     return scores | {"token_entropy": entropies.view(labels.shape)} if return_token_entropy else scores
 
 
 class _LabelScores(torch.autograd.Function):
-    """Return the labels' log-probabilities and, without gradient, the entropies, from logits z in any dtype.
+    """Return the labels' log-probabilities and the entropies from logits T z in any dtype, at temperature T.
 
         log p_y = z_y - s,      s = log sum_v exp z_v,      d log p_y / d z_v = [v = y] - p_v
-        H = s - sum_v p_v z_v
+        H = s - sum_v p_v z_v,                              d H / d z_v       = - p_v (log p_v + H)
 
     Both use the same exponentials, computed block by block in at least float32. The only tensor of the logits' size is
-    their gradient, in their own dtype.
+    their gradient, in their own dtype. The entropy's part of it is computed only where the loss contains the entropy.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         size = _block_size(logits)
         results = []
         for block, label in zip(logits.split(size), labels[:, None].split(size), strict=True):
-            shifted = _to_full_precision(block)
+            shifted = _at_temperature(block, temperature)
             highest = shifted.amax(dim=-1, keepdim=True)
             shifted = shifted - highest
             label_logit = shifted.gather(-1, label).squeeze(-1)
@@ -134,25 +170,36 @@ class _LabelScores(torch.autograd.Function):
             entropy = total.log() - exponentials.mul_(shifted).sum(dim=-1) / total
             results.append((label_logit - total.log(), entropy, highest.squeeze(-1) + total.log()))
         log_probs, entropies, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
-        ctx.save_for_backward(logits, labels, normalizers)
-        ctx.mark_non_differentiable(entropies)
+        ctx.save_for_backward(logits, labels, normalizers, entropies)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # None, and not zeros, for what the loss does not contain
         return log_probs, entropies
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor, None]:
-        logits, labels, normalizers = ctx.saved_tensors
-        gradient = torch.empty_like(logits)
+        ctx: Any, *gradients: Tensor | None
+    ) -> tuple[Tensor, None, None]:
+        logits, labels, normalizers, entropies = ctx.saved_tensors
+        # What the loss does not contain has no gradient. By the chain rule, what it contains is divided by T.
+        of_log_probs, of_entropies = (
+            part if part is None or ctx.temperature == 1 else part / ctx.temperature for part in gradients
+        )
+        if of_log_probs is None:
+            of_log_probs = torch.zeros_like(normalizers)
+        result = torch.empty_like(logits)
         size = _block_size(logits)
-        columns = (labels[:, None], normalizers[:, None], gradients[0][:, None])
-        for block, output, label, normalizer, weight in zip(
-            logits.split(size), gradient.split(size), *(column.split(size) for column in columns), strict=True
-        ):
-            part = (_to_full_precision(block) - normalizer).exp_().mul_(-weight)
-            output.copy_(part.scatter_add_(-1, label, weight))
-        return gradient, None
+        for start in range(0, len(labels), size):
+            rows = slice(start, start + size)
+            part = _at_temperature(logits[rows], ctx.temperature) - normalizers[rows, None]  # log p
+            weight = of_log_probs[rows, None]
+            factor = -weight
+            if of_entropies is not None:
+                finite = part.clamp(min=torch.finfo(part.dtype).min)  # 0 * -inf would be NaN
+                factor = finite.add_(entropies[rows, None]).mul_(of_entropies[rows, None]).neg_().sub_(weight)
+            part = part.exp_().mul_(factor)
+            result[rows] = part.scatter_add_(-1, labels[rows, None], weight)
+        return result, None, None
 
 
 def _block_size(logits: Float[Tensor, "tokens vocabulary"]) -> int:
@@ -160,5 +207,7 @@ def _block_size(logits: Float[Tensor, "tokens vocabulary"]) -> int:
     return max(1, (CPU_BLOCK_NUMBERS if logits.device.type == "cpu" else GPU_BLOCK_NUMBERS) // logits.shape[-1])
 
 
-def _to_full_precision(logits: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _at_temperature(logits: Float[Tensor, "..."], temperature: float) -> Float[Tensor, "..."]:
+    """Return logits divided by the temperature, in at least float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plainrl.checkpoint import TrainingState, fingerprint
+from plainrl.checkpoint import Resumable, TrainingState, fingerprint
 from plainrl.config import TrainConfig
 from plainrl.guard import StopGuard
 from plainrl.run_folder import RunFolder
@@ -53,6 +53,7 @@ class TrainingLoop:
         run: RunFolder,
         config: TrainConfig,
         name: str,
+        order: Resumable | None = None,
     ) -> None:
         """Note what the steps need.
 
@@ -66,9 +67,10 @@ class TrainingLoop:
             run: its folder.
             config: intervals, and what checkpoints are kept.
             name: shown before the progress bar.
+            order: of the data, where it does not follow from the step; saved and resumed with the policy.
         """
         self.seconds: dict[str, float] = {}  # `time/<phase>` of the present step
-        self._state = TrainingState(policy, tokenizer, optimizer, fingerprint(data))
+        self._state = TrainingState(policy, tokenizer, optimizer, fingerprint(data), order=order)
         self._num_steps, self._evaluator, self._run, self._config = num_steps, evaluator, run, config
         self._name, self._train_step = name, 0
         self._progress: Any = None
@@ -110,6 +112,10 @@ class TrainingLoop:
         self._guard.stop_if_requested()
         with self._run.watched(name, self.seconds):
             yield
+
+    def mark_weights(self, are_whole: bool) -> None:
+        """Say whether the policy's weights are those after the last step. If not, nothing gives up or saves them."""
+        self._state.is_whole = are_whole
 
     def log(self, rows: Sequence[Metrics], of_step: Metrics | None = None) -> list[dict[str, Any]]:
         """Log the metrics of the step's optimizer steps, numbered by `train_step`; return them so.

@@ -94,7 +94,12 @@ def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str
         if config.gradient_checkpointing
         else num_blocks * of_a_block
     )
-    logits = min(num_tokens, LOGIT_CHUNK_TOKENS) * text.vocab_size * (4 if is_half else 8) + 12 * GPU_BLOCK_NUMBERS
+    logits = (
+        min(num_tokens, LOGIT_CHUNK_TOKENS)
+        * text.vocab_size
+        * (4 if is_half and not config.float32_output_layer else 8)
+        + 12 * GPU_BLOCK_NUMBERS
+    )
     num_own = sum(parameter.numel() for parameter in model.parameters())
     own = num_own * (2 if config.lora_rank and is_half else 4)
     num_trained = num_added if config.lora_rank else num_own

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
-from plainrl.log_probs import changes_logits, get_masked_response_log_probs
+from plainrl.log_probs import changes_logits, compute_output_in_float32, get_masked_response_log_probs
 from plainrl.lora import add_adapters, load_adapters
 from plainrl.memory import check_memory
 from plainrl.microbatches import microbatches
@@ -71,12 +71,9 @@ def load_policy(
     tokenizer = load_tokenizer(folder, label, policy)
     if name := changes_logits(policy):
         raise UserError(f"{label}: it changes its logits ({name}), which is not supported; use another model")
-    context = getattr(policy.config, "max_position_embeddings", None)
-    if context is not None and config.max_context_tokens > context:
-        raise UserError(
-            f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
-            "lower it to that"
-        )
+    require_context(policy, config)
+    if config.float32_output_layer:
+        compute_output_in_float32(policy)
     if of_adapters:
         add_adapters(policy, of_adapters)
     if checkpoint:
@@ -97,6 +94,16 @@ def load_policy(
     cast(Any, policy.base_model).do_not_compile = True
     add_working_copy(policy.eval(), config.compute_dtype)
     return policy, tokenizer
+
+
+def require_context(policy: PreTrainedModel, config: RunConfig) -> None:
+    """Raise a UserError if rows may be longer than the model's context."""
+    context = getattr(policy.config, "max_position_embeddings", None)
+    if context is not None and config.max_context_tokens > context:
+        raise UserError(
+            f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
+            "lower it to that"
+        )
 
 
 def blocks_of(policy: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -126,7 +133,7 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
         compile_blocks(model)
     model.train()
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        parameter_groups(policy),
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
@@ -134,6 +141,17 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
     )
     optimizer.register_step_post_hook(lambda *_: refresh_working_copy(policy))
     return optimizer
+
+
+def parameter_groups(policy: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the trained parameters for AdamW. Weight decay leaves those of one dimension alone.
+
+    These are the weights of norms, and biases. Source: Radford et al. 2018 (GPT), section 4.1.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    decayed, others = ([p for p in trained if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def choose_attention(config: RunConfig, model_config: PreTrainedConfig | None = None) -> str:
@@ -219,6 +237,7 @@ def score_responses(
     responses: Sequence[Response],
     padding_id: int,
     batch_size: int,
+    temperature: float = 1.0,
 ) -> list[dict[str, Tensor]]:
     """Score the sampled token ids with the policy, without gradients and without dropout.
 
@@ -227,6 +246,7 @@ def score_responses(
         responses: with their prompts, in any order. Responses of similar length share a forward pass.
         padding_id: token id that fills rows up.
         batch_size: most responses in a forward pass.
+        temperature: at which the scores are taken, as in `get_masked_response_log_probs`.
 
     Returns:
         For each response, in the order given, its `log_probs` and `token_entropy` in nats. Each has shape (number of
@@ -239,7 +259,9 @@ def score_responses(
     scores: dict[int, dict[str, Tensor]] = {}
     for indices, batch in microbatches(model, prompts, tokens, padding_id, batch_size):
         with torch.inference_mode():
-            batch_scores = get_masked_response_log_probs(model, **batch, return_token_entropy=True)
+            batch_scores = get_masked_response_log_probs(
+                model, **batch, return_token_entropy=True, temperature=temperature
+            )
         for row, index in enumerate(indices):
             mask = batch["response_mask"][row]
             scores[index] = {name: values[row, mask].float().cpu() for name, values in batch_scores.items()}

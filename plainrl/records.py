@@ -56,6 +56,7 @@ class Rollout:
     advantage: float  # in expert iteration: 1 if the response is kept, else 0
     grading_failure: str | None = None
     old_log_probs: "Tensor | None" = None  # (number of response tokens,), of the policy that sampled
+    reference_log_probs: "Tensor | None" = None  # likewise, of the run's first policy
 
     @property
     def is_truncated(self) -> bool:

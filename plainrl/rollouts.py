@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from plainrl.devices import peak_memory_gib
 from plainrl.engine import require_small_sync_error, sampling_params, stream_responses
 from plainrl.grading.rewards import Grade, count_failures, grade_response
 from plainrl.records import Example, Response, Rollout, mean
+from plainrl.selection import QuestionOrder, find_mixed, num_questions_to_ask
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -42,6 +43,7 @@ def sample_groups(
     step: int,
     config: RolloutConfig,
     grading_threads: Executor,
+    asked_before: Sequence[int] = (),
 ) -> tuple[list[Response], list[Future[Grade]]]:
     """Sample `group_size` responses to each chosen question. The responses of a group stand next to each other.
 
@@ -55,6 +57,7 @@ def sample_groups(
         step: the number of the rollout batch.
         config: sampling settings, group size, seed, reward function.
         grading_threads: where responses are graded.
+        asked_before: the questions of earlier rounds of this step. One that comes again has other seeds, too.
 
     Returns:
         The responses, and a future with the grade of each. A response is graded as soon as it is finished, while the
@@ -62,7 +65,7 @@ def sample_groups(
     """
     requests: list[tuple[int, int]] = []  # question, sample
     for place, index in enumerate(chosen):  # a question may come twice, where one epoch ends and the next begins
-        first = list(chosen[:place]).count(index) * config.group_size
+        first = [*asked_before, *chosen[:place]].count(index) * config.group_size
         requests += [(index, sample) for sample in range(first, first + config.group_size)]
     reward = config.reward_function
     responses: dict[int, Response] = {}
@@ -81,15 +84,63 @@ def sample_groups(
     return [responses[position] for position in order], [gradings[position] for position in order]
 
 
+class Sampled(NamedTuple):
+    """What a step sampled: its questions, `group_size` responses to each in turn, and their grades to come."""
+
+    chosen: list[int]  # indices of the questions
+    responses: list[Response]
+    gradings: list[Future[Grade]]
+    num_rounds: int  # 1 without dynamic_sampling
+
+
+def sample_rounds(
+    llm: "LLM",
+    questions: Sequence[Example],
+    prompt_ids: Sequence[list[int]],
+    order: QuestionOrder,
+    step: int,
+    config: GRPOConfig,
+    grading_threads: Executor,
+) -> Sampled:
+    """Sample responses to the next questions of the order: `num_questions_per_step`, as `sample_groups` does.
+
+    With `dynamic_sampling`, this is the first round. Further ones follow until that many groups are mixed, or
+    `max_resampling_rounds` further rounds are over. Only the last round is not waited for until it is graded.
+
+    Args: as for `sample_groups`.
+        order: gives the questions, and moves on.
+    """
+    sampled = Sampled([], [], [], 0)
+    most_rounds = 1 + (config.max_resampling_rounds if config.dynamic_sampling else 0)
+    count = config.num_questions_per_step
+    while count:
+        chosen = order.draw(count)
+        responses, gradings = sample_groups(
+            llm, questions, prompt_ids, chosen, step, config, grading_threads, asked_before=sampled.chosen
+        )
+        sampled = Sampled(
+            sampled.chosen + chosen, sampled.responses + responses, sampled.gradings + gradings, sampled.num_rounds + 1
+        )
+        if sampled.num_rounds == most_rounds:
+            break
+        is_mixed = find_mixed([grading.result() for grading in sampled.gradings], config.group_size)
+        count = num_questions_to_ask(len(is_mixed), sum(is_mixed), config.num_questions_per_step)
+    return sampled
+
+
 def make_rollouts(
     questions: Sequence[Example],
     responses: Sequence[Response],
     grades: Sequence[Grade],
-    advantages: Sequence[float],
+    advantages: Sequence[float] | None,
     group_size: int,
 ) -> list[Rollout]:
-    """Join what the update needs of each response. The responses stand in the order of the questions, G for each."""
+    """Join what the update needs of each response. The responses stand in the order of the questions, G for each.
+
+    Without advantages they are zero: nothing would be learnt from these rollouts.
+    """
     repeated = [question for question in questions for _ in range(group_size)]
+    advantages = [0.0] * len(repeated) if advantages is None else advantages
     return [
         Rollout(question, response, grade.rewards, advantage, grade.failure)
         for question, response, grade, advantage in zip(repeated, responses, grades, advantages, strict=True)
@@ -155,6 +206,7 @@ def summarize_rollouts(rollouts: Sequence[Rollout], config: RolloutConfig) -> di
     lengths = [len(rollout.response.token_ids) for rollout in rollouts]
     right = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] == 1]
     wrong = [length for length, rollout in zip(lengths, rollouts, strict=True) if rollout.rewards["answer_reward"] != 1]
+    sampled = [value for rollout in rollouts for value in rollout.response.log_probs[config.sampling_min_tokens :]]
     return {
         "rollout/reward": groups.mean().item(),
         "rollout/format_reward": mean([rollout.rewards["format_reward"] for rollout in rollouts]),
@@ -168,6 +220,9 @@ def summarize_rollouts(rollouts: Sequence[Rollout], config: RolloutConfig) -> di
         "rollout/response_length_incorrect": mean(wrong),
         "rollout/response_length_max": max(lengths),
         "rollout/truncated_fraction": mean([float(rollout.is_truncated) for rollout in rollouts]),
+        "rollout/num_sampled_responses": len(rollouts),
+        "rollout/num_sampled_tokens": sum(lengths),
+        "rollout/token_entropy_estimate": mean([-log_prob for log_prob in sampled]),
         **{f"reward/{name}": count for name, count in failures.items()},
     }
 

@@ -1,7 +1,7 @@
 """The keys that all scripts or all training share. plainrl/config.py has the rest, and says how the schema is used."""
 
 import os
-from typing import Annotated, Any, Literal, Self, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -10,6 +10,8 @@ from plainrl.lookup import look_up
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DATA = "arithmetic"
+LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one to this
+MOST_EVAL_SAMPLES = 1000  # of more, the numbers of subsets exceed what a float holds
 MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -44,6 +46,11 @@ class RunConfig(BaseModel):
     engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="dtype of the vLLM engine's weights and cache"
     )
+    float32_output_layer: bool = Field(
+        False,
+        description="compute logits in float32, in policy and engine. Their log-probs come closer together, for more "
+        "time and memory",
+    )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
         description="auto: flash_attention_2 if it is installed, on CUDA and not in float32, else sdpa. Both compute "
@@ -74,7 +81,9 @@ class RunConfig(BaseModel):
         256, description="responses of an evaluation whose token entropy is computed, a fixed subset (a count, or all)"
     )
 
-    sampling_temperature: float = Field(1.0, ge=0, description="softmax temperature (0: greedy)")
+    sampling_temperature: float = Field(
+        1.0, ge=0, le=2, description="softmax temperature, by which logits are divided (0: greedy)"
+    )
     sampling_top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling mass")
     sampling_min_tokens: int = Field(4, ge=0, description="tokens before which a response cannot end")
     sampling_max_tokens: int = Field(1024, ge=1, description="tokens at which a response is cut")
@@ -112,7 +121,8 @@ class RunConfig(BaseModel):
     @classmethod
     def _refuse_another_kind(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and annotation is not bool and get_origin(annotation) is not Literal:
+        takes_bool = bool in (annotation, *get_args(annotation)) or get_origin(annotation) is Literal
+        if isinstance(value, bool) and not takes_bool:
             raise ValueError("true and false are not numbers, and they are text only in quotes")
         if isinstance(value, str) and "\0" in value:
             raise ValueError("the character 0 can stand in no file and in no name: remove it")
@@ -131,6 +141,15 @@ class RunConfig(BaseModel):
     @classmethod
     def _check_reward(cls, value: str) -> str:
         look_up(value, REWARD_FUNCTIONS, "reward")
+        return value
+
+    @field_validator("sampling_temperature", "eval_sampling_temperature", check_fields=False)
+    @classmethod
+    def _check_temperature(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"vLLM would take {LEAST_TEMPERATURE} instead; use that or more, or 0 for the likeliest token"
+            )
         return value
 
     @model_validator(mode="after")
@@ -165,6 +184,8 @@ class RunConfig(BaseModel):
         asked_by = {reward.prompt for reward in REWARD_FUNCTIONS.values()}
         if self.prompt in asked_by and self.reward_function.prompt not in (None, self.prompt):
             found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
+        if self.float32_output_layer and self.compute_dtype == self.engine_dtype == "float32":
+            found.append("float32_output_layer has no effect: compute_dtype and engine_dtype are float32 already")
         if self.train_data != EMBEDDED_DATA == self.validation_data:
             found.append(
                 f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data"
@@ -215,6 +236,15 @@ class TrainConfig(RunConfig):
     num_final_eval_examples: int | Literal["all"] = Field(
         "all", description="validation questions of the evaluation at the end, eval_all/* (all, or at most so many)"
     )
+    num_eval_samples: int = Field(
+        1,
+        ge=1,
+        le=MOST_EVAL_SAMPLES,
+        description="responses per question in evaluations. With several, pass@k and maj@k are measured too",
+    )
+    eval_sampling_temperature: float | None = Field(
+        None, ge=0, le=2, description="softmax temperature in evaluations (0: greedy; null: sampling_temperature)"
+    )
 
     checkpoint_interval: int = Field(
         50, ge=1, description="steps between checkpoints, from which a run can be resumed. The last step has one, too"
@@ -229,6 +259,11 @@ class TrainConfig(RunConfig):
         self._require_multiple("train_batch_size", "gradient_accumulation_steps")
         if isinstance(self.num_final_eval_examples, int) and self.num_final_eval_examples < 1:
             raise ValueError(f"num_final_eval_examples = {self.num_final_eval_examples}: must be at least 1, or all")
+        if self.num_eval_samples > 1 and self.evaluation_temperature == 0:
+            raise ValueError(
+                f"num_eval_samples = {self.num_eval_samples} samples the same response each time at temperature 0: "
+                "use num_eval_samples = 1, or an eval_sampling_temperature above 0"
+            )
         return self
 
     def _require_multiple(self, name: str, divisor_name: str) -> None:
@@ -257,6 +292,12 @@ class TrainConfig(RunConfig):
                 f"{self.checkpoint_interval} and eval_interval = {self.eval_interval} divides the other"
             )
         return found
+
+    @property
+    def evaluation_temperature(self) -> float:
+        """Return the softmax temperature of evaluations."""
+        own = self.eval_sampling_temperature
+        return self.sampling_temperature if own is None else own
 
     @property
     def microbatch_size(self) -> int:

@@ -41,12 +41,12 @@ def apply_warm_start(config: RolloutConfigType, checkpoint: Path | None = None) 
 
     The SFT run of a preset is in `runs_dir/<preset>`. If one with another model, prompt, reward or data is there, a
     hash of these follows the name. If `config.warm_start` is empty, nothing changes. Nor does it for a run that goes on
-    from a checkpoint, unless adapters (`lora_rank`) need their frozen weights, which it lacks.
+    from a checkpoint, unless it needs its first policy: for the frozen weights beside adapters, or for a KL term.
 
     Raises:
         UserError: there is no such preset or model, the data has nothing to imitate, or the SFT run failed.
     """
-    if not config.warm_start or (checkpoint and not config.lora_rank):
+    if not config.warm_start or (checkpoint and not config.needs_first_policy):
         return config
     presets = presets_of(read_yaml(YAML), YAML)
     model = _run_preset(config) if config.warm_start in presets else _find_model(config, presets)

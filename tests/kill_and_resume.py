@@ -38,9 +38,10 @@ GRPO = {
     "checkpoint_interval": 1,
     "sampling_max_tokens": 12,
 }
+SELECTION = {"dynamic_sampling": True, "max_resampling_rounds": 2, "drop_solved_questions": True}
 RUNS = {
     "SFT": ("SFT_train.py", tiny_arguments, SFT),
-    "GRPO on-policy": ("GRPO_train.py", grpo_arguments, GRPO),
+    "GRPO on-policy": ("GRPO_train.py", grpo_arguments, GRPO | SELECTION),
     "GRPO off-policy": ("GRPO_train.py", grpo_arguments, GRPO | {"loss_type": "grpo_clip", "train_batch_size": 16}),
 }
 

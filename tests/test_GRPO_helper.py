@@ -12,8 +12,6 @@ import torch
 from GRPO_helper import (
     LENGTH_NORMALIZATIONS,
     Loss,
-    LossError,
-    LossInputs,
     StepSize,
     compute_group_normalized_rewards,
     compute_grpo_clip_loss,
@@ -28,7 +26,7 @@ from GRPO_helper import (
     sum_over_longest,
 )
 
-LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
+LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip", "cispo"]
 
 
 def rewards_of(values):
@@ -117,6 +115,7 @@ def random_batch(seed=0, rows=4, tokens=6):
         "advantages": draw(rows, 1),
         "old_log_probs": old,
         "cliprange": 0.2,
+        "ratio_cap": 1.1,
     }
 
 
@@ -130,6 +129,7 @@ def naive_token_loss(loss_type, batch, row, token):
         "reinforce_with_baseline": -advantage * log_prob,
         "grpo_clip": -min(ratio * advantage, clipped * advantage),
         "grpo_no_clip": -ratio * advantage,
+        "cispo": -min(ratio, 1.1) * advantage * log_prob,
     }[loss_type]
 
 
@@ -169,6 +169,44 @@ def test_clip_cases(ratio, advantage, loss, has_gradient, side):
     assert metadata["clip_fraction_high"].item() == (side == "high")
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "has_gradient"),
+    [
+        (1.25, 1.0, -1.25, True),  # beyond eps, within eps_high
+        (1.5, 1.0, -1.3, False),
+        (0.5, -1.0, 0.8, False),  # eps_high leaves the low side alone
+        (2.9, -1.0, 2.9, True),
+        (3.5, -1.0, 3.0, False),  # c = 3
+        (3.5, 1.0, -1.3, False),
+    ],
+)
+def test_clip_higher_and_dual_clip_cases(ratio, advantage, loss, has_gradient):
+    log_probs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    per_token, metadata = compute_policy_gradient_loss(
+        *(log_probs, "grpo_clip", None, torch.tensor([[advantage]], dtype=torch.float64), torch.zeros_like(log_probs)),
+        *(0.2,),
+        cliprange_high=0.3,
+        cliprange_dual=3.0,
+    )
+    per_token.sum().backward()
+    assert per_token.item() == pytest.approx(loss, abs=1e-12)
+    assert (log_probs.grad.item() != 0) == has_gradient
+    assert metadata["clip_fraction_dual"].item() == (ratio == 3.5 and advantage < 0)
+
+
+def test_scales_of_advantages_by_hand():
+    """Rewards 1, 0, 0, 0 and 1, 1, 1, 0: means 1/4 and 3/4; of all eight the mean is 1/2, the sample std sqrt(2/7)."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0])
+    centered = [0.75, -0.25, -0.25, -0.25, 0.25, 0.25, 0.25, -0.75]
+    scales = {False: [1.0] * 8, True: [0.5] * 8, "batch": [math.sqrt(2 / 7)] * 8, "mean": [0.25] * 4 + [0.75] * 4}
+    for scale, divisors in scales.items():
+        expected = [value / divisor for value, divisor in zip(centered, divisors, strict=True)]
+        found = normalize_within_groups(rewards, 4, 1e-12, scale)
+        assert found.tolist() == pytest.approx(expected, rel=1e-6), scale
+        zero = normalize_within_groups(torch.tensor([0.0] * 4 + [1, 0, 0, 0]), 4, 1e-12, scale)
+        assert zero[:4].tolist() == [0] * 4 and zero.isfinite().all(), scale
+
+
 def test_missing_arguments_are_named():
     log_probs = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="no_baseline needs raw_rewards"):
@@ -177,6 +215,8 @@ def test_missing_arguments_are_named():
         compute_policy_gradient_loss(log_probs, "grpo_clip")
     with pytest.raises(ValueError, match="grpo_no_clip needs old_log_probs"):
         compute_policy_gradient_loss(log_probs, "grpo_no_clip", advantages=torch.ones(1, 1))
+    with pytest.raises(ValueError, match="cispo needs old_log_probs and ratio_cap"):
+        compute_policy_gradient_loss(log_probs, "cispo", advantages=torch.ones(1, 1))
     with pytest.raises(ValueError, match="loss_type = 'ppo': use one of no_baseline, "):
         compute_policy_gradient_loss(log_probs, "ppo")
 
@@ -248,25 +288,10 @@ def test_helpers_leave_their_inputs_alone():
     assert (responses, truths) == (["a", "b"], ["c", "d"])
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda inputs: inputs.log_probs, "returned Tensor: return (losses, metadata)"),
-        (lambda inputs: (inputs.log_probs.sum(-1, keepdim=True), {}), "returned the losses as (2, 1): give one value"),
-        (lambda inputs: (inputs.log_probs, {"norm": torch.ones(())}), "returned norm as (): give one value per token"),
-        (lambda inputs: (inputs.log_probs, {"norm": 1.0}), "returned norm as float: give one value per token, (2, 3)"),
-        (lambda inputs: (inputs.log_probs, {"loss": inputs.log_probs}), "returned metadata loss: each run logs that"),
-    ],
-)
-def test_a_function_that_is_no_loss_is_refused(function, message):
-    """Losses of one number per response would be broadcast by two of the three length normalizations."""
-    inputs = LossInputs(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(LossError, match=re.escape(message)):
-        Loss(function)(inputs)
-
-
 def test_a_loss_needs_and_skips_what_there_is():
     with pytest.raises(ValueError, match="needs = kl: LossInputs has log_probs, mask, advantages"):
         Loss(grpo_clip, needs=("kl",))
+    with pytest.raises(ValueError, match="options = kl: LossInputs has log_probs, mask, advantages"):
+        Loss(grpo_clip, options=("kl",))
     with pytest.raises(ValueError, match="zero_with = cliprange: use advantages, raw_rewards or None"):
         Loss(grpo_clip, zero_with="cliprange")

@@ -27,11 +27,12 @@ from plainrl.data import load_questions
 from plainrl.diagnosis import diagnose, find_remarks
 from plainrl.engine import SyncError, check_policy_sync, load_policy_into_vllm_instance, sample_responses
 from plainrl.grading.rewards import Grade, grade_responses
+from plainrl.objective import summarize_update
 from plainrl.policy import compute_clipped_gradient, score_responses
 from plainrl.records import Example, Response, Rollout, UserError
 from plainrl.rollouts import make_rollouts
 
-LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip"]
+LOSS_TYPES = ["no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip", "cispo"]
 LENGTH_NORMALIZATIONS = ["masked_mean", "masked_normalize", "token_mean"]
 
 
@@ -90,6 +91,7 @@ def naive_gradient(model, rollouts, config):
             "reinforce_with_baseline": -r.advantage * log_probs,
             "grpo_clip": -torch.minimum(ratio * r.advantage, ratio.clamp(0.8, 1.2) * r.advantage),
             "grpo_no_clip": -ratio * r.advantage,
+            "cispo": -ratio.detach().clamp(max=1.1) * r.advantage * log_probs,
         }[config.loss_type]
         total = (
             total
@@ -115,6 +117,7 @@ def test_the_gradient_of_a_step_is_the_same_however_it_is_computed(
         "loss_type": loss_type,
         "length_normalization": length_normalization,
         "mask_truncated_responses": mask_truncated,
+        "ratio_cap": 1.1,
         "epochs_per_rollout_batch": 2 if "old_log_probs" in LOSSES[loss_type].needs else 1,  # off-policy: with a ratio
     }
     expected, expected_loss = naive_gradient(tiny_model, rollouts, tiny_config(**options))
@@ -400,6 +403,41 @@ def test_tokens_sampled_without_eos_say_nothing_and_are_left_out(engine, tiny_mo
     assert with_all["num_gap_tokens"] - without["num_gap_tokens"] == 4 * len(rollouts)
 
 
+@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_mask", "sequence_mean_mask"])
+def test_the_engine_correction_weighs_what_the_engine_sampled(engine, tiny_model, tokenizer, correction):
+    """In float32 the engine is the policy, and each weight is 1. Once the policy has moved, they tell."""
+    load_policy_into_vllm_instance(tiny_model, engine)
+    rollouts, _ = rollouts_of(engine, tokenizer, min_tokens=4)
+    config = tiny_config(engine_correction=correction, engine_correction_cap=1.2, sampling_min_tokens=4)
+    plain, _ = gradient_of(tiny_model, rollouts, tiny_config())
+    weighted, sums = gradient_of(tiny_model, rollouts, config)
+    assert (weighted - plain).norm() < 1e-3 * plain.norm()
+    metrics = summarize_update(sums)
+    assert metrics["train/engine_weight_mean"] == pytest.approx(1, abs=1e-3)
+    assert metrics["train/engine_effective_sample_size"] == pytest.approx(1, abs=1e-3)
+    assert metrics["train/engine_corrected_fraction"] == 0
+    for row in rollouts:  # the engine gave every token a probability that is exp(0.5) times too large
+        row.response.log_probs[:] = [value + 0.5 for value in row.response.log_probs]
+    metrics = summarize_update(gradient_of(tiny_model, rollouts, config)[1])
+    num_tokens = sum(len(row.response.token_ids) for row in rollouts)
+    forced = 4 * len(rollouts) / num_tokens
+    by_hand = {
+        "token_truncate": forced + (1 - forced) * math.exp(-0.5),
+        "token_mask": forced,
+        "sequence_mask": sum(
+            len(row.response.token_ids) * math.exp(2 - len(row.response.token_ids) / 2) for row in rollouts
+        )
+        / num_tokens,
+        "sequence_mean_mask": forced_rows(rollouts) / num_tokens,
+    }
+    assert metrics["train/engine_weight_mean"] == pytest.approx(by_hand[correction], rel=1e-3)
+
+
+def forced_rows(rollouts):
+    """The tokens of responses that end where they may first end."""
+    return sum(4 for row in rollouts if len(row.response.token_ids) == 4)
+
+
 def test_rollouts_are_trained_on_the_sampled_ids(engine, tiny_model, tokenizer):
     """Token ids that no tokenizer would produce from the text go into the update as they were sampled."""
     load_policy_into_vllm_instance(tiny_model, engine)
@@ -445,6 +483,7 @@ CONFIGURATION_MISTAKES = [
     ({"rollout_batch_size": 10}, "rollout_batch_size = 10 is not a multiple of group_size = 4"),
     ({"train_batch_size": 6}, "rollout_batch_size = 8 is not a multiple of train_batch_size = 6"),
     ({"sampling_temperature": 0}, "sampling_temperature = 0 samples the same response"),
+    ({"sampling_temperature": 0.005}, "sampling_temperature = 0.005: vLLM would take 0.01 instead; use that or more"),
     ({"train_batch_size": 2, "gradient_accumulation_steps": 1}, "train_batch_size = 2 is smaller than group_size = 4"),
     (
         {"gradient_accumulation_steps": 3},
@@ -484,8 +523,10 @@ def test_settings_without_effect_are_announced(capsys):
     assert "cliprange has no effect" in capsys.readouterr().out
     load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=one-gpu", "cliprange=0.3"])
     assert "cliprange = 0.3 has no effect with loss_type = reinforce_with_baseline" in capsys.readouterr().out
+    load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=one-gpu", "sampling_top_p=0.9"])
+    assert "responses come from the likeliest tokens alone" in capsys.readouterr().out
     load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=one-gpu", "sampling_temperature=0.7"])
-    assert "responses come from another distribution" in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().out
     load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=one-gpu", "epochs_per_rollout_batch=2"])
     assert "grpo_clip corrects for it" in capsys.readouterr().out
 
@@ -543,14 +584,7 @@ def test_every_phase_is_held_to_its_limit(tiny_model_folder, tmp_path, monkeypat
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where_the_policy_is(
     tiny_model_folder, tmp_path, monkeypatch, capsys, scripted_engine
 ):
-    original = GRPO_train.make_rollouts
-
-    def with_a_bad_advantage(*arguments):
-        rollouts = original(*arguments)
-        rollouts[0].advantage = float("inf")
-        return rollouts
-
-    monkeypatch.setattr(GRPO_train, "make_rollouts", with_a_bad_advantage)
+    monkeypatch.setattr(GRPO_train, "compute_advantages", lambda rewards, _: torch.full_like(rewards, torch.inf))
     with pytest.raises(UserError, match=r"step 1: loss "):
         GRPO_train.main(scripted_arguments(tiny_model_folder, tmp_path, run_name="x"))
     assert re.search("state after step 0 saved: .*step_000000", capsys.readouterr().err)
@@ -562,14 +596,7 @@ def test_a_run_whose_engine_is_not_the_policy_keeps_its_last_whole_step(
     scripted_engine, tiny_model_folder, tmp_path, monkeypatch, capsys
 ):
     """The scripted log-probs are not the model's, which shows as soon as there is something to learn from them."""
-    original = GRPO_train.make_rollouts
-
-    def with_advantages(*arguments):
-        rollouts = original(*arguments)
-        rollouts[0].advantage = 1.0
-        return rollouts
-
-    monkeypatch.setattr(GRPO_train, "make_rollouts", with_advantages)
+    monkeypatch.setattr(GRPO_train, "compute_advantages", lambda rewards, _: torch.ones_like(rewards))
     monkeypatch.setattr("plainrl.rollouts.MIN_TOKENS_TO_CHECK", 1)
     with pytest.raises(SyncError, match="max_sync_error = 1.001"):
         GRPO_train.main(scripted_arguments(tiny_model_folder, tmp_path, run_name="x", sampling_min_tokens=0))

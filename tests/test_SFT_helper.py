@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from SFT_helper import (
+    LENGTH_NORMALIZATIONS,
+    SFTStepSize,
     compute_entropy,
     encode_prompt,
     get_response_log_probs,
@@ -210,6 +212,32 @@ def test_shares_of_the_loss_add_up_however_the_rows_are_divided(division):
     sum(shares).backward()
     assert sum(shares).item() == pytest.approx(-(values * mask).sum().item() / 3.0 / 8, abs=1e-12)
     torch.testing.assert_close(log_probs.grad, -mask.double() / 3.0 / 8, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", LENGTH_NORMALIZATIONS)
+@pytest.mark.parametrize(
+    "division", [[[0, 1, 2, 3, 4, 5, 6, 7]], [[5, 2], [7, 0, 1, 6, 3], [4]], [[3, 2, 1, 0], [4, 5, 6, 7]]]
+)
+def test_every_length_normalization_gives_shares_that_add_up(name, division):
+    """Value and gradient by hand. One microbatch of one row has no response token at all."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(8, 5, generator=generator) > 0.3
+    mask[4] = False
+    num_tokens = int(mask.sum())
+    divisor = {"sum": 3.0 * 8, "token_mean": num_tokens}[name]
+    log_probs, size = values.clone().requires_grad_(), SFTStepSize(8, num_tokens, 3.0)
+    shares = [LENGTH_NORMALIZATIONS[name].loss(log_probs[rows], mask[rows], size) for rows in division]
+    sum(shares).backward()
+    assert sum(shares).item() == pytest.approx(-(values * mask).sum().item() / divisor, abs=1e-12)
+    torch.testing.assert_close(log_probs.grad, -mask.double() / divisor, atol=1e-12, rtol=0)
+
+
+def test_the_sum_is_the_assignments_loss_bit_for_bit():
+    log_probs, mask = torch.randn(4, 6), torch.rand(4, 6) > 0.4
+    found = LENGTH_NORMALIZATIONS["sum"].loss(log_probs, mask, SFTStepSize(8, 99, 3.0))
+    assert torch.equal(found, sft_loss(log_probs, mask, 3.0, num_step_rows=8))
+    assert torch.equal(found, sft_microbatch_train_step(log_probs.requires_grad_(), mask, 2, 3.0)[0])
 
 
 def test_helpers_leave_their_inputs_alone(tiny_model, tokenizer):

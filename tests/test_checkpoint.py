@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from plainrl import checkpoint
 from plainrl.checkpoint import (
+    TrainingState,
     find_damage,
     newest_whole_checkpoint,
     read_record,
@@ -23,7 +24,11 @@ from plainrl.checkpoint import (
     set_random_states,
     write_checkpoint,
 )
+from plainrl.config import GRPOConfig, SFTConfig
+from plainrl.data import epoch_order
+from plainrl.policy import prepare_training
 from plainrl.records import UserError
+from plainrl.selection import QuestionOrder
 
 
 @pytest.fixture
@@ -53,6 +58,58 @@ def test_a_restored_state_goes_on_bit_for_bit(saved, tokenizer):
     for one, two in zip(state.policy.parameters(), other.policy.parameters(), strict=True):
         assert torch.equal(one, two)
     assert other.generators == state.generators
+
+
+@pytest.mark.parametrize("was_grouped", [True, False])
+def test_moments_find_their_parameters_in_an_optimizer_of_two_groups(tiny_model, tokenizer, tmp_path, was_grouped):
+    """Its indices count through the groups. An older checkpoint was written by an optimizer of one group."""
+    config = SFTConfig(learning_rate=1e-3, weight_decay=0.1 if was_grouped else 0.0)
+    state = new_state(tiny_model, tokenizer)
+    if was_grouped:
+        state = TrainingState(tiny_model, tokenizer, prepare_training(tiny_model, config), state.data_fingerprint)
+    else:
+        state.optimizer.param_groups[0]["weight_decay"] = 0.0
+    take_step(state, 1)
+    write_checkpoint(tmp_path / "step_000001", state, {"config": {}, "wandb_run_id": None})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "step_000001/model", dtype=torch.float32)
+    optimizer = prepare_training(model, config)
+    assert len(optimizer.param_groups) == 2
+    other = TrainingState(model, tokenizer, optimizer, state.data_fingerprint)
+    restore(tmp_path / "step_000001", other)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [config.weight_decay, 0.0]
+    states = [
+        {name: changed.optimizer.state[parameter] for name, parameter in changed.policy.named_parameters()}
+        for changed in (state, other)
+    ]
+    for name, moments in states[0].items():
+        assert all(torch.equal(value, states[1][name][key]) for key, value in moments.items()), name
+    for changed in (state, other):
+        set_random_states(read_record(tmp_path / "step_000001")["random_states"])
+        take_step(changed, 2)
+    for one, two in zip(state.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_an_order_of_data_is_saved_as_it_was_after_the_last_step(tiny_model, tokenizer, tmp_path):
+    """Not as it is in the middle of the next step, when a signal comes; a checkpoint of before has none."""
+    config = GRPOConfig(preset="laptop", rollout_batch_size=16, train_batch_size=16, gradient_accumulation_steps=1)
+    state = new_state(tiny_model, tokenizer)
+    state.order = QuestionOrder(5, config)
+    assert state.order.draw(2) == epoch_order(5, 2, config.seed)
+    state.complete_step(1, metrics_bytes=10)
+    state.order.draw(2)
+    write_checkpoint(tmp_path / "checkpoints/step_000001", state, {})
+    other = new_state(tiny_model, tokenizer)
+    other.order = QuestionOrder(5, config)
+    restore(tmp_path / "checkpoints/step_000001", other)
+    assert other.order.draw(3) == epoch_order(5, 5, config.seed)[2:]
+    assert other.order_state == {"position": 2, "visits": {}}
+
+    record = read_record(tmp_path / "checkpoints/step_000001")
+    del record["data_order"]
+    (tmp_path / "checkpoints/step_000001/state.json").write_text(json.dumps(record | {"step": 2}))
+    restore(tmp_path / "checkpoints/step_000001", other)
+    assert other.order.draw(1) == epoch_order(5, 5, config.seed)[4:]  # two steps of 16 / 8 questions
 
 
 def test_restoring_without_the_optimizer_would_differ(saved, tokenizer):

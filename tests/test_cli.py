@@ -7,7 +7,6 @@ import pytest
 import yaml
 from tiny import REPOSITORY
 
-from GRPO_helper import LossError
 from plainrl.cli import load_config, newest_unfinished_run, run_main
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.grading.rewards import RewardError
@@ -163,7 +162,7 @@ def test_run_main_turns_user_errors_into_one_line_and_keeps_real_bugs(monkeypatc
         run_main(bug)
 
 
-@pytest.mark.parametrize("error", [LossError("the loss f returned int"), RewardError("the reward f returned 1")])
+@pytest.mark.parametrize("error", [UserError("the loss f returned int"), RewardError("the reward f returned 1")])
 def test_a_users_function_that_returns_something_else_is_one_line(error, monkeypatch, capsys):
     def main(arguments):
         raise error
@@ -255,5 +254,5 @@ def test_what_the_operating_system_refuses_is_one_line_and_other_errors_are_bugs
 
 
 def test_an_unknown_loss_is_said_once():
-    with pytest.raises(UserError, match=r"^loss_type = gspo: unknown; use no_baseline, .* \(command line\)$"):
-        load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", "loss_type=gspo"])
+    with pytest.raises(UserError, match=r"^loss_type = ppo: unknown; use no_baseline, .* \(command line\)$"):
+        load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", "loss_type=ppo"])

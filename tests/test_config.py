@@ -86,3 +86,23 @@ def test_validation_does_not_change_values():
     values = {"learning_rate": 1e-4, "train_batch_size": 64, "num_epochs": 2.0}
     dumped = SFTConfig.model_validate(values).model_dump()
     assert {name: dumped[name] for name in values} == values
+
+
+@pytest.mark.parametrize("schema", [SFTConfig, ExpertIterationConfig])
+def test_a_constant_that_has_no_effect_is_said(schema):
+    said = "normalize_constant = 100 has no effect with length_normalization = token_mean"
+    assert said in schema(normalize_constant=100, length_normalization="token_mean").warnings()
+    for settings in ({"normalize_constant": 100}, {"length_normalization": "token_mean"}, {}):
+        assert not any("normalize_constant" in text for text in schema(**settings).warnings())
+
+
+def test_the_temperature_of_evaluations():
+    assert SFTConfig(sampling_temperature=0.7).evaluation_temperature == 0.7
+    greedy = GRPOConfig(eval_sampling_temperature=0)  # which sampling_temperature may not be, in GRPO
+    assert (greedy.evaluation_temperature, greedy.sampling_temperature) == (0, 1)
+    with pytest.raises(ValueError, match="num_eval_samples = 4 samples the same response each time at temperature 0"):
+        GRPOConfig(eval_sampling_temperature=0, num_eval_samples=4)
+    assert SFTConfig(sampling_temperature=0, eval_sampling_temperature=1, num_eval_samples=4)
+    for value in (-1, 0.001, 3):
+        with pytest.raises(ValueError, match="eval_sampling_temperature"):
+            SFTConfig(eval_sampling_temperature=value)

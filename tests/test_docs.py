@@ -79,12 +79,17 @@ def logged_keys(shared_engine, answering_model_folder, tmp_path_factory):
     questions = [{"problem": f"What is {a} + {b}?", "answer": str(a + b)} for a in range(1, 6) for b in range(1, 5)]
     data.write_text("".join(json.dumps(question) + "\n" for question in questions))
     model = answering_model_folder
-    off_policy = {"loss_type": "grpo_clip", "train_batch_size": 4, "sampling_temperature": 0.9}
-    grpo = grpo_arguments(model, folder, run_name="GRPO", n_grpo_steps=1, train_data=data, **off_policy)
-    SFT_train.main(tiny_arguments(model, folder, run_name="SFT", max_steps=1))
+    off_policy = {"loss_type": "grpo_clip", "train_batch_size": 4, "sampling_top_p": 0.9}
+    several = {"num_eval_samples": 2}
+    grpo = grpo_arguments(model, folder, run_name="GRPO", n_grpo_steps=1, train_data=data, **off_policy, **several)
+    SFT_train.main(tiny_arguments(model, folder, run_name="SFT", max_steps=1, **several))
     GRPO_train.main(grpo)
-    expert_iteration.main(expert_iteration_arguments(model, folder, run_name="EI", n_ei_steps=1, train_data=data))
-    return {name: {key for row in metrics_of(folder / name) for key in row} for name in ("SFT", "GRPO", "EI")}
+    ei = {"run_name": "EI", "n_ei_steps": 1, "train_data": data, **several}
+    expert_iteration.main(expert_iteration_arguments(model, folder, **ei))
+    return {  # eval/pass_at_2 is a line of its own in no table
+        name: {re.sub(r"_at_\d+", "_at_k", key) for row in metrics_of(folder / name) for key in row}
+        for name in ("SFT", "GRPO", "EI")
+    }
 
 
 def metrics_of(folder):
@@ -119,7 +124,7 @@ def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder
     Path("my.prompt").write_text(template)
     overrides = {
         "run_name": "mine",
-        "loss_type": "my_losses.py:cispo",
+        "loss_type": "my_losses.py:sapo",
         "reward": "my_rewards.py:format_counts",
         "prompt": "my.prompt",
         "train_data": "my_train.jsonl",
@@ -133,7 +138,7 @@ def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder
     rows = [row for row in metrics_of(tmp_path / "mine") if "train_step" in row]
     assert len(rows) == 2
     assert {row["train/num_trained_rows"] for row in rows} == {16}  # a loss of one's own skips no row
-    assert all(0 <= row["train/truncated_weight_fraction"] <= 1 for row in rows)
+    assert all(0 <= row["train/outside_clip_fraction"] <= 1 for row in rows)
     assert rows[0]["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert rows[1]["train/ratio_mean"] != rows[0]["train/ratio_mean"]
     batch = rows[-1]
@@ -177,7 +182,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("page", PAGES)
 def test_metrics_that_a_page_mentions_are_defined(page):
     defined = {row[0].strip("`") for row in rows_of((DOCS / "metrics.md").read_text()) if len(row) == 5}
-    of_recipes = {"train/truncated_weight_fraction"}
+    of_recipes = {"train/outside_clip_fraction"}
     mentioned = re.findall(r"`((?:train|rollout|reward|eval|time|memory)/[a-z]\w*)`", (DOCS / f"{page}.md").read_text())
     assert set(mentioned) - defined - of_recipes == set()
 
@@ -206,7 +211,7 @@ def test_every_command_is_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my_losses.py", "my_rewards.py", "my_reward.py"):
         Path(name).write_text(block(name))
-    monkeypatch.setitem(GRPO_helper.LOSSES, "cispo", GRPO_helper.LOSSES["grpo_clip"])  # as if the recipe were done
+    monkeypatch.setitem(GRPO_helper.LOSSES, "sapo", GRPO_helper.LOSSES["grpo_clip"])  # as if the recipe were done
     num_scripts = 0
     for code in blocks(HOW_TO, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
@@ -225,28 +230,29 @@ def test_every_command_is_accepted(tmp_path, monkeypatch):
 def test_a_loss_of_ones_own_is_what_the_page_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("my_losses.py").write_text(block("my_losses.py"))
-    keys = ["preset=laptop", "loss_type=my_losses.py:cispo", "train_batch_size=32"]
+    keys = ["preset=laptop", "loss_type=my_losses.py:sapo", "train_batch_size=32"]
     config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", keys)
-    log_probs, inputs, weights = cispo_case()
+    log_probs, inputs, expected = sapo_case()
     losses, metadata = config.loss(inputs)
-    torch.testing.assert_close(losses, -weights * torch.tensor([[2.0], [-1.0]]) * log_probs.detach())
+    torch.testing.assert_close(losses, expected)
     losses.sum().backward()
-    torch.testing.assert_close(log_probs.grad, -weights * torch.tensor([[2.0], [-1.0]]))  # the weight is held fixed
-    assert metadata["truncated_weight_fraction"].tolist() == [[False, True], [False, False]]
+    gate = -expected / 4 / inputs.advantages
+    torch.testing.assert_close(log_probs.grad, expected * (1 - gate) * (log_probs.detach() + 2).exp())
+    assert metadata["outside_clip_fraction"].tolist() == [[False, True], [True, False]]
     assert config.loss.zero_with is None
     keys[1] = "loss_type=my_losses.py:faster"
     faster = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", keys).loss
     assert faster.zero_with == "advantages" and torch.equal(faster(inputs)[0], losses)
 
 
-def cispo_case():
-    """Log-probs, the inputs made of them, and the weights that they have by hand: min(ratio, 1.2)."""
+def sapo_case():
+    """Log-probs, the inputs made of them, and the losses that they have by hand: - 4 A / (1 + exp(1 - ratio))."""
     ratios = torch.tensor([[1.0, 1.5], [0.5, 1.1]])
     old = torch.full((2, 2), -2.0)
     log_probs = (old + ratios.log()).requires_grad_()
     mask = torch.ones(2, 2, dtype=torch.bool)
     inputs = LossInputs(log_probs, mask, torch.tensor([[2.0], [-1.0]]), None, old, 0.2)
-    return log_probs, inputs, ratios.clamp(max=1.2)
+    return log_probs, inputs, -4 * torch.tensor([[2.0], [-1.0]]) / (1 + (1 - ratios).exp())
 
 
 def test_a_loss_in_the_table_passes_the_tests_of_the_table(tmp_path):
@@ -262,18 +268,18 @@ def test_a_loss_in_the_table_passes_the_tests_of_the_table(tmp_path):
     for file in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*.yaml"), REPOSITORY / "pyproject.toml"]:
         shutil.copy(file, tmp_path)
     (tmp_path / "GRPO_helper.py").write_text(source)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", "cispo"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", "sapo"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert result.returncode == 0, result.stdout
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 5
-    module = load_module(tmp_path / "GRPO_helper.py", "GRPO_helper_with_cispo")
-    _, inputs, weights = cispo_case()
+    module = load_module(tmp_path / "GRPO_helper.py", "GRPO_helper_with_sapo")
+    _, inputs, expected = sapo_case()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(GRPO_helper.LOSSES, "cispo", module.LOSSES["cispo"])
+        patch.setitem(GRPO_helper.LOSSES, "sapo", module.LOSSES["sapo"])
         losses, _ = compute_policy_gradient_loss(
-            inputs.log_probs, "cispo", None, inputs.advantages, inputs.old_log_probs, inputs.cliprange
+            inputs.log_probs, "sapo", None, inputs.advantages, inputs.old_log_probs, inputs.cliprange
         )
-    torch.testing.assert_close(losses, -weights * inputs.advantages * inputs.log_probs)
+    torch.testing.assert_close(losses, expected)
 
 
 def load_module(path, name):

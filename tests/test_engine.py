@@ -8,6 +8,7 @@ import torch
 from tiny import run_python
 from transformers import AutoModelForCausalLM
 
+from plainrl.config import GRPOConfig
 from plainrl.engine import (
     SyncError,
     _start_and_tell,
@@ -20,10 +21,12 @@ from plainrl.engine import (
     sleep_vllm_instance,
 )
 from plainrl.policy import score_responses
-from plainrl.records import UserError
+from plainrl.records import Example, Rollout, UserError
+from plainrl.rollouts import measure_gap
 from SFT_helper import encode_prompt
 
 QUESTIONS = [f"User: What is {i} + {i * i}? Think step by step, please, and then give the answer." for i in range(1, 7)]
+KEPT = []  # engines that live until the process ends
 
 
 @pytest.fixture
@@ -61,6 +64,45 @@ def test_synced_engine_gives_the_log_probs_of_transformers(engine, tiny_model_fo
     for response, score in zip(responses, scores, strict=True):
         assert len(response.token_ids) == len(response.log_probs) > 0
         torch.testing.assert_close(torch.tensor(response.log_probs), score["log_probs"], atol=1e-4, rtol=0)
+
+
+def test_log_probs_at_a_temperature_are_those_of_transformers_at_it(engine, tiny_model_folder, prompt_ids):
+    """So the rollouts check the weight sync at any temperature. Scores at temperature 1 would be far off."""
+    policy = changed_policy(tiny_model_folder, seed=1)
+    load_policy_into_vllm_instance(policy, engine)
+    responses = sample_responses(engine, prompt_ids, sampling(temperature=0.6), seeds=range(6))
+    rewards = dict.fromkeys(("reward", "format_reward", "answer_reward"), 0.0)
+    rollouts = [Rollout(Example("q", "p", "1", None, "s"), response, rewards, 0.0) for response in responses]
+    config, gaps = GRPOConfig(sampling_temperature=0.6, sampling_min_tokens=0), {}
+    assert config.rollouts_check_sync
+    for temperature in (config.sampling_temperature, 1.0):
+        scores = score_responses(policy, responses, padding_id=0, batch_size=4, temperature=temperature)
+        log_probs = torch.cat([score["log_probs"] for score in scores])
+        gaps[temperature] = measure_gap(rollouts, log_probs, config)["gap_max"]
+    assert gaps[0.6] < 1e-4 < 1e-1 < gaps[1.0]
+
+
+def test_an_output_layer_in_float32_rounds_no_logit(engine, tiny_model_folder, prompt_ids):
+    """In a 16-bit engine. The layer is tied to the embeddings, and follows the weight sync.
+
+    bfloat16 has 8 bits, so that differences of rounded logits are multiples of a power of two: here of 1/64 at least,
+    because the likeliest logits are above 4.
+    """
+    settings = {"dtype": "bfloat16", "max_model_len": 384}
+    # Kept, because an engine that ends takes what `engine` needs of this process with it.
+    KEPT.append(init_vllm(tiny_model_folder, "cpu", 0, **settings, float32_output_layer=True))
+    policy = changed_policy(tiny_model_folder, seed=1)
+    load_policy_into_vllm_instance(policy, KEPT[0])
+    check_policy_sync(policy, KEPT[0], prompt_ids, 0, num_tokens=16, max_error=1.1, compute_dtype="bfloat16")
+    prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+    entries = [
+        entry
+        for output in KEPT[0].generate(prompts, sampling(logprobs=2), use_tqdm=False)
+        for entry in output.outputs[0].logprobs
+    ]
+    likeliest = [sorted((token.logprob for token in entry.values()), reverse=True)[:2] for entry in entries]
+    differences = 64 * torch.tensor(likeliest).diff()
+    assert ((differences - differences.round()).abs() < 0.01).float().mean() < 0.5
 
 
 def test_sync_check_passes_after_each_of_several_syncs(engine, tiny_model_folder, prompt_ids):

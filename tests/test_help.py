@@ -58,6 +58,13 @@ def test_help_ends_the_script(capsys):
         assert capsys.readouterr().out.startswith(shown)
 
 
+def test_a_key_with_two_meanings_has_both_on_the_page():
+    (line,) = [line for line in configuration_page().splitlines() if line.startswith("| `length_normalization` |")]
+    assert line.startswith("| `length_normalization` | `sum` (SFT_train.py), `masked_mean` (GRPO_train.py) | how token")
+    assert line.count("(SFT_train.py)") == line.count("(GRPO_train.py)") == 2
+    assert "optimizer step (SFT_train.py), how token" in line
+
+
 def test_the_configuration_page_is_what_the_schema_says():
     """`uv run python -m plainrl.help > docs/configuration.md` writes it again."""
     assert (REPOSITORY / "docs/configuration.md").read_text() == configuration_page()

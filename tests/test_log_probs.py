@@ -4,10 +4,16 @@ import math
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from plainrl import log_probs
-from plainrl.log_probs import get_masked_response_log_probs
+from plainrl.config import GRPOConfig
+from plainrl.log_probs import compute_output_in_float32, get_masked_response_log_probs
+from plainrl.policy import load_policy
+from plainrl.precision import working_copy
 from plainrl.prefix_tree import share_prefixes
+from plainrl.preflight import check_scores
+from plainrl.records import UserError
 from SFT_helper import (
     compute_entropy,
     get_response_log_probs,
@@ -35,7 +41,7 @@ def test_label_scores_by_hand():
 
 @pytest.mark.parametrize("block_numbers", [1, 2 * 7, 2**21])
 def test_the_gradient_of_label_scores_is_that_of_finite_differences(block_numbers, monkeypatch):
-    """Whatever the blocks; one logit is impossible. Entropies have no gradient."""
+    """Whatever the blocks; one logit is impossible."""
     monkeypatch.setattr(log_probs, "CPU_BLOCK_NUMBERS", block_numbers)
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 6, 3])
@@ -48,7 +54,6 @@ def test_the_gradient_of_label_scores_is_that_of_finite_differences(block_number
     impossible[0, 3] = -math.inf
     impossible.requires_grad_()
     scores = log_probs._score_labels(impossible, labels, True)
-    assert not scores["token_entropy"].requires_grad
     scores["log_probs"].sum().backward()
     expected = torch.nn.functional.one_hot(labels, 7) - impossible.detach().softmax(-1)
     torch.testing.assert_close(impossible.grad, expected, atol=1e-12, rtol=0)
@@ -169,3 +174,140 @@ def test_no_tensor_grows_with_rows_times_vocabulary(tiny_model, monkeypatch, num
         scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
         sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
     assert 6 <= largest.num_logits <= 64  # the weight itself, transposed, has 64 rows of 512
+
+
+def plain_scores(logits, labels, temperature):
+    """Log-probs and entropies by torch's softmax, whose gradients are autograd's."""
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(-1, labels[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("of_log_probs", "of_entropies"), [(1.0, 0.0), (0.0, 1.0), (1.0, -0.3)])
+@pytest.mark.parametrize("block_numbers", [1, 2 * 7, 2**21])
+def test_gradients_of_log_probs_and_entropies_are_autograds(
+    temperature, of_log_probs, of_entropies, block_numbers, monkeypatch
+):
+    """Apart and together, whatever the blocks. What the loss does not contain reaches the function as None."""
+    monkeypatch.setattr(log_probs, "CPU_BLOCK_NUMBERS", block_numbers)
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 6, 3, 3, 1])
+
+    def gradient(score):
+        leaf = logits.clone().requires_grad_()
+        parts = zip((of_log_probs, of_entropies), weights, score(leaf), strict=True)
+        sum(factor * (weight * values).sum() for factor, weight, values in parts if factor).backward()
+        return leaf.grad
+
+    fast = gradient(lambda leaf: log_probs._score_labels(leaf, labels, True, temperature).values())
+    plain = gradient(lambda leaf: plain_scores(leaf, labels, temperature))
+    torch.testing.assert_close(fast, plain, atol=1e-13, rtol=1e-11)
+
+
+def test_an_impossible_token_leaves_the_gradient_of_the_entropy_finite():
+    """Its probability is 0, and so is its part of the gradient, though its log-prob is -inf."""
+    logits = torch.tensor([[0.0, -math.inf, math.log(3.0)]], dtype=torch.float64, requires_grad=True)
+    log_probs._score_labels(logits, torch.tensor([0]), True)["token_entropy"].sum().backward()
+    p = [0.25, 0.0, 0.75]
+    entropy = -sum(value * math.log(value) for value in p if value)
+    expected = [-value * (math.log(value) + entropy) if value else 0.0 for value in p]
+    torch.testing.assert_close(logits.grad, torch.tensor([expected], dtype=torch.float64), atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_16_bit_logits_are_computed_in_float32(dtype):
+    """They differ from those in float64 by their own last rounding alone, also under autocast."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    labels = torch.tensor([3, 4, 5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = log_probs._score_labels(logits, labels, True, 0.6)
+        (1000 * (scores["log_probs"] - 0.3 * scores["token_entropy"])).sum().backward()  # 1000: no float16 is tiny
+    exact = logits.detach().double().requires_grad_()
+    of_labels, entropies = plain_scores(exact, labels, 0.6)
+    (1000 * (of_labels - 0.3 * entropies)).sum().backward()
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1024, 3])
+def test_an_entropy_in_the_loss_gives_the_plain_models_gradient(tiny_model, monkeypatch, chunk_tokens):
+    """Through the whole model in float64, in one chunk and in several that are computed again."""
+    monkeypatch.setattr(log_probs, "LOGIT_CHUNK_TOKENS", chunk_tokens)
+    tiny_model, batch = tiny_model.double(), ragged_batch()
+    mask, gradients = batch["response_mask"], []
+    for fast in (False, True):
+        tiny_model.zero_grad()
+        if fast:
+            scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True, temperature=0.8)
+            of_labels, entropies = scores["log_probs"], scores["token_entropy"]
+        else:
+            of_labels, entropies = plain_scores(tiny_model(batch["input_ids"]).logits, batch["labels"], 0.8)
+        ((of_labels + 0.2 * entropies) * mask).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in tiny_model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-11, rtol=1e-6)
+
+
+def test_an_entropy_that_no_loss_contains_costs_no_backward_pass(tiny_model, monkeypatch):
+    """The clamp of the entropy's gradient is not reached, and gradients are bit for bit those without entropies."""
+    batch, gradients = ragged_batch(), []
+    for return_token_entropy in (False, True):
+        tiny_model.zero_grad()
+        scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=return_token_entropy)
+        sft_microbatch_train_step(scores["log_probs"], batch["response_mask"], 1)
+        gradients.append(torch.cat([p.grad.flatten() for p in tiny_model.parameters()]))
+    assert torch.equal(*gradients)
+    scores = get_masked_response_log_probs(tiny_model, **batch, return_token_entropy=True)
+    assert scores["token_entropy"].requires_grad
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda *_, **__: pytest.fail("the entropy's gradient was computed"))
+    scores["log_probs"].sum().backward()
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_output_layer_in_float32_rounds_nothing(tiny_model, has_bias):
+    """The weights stay in 16 bits, and keep their names. Logits are no longer rounded."""
+    tiny_model.to(torch.bfloat16)
+    layer = tiny_model.get_output_embeddings()
+    if has_bias:
+        layer.bias = torch.nn.Parameter(torch.randn(512, generator=torch.Generator().manual_seed(1)).bfloat16())
+    hidden = 3 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    names = set(tiny_model.state_dict())
+    expected = hidden.double() @ layer.weight.double().T + (layer.bias.double() if has_bias else 0)
+    errors = []
+    for in_float32 in (False, True):
+        if in_float32:
+            compute_output_in_float32(tiny_model)
+        logits = layer(hidden)
+        errors.append((logits.double() - expected).abs().max().item())
+    assert logits.dtype == torch.float32 and errors[1] < 1e-4 < 1e-2 < errors[0]
+    logits.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    assert set(tiny_model.state_dict()) == names
+
+
+def test_an_output_layer_of_another_kind_is_refused():
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    policy.lm_head = torch.nn.Sequential(policy.lm_head)
+    with pytest.raises(UserError, match="^float32_output_layer = true: the output layer of gpt2 is a Sequential, no"):
+        compute_output_in_float32(policy)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_policy_with_an_output_layer_in_float32(tiny_model_folder, lora_rank):
+    """Its fast scores are those of the plain model, also beside adapters, where the layer is held in 16 bits."""
+    settings = {"model": tiny_model_folder, "max_context_tokens": 256, "sampling_max_tokens": 8, "lora_rank": lora_rank}
+    batch, seen = ragged_batch(), []
+    for in_float32 in (False, True):
+        config = GRPOConfig(**settings, compute_dtype="bfloat16", float32_output_layer=in_float32)
+        policy, _ = load_policy(config)
+        check_scores(policy, config)
+        model = working_copy(policy)
+        model.get_output_embeddings().register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+        scores = get_masked_response_log_probs(model, **batch)["log_probs"]
+        plain = get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
+        scores.sum().backward()
+        mask = batch["response_mask"]
+        assert (scores - plain)[mask].abs().max() < 0.1
+        assert seen == [torch.float32 if in_float32 else torch.bfloat16] * 2
+        seen.clear()

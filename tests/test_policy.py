@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, Qwen2Config
 
-from plainrl.config import RunConfig
-from plainrl.policy import blocks_of, choose_attention, load_policy, score_responses
+from plainrl.config import RunConfig, SFTConfig
+from plainrl.policy import blocks_of, choose_attention, load_policy, prepare_training, score_responses
 from plainrl.records import Response, UserError
+
+SHORT = {"max_context_tokens": 256, "sampling_max_tokens": 8}
 
 
 def test_scores_do_not_depend_on_batching(tiny_model):
@@ -80,3 +82,41 @@ def test_a_policy_without_blocks_is_not_compiled():
     policy.transformer.h = torch.nn.ModuleList()
     with pytest.raises(UserError, match="^compile_policy = true: gpt2 has no blocks to compile; leave it out$"):
         blocks_of(policy)
+
+
+def step_with_decay(policy, optimizer):
+    """One step along a gradient of ones."""
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    """GPT-2 has both. AdamW's first step moves each number by the learning rate; decay shrinks it before that."""
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.fill_(0.5)
+    step_with_decay(policy, prepare_training(policy, SFTConfig(weight_decay=0.1, learning_rate=0.01)))
+    seen = set()
+    for name, parameter in policy.named_parameters():
+        is_decayed = name.endswith("weight") and "ln_" not in name
+        expected = 0.5 * (1 - 0.01 * 0.1 * is_decayed) - 0.01
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected), atol=1e-7, rtol=0)
+        seen.add((is_decayed, name.rpartition(".")[2]))
+    assert seen == {(True, "weight"), (False, "weight"), (False, "bias")}
+
+
+def test_without_weight_decay_the_groups_change_nothing(tiny_model_folder):
+    """Bit for bit the step of one AdamW over all parameters."""
+    policies = [load_policy(RunConfig(model=tiny_model_folder, **SHORT))[0] for _ in range(2)]
+    plain = torch.optim.AdamW(policies[1].parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizers = [prepare_training(policies[0], SFTConfig(learning_rate=1e-3)), plain]
+    for _ in range(3):
+        for policy, optimizer in zip(policies, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(1)
+            for parameter in policy.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    for one, other in zip(policies[0].parameters(), policies[1].parameters(), strict=True):
+        assert torch.equal(one, other)

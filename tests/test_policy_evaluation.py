@@ -39,6 +39,8 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
     )
     assert [json.loads(line) for line in path.read_text().splitlines()] == examples
     assert set(examples[0]) == {
+        "question",
+        "sample",
         "prompt",
         "response",
         "ground_truth",
@@ -65,6 +67,30 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
     assert metrics["num_entropy_responses"] == 6
     with pytest.raises(ValueError, match="6 prompts and 1 ground truths"):
         evaluate_vllm(engine, reward_fn, QUESTIONS, sampling(), ["1"])
+    assert not any("_at_" in name for name in metrics)
+
+    # Three samples: the first of each question is the one above, the others differ from it and from each other.
+    settings = {"policy": policy, "num_samples": 3, "output_path": path}
+    several, samples = evaluate_vllm(engine, reward_fn, QUESTIONS, sampling(min_tokens=4), ["1", "0"] * 3, **settings)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == samples
+    assert [(row["question"], row["sample"]) for row in samples] == [(i, j) for i in range(6) for j in range(3)]
+    assert [{**row, "token_entropy": None} for row in samples[::3]] == [
+        {**row, "token_entropy": None} for row in examples
+    ]
+    assert [row["token_entropy"] for row in samples[::3]] == pytest.approx([row["token_entropy"] for row in examples])
+    assert [(row["prompt"], row["ground_truth"]) for row in samples[4::3]] == [
+        (row["prompt"], row["ground_truth"]) for row in examples[1:]
+    ]
+    assert all(len({row["response"] for row in samples[i : i + 3]}) == 3 for i in range(0, 18, 3))
+    seeds = [derive_seed(0, "evaluation", index, 2) for index in range(6)]
+    responses = sample_responses(engine, prompt_ids, sampling(min_tokens=4), seeds)
+    assert [response.text for response in responses] == [row["response"] for row in samples[2::3]]
+    assert several["num_examples"] == 6 and several["num_format_0"] == sum(not row["format_reward"] for row in samples)
+    rights = [sum(row["answer_reward"] for row in samples[i : i + 3]) for i in range(0, 18, 3)]
+    assert several["answer_reward"] == pytest.approx(sum(rights) / 18) == several["pass_at_1"]
+    assert several["pass_at_3"] == sum(right > 0 for right in rights) / 6
+    assert several["pass_at_1_low"] < several["pass_at_1"] < several["pass_at_1_high"]
+    assert several["majority_at_3"] is None  # a function of one's own does not say what the answer is
 
 
 def right(response, truth):
@@ -175,6 +201,38 @@ def test_empty_responses_have_no_entropy_and_do_not_spoil_the_mean(tmp_path):
     metrics = summarize_examples(examples)
     assert (metrics["token_entropy"], metrics["num_entropy_responses"]) == (0.5, 1)
     assert json.loads(path.read_text().splitlines()[0])["token_entropy"] is None
+
+
+def test_the_script_shows_pass_at_k_and_samples_at_the_evaluations_temperature(
+    engine, answering_model_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(policy_evaluation, "init_vllm", lambda *_, **__: engine)
+    for name, settings in (
+        ("several", {"num_eval_samples": 6, "num_eval_examples": 16}),
+        ("greedy", {"eval_sampling_temperature": 0}),
+        ("again", {"eval_sampling_temperature": 0, "sampling_top_p": 0.5}),
+    ):
+        main(tiny_arguments(answering_model_folder, tmp_path, run_name=name, **settings))
+    several, greedy, _ = re.split(r"(?m)^all examples: .*$", capsys.readouterr().out)[:3]
+    metrics = json.loads((tmp_path / "several/metrics.jsonl").read_text())
+    rows = read_lines(tmp_path / "several/samples/eval_000000.jsonl")
+    assert len(rows) == 96 and metrics["eval/num_examples"] == 16
+    assert metrics["eval/pass_at_1"] == pytest.approx(metrics["eval/answer_reward"])
+    assert metrics["eval/majority_at_1"] == pytest.approx(metrics["eval/pass_at_1"])
+    assert 0 < metrics["eval/pass_at_1"] < metrics["eval/pass_at_2"] < metrics["eval/pass_at_6"] <= 1
+    assert "6 responses per question:" in several and "pass_at" not in several
+    shown = [line.split() for line in several.splitlines() if re.match(r" +\d+ +\d\.\d{3} \(", line)]
+    assert [line[0] for line in shown] == ["1", "2", "4", "6"]
+    assert [float(line[1]) for line in shown] == pytest.approx(
+        [metrics[f"eval/pass_at_{k}"] for k in (1, 2, 4, 6)], abs=5e-4
+    )
+    members = re.findall(r"=== .*: (\d+) of 96 ===", several)
+    assert sum(map(int, members)) == 96
+    truths = re.findall(r"--- question: What is (.*)\?\n    truth: (\S+) ", several)
+    assert truths and all(eval(question) == int(truth) for question, truth in truths)
+    assert "responses per question" not in greedy
+    one, other = (read_lines(tmp_path / name / "samples/eval_000000.jsonl") for name in ("greedy", "again"))
+    assert [row["response"] for row in one] == [row["response"] for row in other]
 
 
 @pytest.mark.parametrize("value", ["auto", "runs/x"])

@@ -35,7 +35,8 @@ def tiny_config(**overrides):
     ("config", "reads_them"),
     [
         (tiny_config(), True),
-        (tiny_config(sampling_temperature=0.7), False),  # then probes check the sync
+        (tiny_config(sampling_temperature=0.7), True),
+        (tiny_config(sampling_top_p=0.7), False),  # then probes check the sync
         (ExpertIterationConfig(ei_batch_size=2, group_size=4, sampling_max_tokens=16), False),
     ],
 )
@@ -156,10 +157,15 @@ def test_a_step_is_summarized_over_all_its_responses():
     assert summary["rollout/response_length_incorrect"] == pytest.approx(7 / 3)
     assert summary["rollout/response_length_max"] == 4
     assert summary["rollout/truncated_fraction"] == 0.25
+    assert summary["rollout/token_entropy_estimate"] is None  # no response has more tokens than sampling_min_tokens
     assert (summary["reward/timeouts"], summary["reward/errors"]) == (1, 0)
     assert summary["rollout/sync_multiplicative_error"] == 1.5
     assert (summary["time/step"], summary["time/rollout"], summary["time/train"]) == (5.0, 2.0, 3.0)
     assert summary["time/tokens_per_second"] == 5.0
+    assert (summary["rollout/num_sampled_responses"], summary["rollout/num_sampled_tokens"]) == (4, 10)
+    # from the second token on: 1, 1 | - | 3 | 4, 4, 4
+    later = summarize_rollouts(made, tiny_config(sampling_min_tokens=1))
+    assert later["rollout/token_entropy_estimate"] == pytest.approx(17 / 6)
     nothing_right = summarize_rollouts(made[1:], tiny_config(group_size=1, loss_type="no_baseline"))
     assert nothing_right["rollout/response_length_correct"] is None
     assert nothing_right["rollout/reward_std_within_groups"] is None

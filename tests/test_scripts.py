@@ -188,11 +188,13 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(without_engine
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.parametrize("length_normalization", ["sum", "token_mean"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_gradient_accumulation_does_not_change_the_step(tiny_model, tiny_model_folder, tokenizer, steps):
-    config = load_config(
-        SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, "", gradient_accumulation_steps=steps)
-    )
+def test_gradient_accumulation_does_not_change_the_step(
+    tiny_model, tiny_model_folder, tokenizer, steps, length_normalization
+):
+    settings = {"gradient_accumulation_steps": steps, "length_normalization": length_normalization}
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, "", **settings))
     train_set = SFT_train.tokenize_examples(select(config), tokenizer, config)[:8]
     metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, config)
     gradient = torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
@@ -221,6 +223,23 @@ def test_per_token_metrics_cover_every_microbatch(tiny_model, tiny_model_folder,
     assert metrics["train/token_entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
     assert metrics["train/loss"] == pytest.approx(torch.stack(per_row).mean().item(), rel=1e-5)
     assert metrics["train/num_response_tokens"] == sum(len(row.response_ids) for row in train_set)
+
+
+def test_the_loss_per_token_is_what_token_mean_trains_on(tiny_model, tiny_model_folder, tokenizer):
+    """Its gradient is that of the sum, times rows over tokens; also in expert iteration, which has the key too."""
+    found = {}
+    for name in ("sum", "token_mean"):
+        arguments = expert_iteration_arguments(tiny_model_folder, "", length_normalization=name)
+        config = load_config(ExpertIterationConfig, REPOSITORY / "experiments/expert_iteration.yaml", arguments)
+        sft = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, ""))
+        train_set = SFT_train.tokenize_examples(select(sft), tokenizer, sft)[:8]
+        metrics = SFT_train.accumulate_gradients(tiny_model, train_set, 0, config)
+        found[name] = metrics, torch.cat([p.grad.flatten() for p in tiny_model.parameters()])
+        tiny_model.zero_grad()
+    metrics, gradient = found["token_mean"]
+    assert metrics["train/loss"] == pytest.approx(metrics["train/loss_per_token"], rel=1e-6)
+    expected = found["sum"][1] * len(train_set) / metrics["train/num_response_tokens"]
+    assert (gradient - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_gradient_checkpointing_does_not_change_the_gradient(tiny_model, tiny_model_folder, tokenizer):

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from tiny import REPOSITORY, run_python
 
+import SFT_helper
 from GRPO_helper import LENGTH_NORMALIZATIONS, LOSSES
+from plainrl.corrections import ENGINE_CORRECTIONS, KL_ESTIMATORS, RATIO_LEVELS
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 
 HELPERS = ("SFT_helper", "GRPO_helper")
@@ -175,8 +177,9 @@ def test_public_functions_are_documented(name):
 
 
 def find_compared_names(source):
-    """The lines that compare something with the name of a loss, a length normalization or a reward function."""
-    names = {*LOSSES, *LENGTH_NORMALIZATIONS, *REWARD_FUNCTIONS}
+    """The lines that compare something with a name in a table: of losses, of their parts, or of reward functions."""
+    tables = (LOSSES, LENGTH_NORMALIZATIONS, SFT_helper.LENGTH_NORMALIZATIONS, REWARD_FUNCTIONS)
+    names = {name for table in (*tables, RATIO_LEVELS, ENGINE_CORRECTIONS, KL_ESTIMATORS) for name in table}
     for node in ast.walk(ast.parse(source)):
         compared = [node.subject, *node.cases] if isinstance(node, ast.Match) else [node]
         if isinstance(node, ast.Compare | ast.Match):

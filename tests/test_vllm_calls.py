@@ -47,7 +47,7 @@ SET = {
     "engine/arg_utils.py": {
         "EngineArgs": "model dtype seed max_model_len gpu_memory_utilization enforce_eager enable_sleep_mode "
         "enable_prefix_caching logprobs_mode disable_log_stats kv_cache_memory_bytes block_size "
-        "enable_chunked_prefill max_num_batched_tokens"
+        "enable_chunked_prefill max_num_batched_tokens hf_overrides"
     },
     "sampling_params.py": {
         "SamplingParams": "temperature top_p min_tokens max_tokens stop include_stop_str_in_output ignore_eos seed "

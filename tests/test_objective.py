@@ -1,0 +1,419 @@
+"""The objective against numbers from elsewhere, and what holds for every combination that the configuration accepts.
+
+tests/make_reference_numbers.py makes reference_numbers.json, and says where its numbers come from.
+"""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import make_reference_numbers as reference
+import pytest
+import torch
+
+from GRPO_helper import (
+    ADVANTAGE_SCALES,
+    LENGTH_NORMALIZATIONS,
+    LOSSES,
+    Loss,
+    LossInputs,
+    normalize_within_groups,
+)
+from GRPO_train import accumulate_gradients, rows_to_train_on, update_policy
+from plainrl.config import GRPOConfig
+from plainrl.corrections import ENGINE_CORRECTIONS, KL_ESTIMATORS, RATIO_LEVELS, engine_weights
+from plainrl.objective import check_token_losses, compute_advantages, compute_token_losses, summarize_update
+from plainrl.policy import prepare_training
+from plainrl.records import Example, Response, Rollout, UserError
+
+STORED = json.loads(Path(__file__).with_name("reference_numbers.json").read_text())
+EPS = reference.EPS
+
+
+def make_config(**overrides):
+    """A configuration of ours from the keys of a stored case."""
+    values = {
+        "rollout_batch_size": reference.NUM_ROWS,
+        "train_batch_size": reference.NUM_ROWS,
+        "group_size": reference.GROUP_SIZE,
+        "gradient_accumulation_steps": 1,
+        "sampling_max_tokens": reference.LONGEST,
+        "sampling_min_tokens": 0,
+        "advantage_eps": EPS,
+        "max_sync_error": 1e9,  # the engine of the stored rollouts is made up
+        "learning_rate": 1e-3,
+        "compute_dtype": "float32",
+    }
+    if overrides.pop("off_policy", False):
+        values["epochs_per_rollout_batch"] = 2
+    return GRPOConfig(**(values | overrides))
+
+
+def make_rollouts(numbers, config):
+    """Stored rollouts as ours, with advantages in float64, and what the loss needs of other policies."""
+    rewards = torch.tensor([row["reward"] for row in numbers], dtype=torch.float64)
+    advantages = compute_advantages(rewards, config)
+    rollouts = []
+    for row, advantage in zip(numbers, advantages.tolist(), strict=True):
+        engine = reference.engine_log_probs(row, config.is_off_policy)
+        response = Response(row["prompt_ids"], "", row["token_ids"], engine, row["finish_reason"])
+        rewards_of_row = dict.fromkeys(("reward", "format_reward", "answer_reward"), row["reward"])
+        rollout = Rollout(Example("q", "p", "1", None, "s"), response, rewards_of_row, advantage)
+        rollout.old_log_probs = torch.tensor(row["old"], dtype=torch.float64)
+        rollout.reference_log_probs = torch.tensor(row["reference"], dtype=torch.float64)
+        rollouts.append(rollout)
+    return rollouts
+
+
+def padded(rows):
+    return reference.padded(rows).requires_grad_()
+
+
+def loss_and_gradients(rollouts, numbers, config, division=None):
+    """The step's loss and its gradients by log-probs and entropies, as rows, in the microbatches of a division."""
+    scores = {
+        name: padded([row[key] for row in numbers])
+        for name, key in (("log_probs", "log_probs"), ("token_entropy", "entropy"))
+    }
+    lengths = torch.tensor([len(row["token_ids"]) for row in numbers])
+    mask = torch.arange(reference.LONGEST) < lengths[:, None]
+    kept, size = rows_to_train_on(rollouts, config)
+    total = 0.0
+    for rows in division or [torch.arange(len(rollouts))]:
+        rows = [int(row) for row in rows if any(rollouts[row] is other for other in kept)]
+        if not rows:
+            continue
+        part, chosen = [rollouts[row] for row in rows], {name: value[rows] for name, value in scores.items()}
+        losses, _ = compute_token_losses(part, chosen, mask[rows], config)
+        loss = LENGTH_NORMALIZATIONS[config.length_normalization](losses, mask[rows], size)
+        loss.backward()
+        total += loss.item()
+    gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in scores.values()]
+    return total, *gradients
+
+
+def name_of(case):
+    config = {key: value for key, value in case["config"].items() if key != "off_policy"}
+    return f"{case['source']}-{'-'.join(str(value) for value in config.values())}"
+
+
+@pytest.mark.parametrize("case", STORED["losses"], ids=name_of)
+def test_loss_and_gradient_are_those_of_the_reference(case):
+    config = make_config(**case["config"])
+    numbers = STORED["rollouts"]
+    loss, gradient, of_entropy = loss_and_gradients(make_rollouts(numbers, config), numbers, config)
+    assert loss == pytest.approx(case["loss"], abs=1e-9)
+    assert gradient.any()
+    for found, expected in ((gradient, case["gradient"]), (of_entropy, case["entropy_gradient"])):
+        torch.testing.assert_close(found, padded(expected).detach(), atol=1e-9, rtol=0)
+
+
+def test_the_stored_cases_cover_every_table():
+    assert STORED["versions"]["trl"] == "1.16.0"
+    for source, missing in (("equations", set()), ("TRL", {"no_baseline", "reinforce_with_baseline", "grpo_no_clip"})):
+        cases = [make_config(**case["config"]) for case in STORED["losses"] if case["source"] == source]
+        assert {config.loss_type for config in cases} == LOSSES.keys() - missing
+        assert {config.ratio_level for config in cases} == RATIO_LEVELS.keys()
+        assert {config.length_normalization for config in cases} == LENGTH_NORMALIZATIONS.keys()
+        only_ours = {"sequence_mean_mask"} if missing else set()
+        assert {config.engine_correction for config in cases} == ENGINE_CORRECTIONS.keys() - only_ours
+        estimators = {config.kl_estimator for config in cases if config.kl_coefficient}
+        assert estimators == ({"k3"} if missing else KL_ESTIMATORS.keys())
+        for key in ("cliprange_high", "cliprange_dual", "entropy_coefficient"):
+            assert any(getattr(config, key) for config in cases), key
+
+
+@pytest.mark.parametrize("case", STORED["advantages"], ids=lambda case: f"{case['source']}-{case['scale']}")
+def test_advantages_are_those_of_the_reference(case):
+    rewards = torch.tensor([row["reward"] for row in STORED["rollouts"]], dtype=torch.float64)
+    advantages = normalize_within_groups(rewards, reference.GROUP_SIZE, EPS, case["scale"])
+    torch.testing.assert_close(advantages, torch.tensor(case["advantages"], dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("case", STORED["steps"], ids=name_of)
+def test_an_optimizer_step_is_that_of_trl(case):
+    """The gradient of the tiny model as the optimizer gets it, and what AdamW makes of it."""
+    config = make_config(gradient_accumulation_steps=4, **case["config"])
+    numbers = [
+        row | {name: case[name][index] for name in ("log_probs", "old", "reference")}
+        for index, row in enumerate(STORED["rollouts"])
+    ]
+    rollouts, model = make_rollouts(numbers, config), reference.make_model()
+    accumulate_gradients(model, rollouts, 0, config)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    gradient = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_described(gradient, case["gradient"])
+    optimizer, before = prepare_training(model, config), {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    assert_described({name: part - before[name] for name, part in model.named_parameters()}, case["change"])
+
+
+def assert_described(tensors, expected):
+    """Norms and products with fixed directions are within 1e-6 of the whole's norm. Measured: up to 2e-7."""
+    found = reference.describe(tensors)
+    assert found.keys() == expected.keys()
+    whole = math.sqrt(sum(values[0] ** 2 for values in expected.values()))
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=1e-6 * whole, rel=0), name
+
+
+def test_enough_steps_are_compared():
+    assert len(STORED["steps"]) >= 12
+    assert {case["num_microbatches"] for case in STORED["steps"]} == {1, 2}
+
+
+# --- every combination ------------------------------------------------------------------------------------------------
+
+COMBINATIONS = list(itertools.product(LOSSES, RATIO_LEVELS, ENGINE_CORRECTIONS, LENGTH_NORMALIZATIONS))
+TERMS = [{}, {"kl_coefficient": 0.1, "kl_estimator": "k2"}, {"entropy_coefficient": 0.1}]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_every_combination_has_one_gradient_or_is_refused(loss_type):
+    """1, 2, 4, 8 microbatches and any order of rows; with advantages of zero, responses of one token, and terms."""
+    numbers = STORED["rollouts"]
+    divisions = [list(torch.arange(8).chunk(number)) for number in (2, 4, 8)] + [list(torch.arange(7, -1, -1).chunk(3))]
+    refused = accepted = 0
+    for number, (name, level, correction, normalization) in enumerate(COMBINATIONS):
+        if name != loss_type:
+            continue
+        settings = {"ratio_level": level, "engine_correction": correction, "length_normalization": normalization}
+        settings |= {"loss_type": name, "use_std_normalization": list(ADVANTAGE_SCALES)[number % 4]}
+        settings |= {"off_policy": True, "sampling_min_tokens": 1} | TERMS[number % 3]
+        if level == "sequence" and "old_log_probs" not in LOSSES[name].needs:
+            with pytest.raises(ValueError, match=f"ratio_level = sequence with loss_type = {name}, which has no ratio"):
+                make_config(**settings)
+            refused += 1
+            continue
+        config = make_config(**settings)
+        accepted += 1
+        rollouts = make_rollouts(numbers, config)
+        rollouts[1].advantage = 0.0  # skipped, but with a term
+        assert len(rows_to_train_on(rollouts, config)[0]) == (8 if number % 3 else 8 - skipped(rollouts, config))
+        expected = loss_and_gradients(rollouts, numbers, config)
+        assert expected[1].any()
+        for division in divisions:
+            found = loss_and_gradients(rollouts, numbers, config, division)
+            for values, expected_values in zip(found, expected, strict=True):
+                torch.testing.assert_close(values, expected_values, atol=1e-12, rtol=0)
+    has_ratio = "old_log_probs" in LOSSES[loss_type].needs
+    assert (accepted, refused) == ((30, 0) if has_ratio else (15, 15))
+
+
+def skipped(rollouts, config):
+    zero = LOSSES[config.loss_type].zero_with
+    return sum((row.advantage if zero == "advantages" else row.rewards["reward"]) == 0 for row in rollouts)
+
+
+def test_with_a_term_every_row_is_trained_on(tmp_path):
+    rollouts = make_rollouts(STORED["rollouts"], make_config())
+    for rollout in rollouts:
+        rollout.advantage = 0.0
+    assert rows_to_train_on(rollouts, make_config())[0] == []
+    for term in TERMS[1:]:
+        config = make_config(**term)
+        assert len(rows_to_train_on(rollouts, config)[0]) == 8
+        _, gradient, of_entropy = loss_and_gradients(rollouts, STORED["rollouts"], config)
+        assert (gradient if config.kl_coefficient else of_entropy).any()
+
+
+MISTAKES = [
+    (
+        {"ratio_level": "sequence"},
+        "ratio_level = sequence with loss_type = reinforce_with_baseline, which has no ratio",
+    ),
+    ({"cliprange_dual": 0.9}, "cliprange_dual = 0.9 would clip where the policy has not moved: use more than 1"),
+    (
+        {"engine_correction": "token_mask", "sampling_top_p": 0.9},
+        "engine_correction = token_mask compares log-probs of the same distribution: use sampling_top_p = 1 (now 0.9)",
+    ),
+    (
+        {"engine_correction": "token_mask", "sampling_min_tokens": 7},
+        "and sampling_min_tokens (now 7) below sampling_max_tokens",
+    ),
+    (
+        {"use_std_normalization": "mean", "overlong_cache_tokens": 2},
+        "use_std_normalization = mean needs rewards of 0 or more, and overlong_cache_tokens = 2 lowers them",
+    ),
+    ({"engine_correction_cap": 1.0}, "greater than 1"),
+    ({"ratio_cap": 0.5}, "greater than or equal to 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), MISTAKES)
+def test_combinations_without_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "cispo", "cliprange_high": 0.3}, "cliprange_high = 0.3 has no effect with loss_type = cispo"),
+        ({"ratio_cap": 3.0}, "ratio_cap = 3.0 has no effect with loss_type = reinforce_with_baseline"),
+        ({"loss_type": "grpo_clip", "cliprange_dual": 3.0}, "cliprange_dual has no effect with one optimizer step"),
+        ({"loss_type": "cispo"}, "ratio_cap has no effect with one optimizer step per rollout batch"),
+        ({"loss_type": "grpo_clip", "ratio_level": "sequence"}, "ratio_level has no effect with one optimizer step"),
+        ({"kl_estimator": "k2"}, "kl_estimator = k2 has no effect without kl_coefficient"),
+        ({"kl_estimator": "k1", "kl_coefficient": 0.1}, "kl_estimator = k1 has a gradient of mean zero"),
+        ({"engine_correction_cap": 3.0}, "engine_correction_cap = 3.0 has no effect with engine_correction = none"),
+    ],
+)
+def test_settings_without_effect_are_named(settings, message):
+    assert any(message in warning for warning in make_config(**settings).warnings())
+    assert not make_config().warnings()
+
+
+# --- no ratio gives inf or NaN ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if "old_log_probs" in LOSSES[name].needs])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_ratio_is_infinite(loss_type, dtype):
+    """Log-ratios up to 1e4; beyond 20 the ratio is exp(20), and has no gradient."""
+    log_ratios = torch.tensor([[0.1, 19.0, 21.0, 89.0, 1e4, -19.0, -21.0, -1e4]] * 2, dtype=dtype)
+    log_probs = log_ratios.clone().requires_grad_()
+    inputs = LossInputs(
+        log_probs,
+        torch.ones_like(log_ratios, dtype=torch.bool),
+        advantages=torch.tensor([[1.0], [-1.0]], dtype=dtype),
+        old_log_probs=torch.zeros_like(log_ratios),
+        cliprange=0.2,
+        ratio_cap=5.0,
+    )
+    losses, metadata = LOSSES[loss_type](inputs)
+    losses.sum().backward()
+    assert losses.isfinite().all() and log_probs.grad.isfinite().all()
+    assert metadata["ratio_max"].max() == torch.tensor(20.0, dtype=dtype).exp()
+    if loss_type == "grpo_no_clip":
+        assert log_probs.grad[1].tolist() == pytest.approx(
+            [math.exp(0.1), math.exp(19), 0, 0, 0, math.exp(-19), 0, 0], rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("correction", [name for name, function in ENGINE_CORRECTIONS.items() if function])
+def test_no_weight_is_infinite(correction):
+    old = torch.tensor([[0.0, 500.0, -500.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    weights, is_changed = engine_weights(ENGINE_CORRECTIONS[correction], old, torch.zeros(2, 4), mask, 2.0)
+    assert weights.isfinite().all() and not is_changed[~mask].any()
+    assert weights[1, 0] == 1
+
+
+def test_weights_by_hand():
+    """Two responses; the first token of each does not count, and the second response has a token less."""
+    old = torch.tensor([[9.0, 0.5, -1.0], [9.0, 0.2, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    found = {
+        name: engine_weights(function, old, torch.zeros_like(old), mask, 1.5, num_forced=1)
+        for name, function in ENGINE_CORRECTIONS.items()
+        if function
+    }
+    a, b = math.exp(0.2), math.exp(-0.5)
+    weights = {
+        "token_truncate": [[1, 1.5, math.exp(-1)], [1, a]],
+        "token_mask": [[1, 0, 0], [1, a]],  # exp(0.5) = 1.65 and exp(-1) = 0.37 lie outside [0.67, 1.5]
+        "sequence_mask": [[b, b, b], [a, a]],
+        "sequence_mean_mask": [[1, 1, 1], [1, 1]],  # exp(-0.25) = 0.78 and exp(0.2) = 1.22 lie inside
+    }
+    changed = {"token_truncate": 1, "token_mask": 2, "sequence_mask": 0, "sequence_mean_mask": 0}
+    for name, rows in weights.items():
+        assert found[name][0][mask].tolist() == pytest.approx([*rows[0], *rows[1]]), name
+        assert found[name][1].sum() == changed[name], name
+    narrow = engine_weights(ENGINE_CORRECTIONS["sequence_mean_mask"], old, torch.zeros_like(old), mask, 1.25, 1)
+    assert narrow[0][mask].tolist() == [0, 0, 0, 1, 1] and narrow[1].sum() == 3  # 0.78 lies outside [0.8, 1.25]
+
+
+def test_the_effective_sample_size_by_hand():
+    """Weights 1, 1 and 0.5: (2.5)^2 / (3 * 2.25)."""
+    sums = {"loss": 0.0, "num_trained_rows": 1.0, "num_tokens": 3.0, "entropy_sum": 0.0}
+    sums |= {"train/engine_weight_mean": 2.5, "train/engine_weight_square_mean": 2.25}
+    metrics = summarize_update(sums | {"train/engine_corrected_fraction": 1.0})
+    assert metrics["train/engine_effective_sample_size"] == pytest.approx(6.25 / 6.75)
+    assert metrics["train/engine_weight_mean"] == pytest.approx(2.5 / 3)
+    assert metrics["train/engine_corrected_fraction"] == pytest.approx(1 / 3)
+    assert "train/engine_weight_square_mean" not in metrics
+    sums |= {"train/engine_weight_mean": 0.0, "train/engine_weight_square_mean": 0.0}
+    assert summarize_update(sums)["train/engine_effective_sample_size"] == 0
+
+
+OF_TERMS = {
+    *("train/engine_weight_mean", "train/engine_corrected_fraction", "train/engine_effective_sample_size", "train/kl"),
+    *("train/clip_fraction_dual", "train/ratio_capped_fraction"),
+}
+
+
+def test_what_the_terms_log_is_documented():
+    """Each metric has a row in docs/metrics.md, and no other run has it."""
+    numbers = [row | {"log_probs": row["old"]} for row in STORED["rollouts"]]
+    logged = []
+    for settings in (reference.DUAL | reference.MASK | reference.KL["k3"], reference.CISPO, reference.CLIP):
+        config = make_config(**settings)
+        model = reference.make_model()
+        rows = update_policy(model, prepare_training(model, config), make_rollouts(numbers, config), 0, 1, config)
+        logged.append({name for row in rows for name in row})
+    assert logged[0] | logged[1] == logged[2] | OF_TERMS and not logged[2] & OF_TERMS
+    page = (Path(__file__).parent.parent / "docs/metrics.md").read_text()
+    assert all(f"| `{name}` |" in page for name in OF_TERMS)
+
+
+# --- KL ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_gradient_of_each_estimator():
+    """Exactly, over a vocabulary of 4: k2 has the reverse KL's gradient, k1 none, k3 the forward KL's."""
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+
+    def gradient_of(loss):
+        leaf = logits.clone().requires_grad_()
+        loss(leaf.log_softmax(-1)).backward()
+        return leaf.grad
+
+    first = other.log_softmax(-1)
+    of_reverse = gradient_of(lambda log_probs: (log_probs.exp() * (log_probs - first)).sum())
+    of_forward = gradient_of(lambda log_probs: (first.exp() * (first - log_probs)).sum())
+    expected = {"k1": torch.zeros(4, dtype=torch.float64), "k2": of_reverse, "k3": of_forward}
+    for name, estimate in KL_ESTIMATORS.items():
+        found = gradient_of(lambda log_probs: (log_probs.exp().detach() * estimate(log_probs - first)).sum())  # noqa: B023
+        torch.testing.assert_close(found, expected[name], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("difference", [-1e4, -90.0, 90.0, 1e4])
+def test_k3_is_finite_however_far_the_policy_has_gone(difference):
+    leaf = torch.tensor([difference]).requires_grad_()
+    value = KL_ESTIMATORS["k3"](leaf)
+    value.sum().backward()
+    assert value.isfinite().all() and leaf.grad.item() == 0
+
+
+def test_rewards_below_zero_have_no_mean_to_divide_by():
+    config = make_config(use_std_normalization="mean")
+    rewards = torch.tensor([1.0, 0.0, 0.0, -0.5, 1.0, 1.0, 0.0, 0.0])
+    with pytest.raises(UserError, match="use_std_normalization = mean: a reward is -0.5: divide by the mean only if"):
+        compute_advantages(rewards, config)
+    rewards[3] = 0.0
+    assert compute_advantages(rewards, config).tolist() == [3, -1, -1, -1, 1, 1, -1, -1]
+
+
+# --- a loss of the user's own -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda inputs: inputs.log_probs, "returned Tensor: return (losses, metadata)"),
+        (lambda inputs: (inputs.log_probs.sum(-1, keepdim=True), {}), "returned the losses as (2, 1): give one value"),
+        (lambda inputs: (inputs.log_probs, {"norm": torch.ones(())}), "returned norm as (): give one value per token"),
+        (lambda inputs: (inputs.log_probs, {"norm": 1.0}), "returned norm as float: give one value per token, (2, 3)"),
+        (lambda inputs: (inputs.log_probs, {"loss": inputs.log_probs}), "returned metadata loss: each run logs that"),
+        (lambda inputs: (inputs.log_probs, {"kl": inputs.log_probs}), "returned metadata kl: each run logs that"),
+    ],
+)
+def test_a_function_that_is_no_loss_is_refused(function, message):
+    """Losses of one number per response would be broadcast by two of the three length normalizations."""
+    inputs = LossInputs(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_token_losses(Loss(function), inputs)

@@ -90,18 +90,19 @@ def points_by_step(
     Args:
         rows: of metrics.csv, in the order in which they were logged.
         panel: axis and metric.
-        run: the row of runs.csv. The tokens sampled so far are its total times the share of response lengths so far.
+        run: the row of runs.csv. The tokens sampled so far are its total times the share of them so far.
     """
-    total_length = sum(float(row["rollout/response_length"] or 0) for row in rows)
-    if panel.axis == "sampled_tokens" and not total_length:
+    # Where the tokens of a step were not logged, its mean length stands for them: every batch was of one size then.
+    sizes = [float(row.get("rollout/num_sampled_tokens") or row["rollout/response_length"] or 0) for row in rows]
+    if panel.axis == "sampled_tokens" and not sum(sizes):
         return {}
-    points, minutes, length = {}, 0.0, 0.0
-    for row in rows:
+    points, minutes, size = {}, 0.0, 0.0
+    for row, of_step in zip(rows, sizes, strict=True):
         minutes += float(row["time/step"] or 0) / 60
-        length += float(row["rollout/response_length"] or 0)
+        size += of_step
         if row[panel.metric]:
             step = int(row["eval_step"] or row["train_step"])
-            thousands = length * float(run["sampled_tokens"] or 0) / (total_length or 1) / 1000
+            thousands = size * float(run["sampled_tokens"] or 0) / (sum(sizes) or 1) / 1000
             x = {"minutes": minutes, "sampled_tokens": thousands}.get(panel.axis, step)
             points[step] = (x, float(row[panel.metric]))
     return points

@@ -24,7 +24,7 @@ from plainrl.run_records import EVAL_SCORE, read_metrics
 FINAL_SCORE = "eval_all/answer_reward"
 METRICS = (
     *("train/loss_per_token", "train/loss", "train/token_entropy", "train/grad_norm"),
-    *("rollout/reward", "rollout/response_length", "rollout/zero_advantage_fraction"),
+    *("rollout/reward", "rollout/response_length", "rollout/num_sampled_tokens", "rollout/zero_advantage_fraction"),
     *("rollout/log_prob_gap_multiplicative", "time/sync", "time/rollout", "time/train", "time/step"),
     *(EVAL_SCORE, "eval/format_reward", "eval/response_length", "eval/token_entropy", "eval/seconds"),
     *("eval/num_format_1_answer_1", "eval/num_format_1_answer_0", "eval/num_format_0"),
@@ -70,7 +70,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
     def last(name: str) -> Any:
         return known(name)[-1] if known(name) else None
 
-    lengths = known("rollout/response_length")
+    lengths, tokens = known("rollout/response_length"), known("rollout/num_sampled_tokens")
     settings = read_yaml(folder / "config.yaml")
     batch_size = settings.get("rollout_batch_size") or settings.get("ei_batch_size", 0) * settings.get("group_size", 0)
     return {
@@ -81,7 +81,8 @@ def summarize_run(folder: Path) -> dict[str, Any]:
         "num_eval_examples": last("eval/num_examples"),
         "final_answer_reward": last(FINAL_SCORE),
         "num_final_examples": last("eval_all/num_examples"),
-        "sampled_tokens": round(sum(lengths) * batch_size) if lengths and batch_size else None,
+        # Runs of before num_sampled_tokens was logged sampled batches of one size.
+        "sampled_tokens": sum(tokens) or (round(sum(lengths) * batch_size) if lengths and batch_size else None),
         "peak_memory_gib": max(known("memory/peak_gib"), default=None),
     }
 

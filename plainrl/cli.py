@@ -1,8 +1,8 @@
 """A script's command line: configuration, `--help`, signals, and errors in one line.
 
-The configuration comes from schema defaults -> YAML file -> preset -> `key=value` arguments. Each later source
-overrides the earlier ones. The result is validated once, at the end. A resumed run reads its own configuration instead
-of the YAML file.
+The configuration comes from schema defaults -> YAML file -> preset -> recipe -> `key=value` arguments. Each later
+source overrides the earlier ones. The result is validated once, at the end. A resumed run reads its own configuration
+instead of the YAML file.
 """
 
 import difflib
@@ -24,7 +24,7 @@ from plainrl.config import ConfigType, RunConfig
 from plainrl.devices import run_command
 from plainrl.faults import describe_fault
 from plainrl.grading.rewards import RewardError
-from plainrl.help import SCHEMAS, TABLES, explain, help_text, presets_of
+from plainrl.help import SCHEMAS, TABLES, blocks_of, explain, help_text
 from plainrl.records import Stopped, UserError
 from plainrl.yaml_files import YamlError, load_yaml
 
@@ -59,8 +59,8 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         return resumed_config(schema, Path(overrides["resume"]), overrides)
     yaml_path = Path(overrides.get("config", yaml_path))
     yaml_values = read_yaml(yaml_path)
-    presets = presets_of(yaml_values, yaml_path)
-    yaml_values.pop("presets", None)
+    presets, recipes = blocks_of(yaml_values, "presets", yaml_path), blocks_of(yaml_values, "recipes", yaml_path)
+    yaml_values = {key: value for key, value in yaml_values.items() if key not in ("presets", "recipes")}
     preset = str(overrides.get("preset", yaml_values.get("preset", "auto")))
     if preset == "auto":
         preset, reason = choose_preset()
@@ -70,6 +70,9 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
     if presets and preset not in presets:
         raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(map(str, presets))}")
     preset_values = presets.get(preset, {})
+    recipe = str(overrides.get("recipe", preset_values.get("recipe", yaml_values.get("recipe", ""))))
+    if recipe and recipe not in recipes:
+        raise UserError(f"recipe = {recipe}: {yaml_path} has {', '.join(map(str, recipes)) or 'none'}")
     if yaml_values.get("resume") or preset_values.get("resume"):
         raise UserError(f"resume ({yaml_path}): it is read from the command line alone; give it there")
 
@@ -78,6 +81,7 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         {
             str(yaml_path): yaml_values,
             f"{yaml_path}, preset {preset}": preset_values,
+            f"{yaml_path}, recipe {recipe}": recipes.get(recipe, {}),
             "command line": {key: value for key, value in overrides.items() if key != "config"},
         },
         {"preset": preset, "resume": ""},
@@ -150,6 +154,11 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
         raise UserError(
             f"preset = {overrides['preset']}: {folder} was started with preset {saved.get('preset')}, whose values it "
             "keeps; leave preset out, and name the keys that are to change"
+        )
+    if overrides.get("recipe", saved.get("recipe", "")) != saved.get("recipe", ""):
+        raise UserError(
+            f"recipe = {overrides['recipe']}: {folder} keeps the values that it was started with; leave recipe out, and "
+            "name the keys that are to change"
         )
     overrides = {key: value for key, value in overrides.items() if key != "preset"}
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}

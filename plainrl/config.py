@@ -148,6 +148,9 @@ class GRPOConfig(RolloutConfig):
         description="a microbatch (one forward and backward pass) holds at most train_batch_size / this many rows",
     )
 
+    recipe: str = Field(
+        "", description="recipe of the YAML file: the settings of a published method, over the preset's (empty: none)"
+    )
     loss_type: str = Field(
         "reinforce_with_baseline",
         description="policy-gradient loss: a name in LOSSES (GRPO_helper.py), or your own as file.py:function. GSPO is "

@@ -26,7 +26,7 @@ GROUPS = {
     ),
     "GRPO": (
         *("n_grpo_steps", "rollout_batch_size", "epochs_per_rollout_batch"),
-        *("loss_type", "cliprange", "cliprange_high", "cliprange_dual", "ratio_cap", "ratio_level"),
+        *("recipe", "loss_type", "cliprange", "cliprange_high", "cliprange_dual", "ratio_cap", "ratio_level"),
         *("kl_coefficient", "kl_estimator", "entropy_coefficient", "engine_correction", "engine_correction_cap"),
         *("use_std_normalization", "advantage_eps", "mask_truncated_responses", "overlong_cache_tokens"),
         *("dynamic_sampling", "max_resampling_rounds", "drop_solved_questions", "solved_pass_rate", "solved_visits"),
@@ -78,7 +78,7 @@ def help_text(schema: type[RunConfig], yaml_path: str | Path, command: str) -> s
         f"usage: {run_command('python')} {command} [key=value ...]",
         f"       {run_command('python')} {command} --help KEY        explains one key",
         "",
-        f"Values come from the defaults below, then {Path(yaml_path).name}, then its preset, then the command line.",
+        f"Values come from the defaults below, then {Path(yaml_path).name}, its preset, its recipe, the command line.",
         f"config=FILE reads another YAML file than {Path(yaml_path).name}.",
     ]
     for group, keys in keys_by_group(schema).items():
@@ -114,22 +114,23 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
         lines.append(f"  names     {', '.join(TABLES[key])}")
     if key in yaml_values:
         lines.append(f"  {Path(yaml_path).name}   {as_yaml(yaml_values[key])}")
-    for preset, values in presets_of(yaml_values, yaml_path).items():
-        if key in values:
-            lines.append(f"  preset {preset}   {as_yaml(values[key])}")
+    for kind in ("presets", "recipes"):
+        for name, values in blocks_of(yaml_values, kind, yaml_path).items():
+            if key in values:
+                lines.append(f"  {kind[:-1]} {name}   {as_yaml(values[key])}")
     return "\n".join(lines)
 
 
-def presets_of(yaml_values: Mapping[str, Any], yaml_path: str | Path) -> dict[str, dict[str, Any]]:
-    """Return the presets of a YAML file by name.
+def blocks_of(yaml_values: Mapping[str, Any], kind: str, yaml_path: str | Path) -> dict[str, dict[str, Any]]:
+    """Return the blocks of settings of a YAML file by name: its `presets`, or its `recipes`.
 
     Raises:
         UserError: they are not blocks of settings.
     """
-    presets = yaml_values.get("presets") or {}
-    if not isinstance(presets, dict) or not all(isinstance(block, dict) for block in presets.values()):
-        raise UserError(f"{yaml_path}: presets must hold one block of `key: value` lines per name")
-    return presets
+    blocks = yaml_values.get(kind) or {}
+    if not isinstance(blocks, dict) or not all(isinstance(block, dict) for block in blocks.values()):
+        raise UserError(f"{yaml_path}: {kind} must hold one block of `key: value` lines per name")
+    return blocks
 
 
 def configuration_page() -> str:
@@ -143,8 +144,8 @@ def configuration_page() -> str:
         "uv run python -m plainrl.help > docs/configuration.md",
         "```",
         "",
-        "Values come from the defaults below, then the YAML file, then its preset, then `key=value` arguments.",
-        "The presets stand in the YAML files. `--help KEY` shows the values that they give to one key.",
+        "Values come from the defaults below, then the YAML file, its preset, its recipe if one is named, then",
+        "`key=value` arguments. Presets and recipes stand in the YAML files. `--help KEY` shows what they give to one.",
         "",
         "| script | YAML file |",
         "|---|---|",

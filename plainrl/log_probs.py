@@ -3,7 +3,8 @@
 Symbols: B rows, T positions, V vocabulary.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from plainrl.records import UserError
 LOGIT_CHUNK_TOKENS = 2048  # 0.6 GB of bfloat16 logits at a vocabulary of 151,936
 # Logits are processed in float32, in blocks of so many numbers. 8 MB stay in a CPU's cache. A GPU prefers long kernels.
 CPU_BLOCK_NUMBERS, GPU_BLOCK_NUMBERS = 2**21, 2**26
+COMPILED = "_scores_are_compiled"  # attribute of a model
 
 
 def get_masked_response_log_probs(
@@ -78,6 +80,11 @@ def get_masked_response_log_probs(
     }
 
 
+def compile_scores(model: PreTrainedModel) -> None:
+    """Let the log-probs and entropies of a model be computed by compiled code, from its logits on."""
+    setattr(model, COMPILED, True)
+
+
 def compute_output_in_float32(model: PreTrainedModel) -> None:
     """Let the model compute its output layer in float32, from weights in 16 bits too. Names and weights stay.
 
@@ -117,9 +124,10 @@ def _score_in_chunks(
 ) -> dict[str, Tensor]:
     """Score hidden states chunk by chunk. If there are several chunks, none keeps its logits for the backward pass."""
     output_layer = cast(torch.nn.Module, model.get_output_embeddings())
+    is_compiled = getattr(model, COMPILED, False)
 
     def score(hidden_chunk: Tensor, label_chunk: Tensor) -> dict[str, Tensor]:
-        return _score_labels(output_layer(hidden_chunk), label_chunk, return_token_entropy, temperature)
+        return _score_labels(output_layer(hidden_chunk), label_chunk, return_token_entropy, temperature, is_compiled)
 
     if len(labels) <= LOGIT_CHUNK_TOKENS:
         return score(hidden_states, labels)
@@ -137,8 +145,9 @@ def _score_labels(
     labels: Int[Tensor, "..."],
     return_token_entropy: bool,
     temperature: float = 1.0,
+    is_compiled: bool = False,
 ) -> dict[str, Tensor]:
-    log_probs, entropies = _LabelScores.apply(logits.flatten(0, -2), labels.flatten(), temperature)
+    log_probs, entropies = _LabelScores.apply(logits.flatten(0, -2), labels.flatten(), temperature, is_compiled)
     scores = {"log_probs": log_probs.view(labels.shape)}
     return scores | {"token_entropy": entropies.view(labels.shape)} if return_token_entropy else scores
 
@@ -149,29 +158,24 @@ class _LabelScores(torch.autograd.Function):
         log p_y = z_y - s,      s = log sum_v exp z_v,      d log p_y / d z_v = [v = y] - p_v
         H = s - sum_v p_v z_v,                              d H / d z_v       = - p_v (log p_v + H)
 
-    Both use the same exponentials, computed block by block in at least float32. The only tensor of the logits' size is
-    their gradient, in their own dtype. The entropy's part of it is computed only where the loss contains the entropy.
+    Both use the same exponentials, computed block by block in at least float32; compiled, in one pass. The only tensor
+    of the logits' size is their gradient, in their own dtype. The entropy's part of it is computed only where the loss
+    contains the entropy.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        size = _block_size(logits)
-        results = []
-        for block, label in zip(logits.split(size), labels[:, None].split(size), strict=True):
-            shifted = _at_temperature(block, temperature)
-            highest = shifted.amax(dim=-1, keepdim=True)
-            shifted = shifted - highest
-            label_logit = shifted.gather(-1, label).squeeze(-1)
-            exponentials = shifted.exp()
-            total = exponentials.sum(dim=-1)
-            # 0 times the lowest finite number is 0, but 0 * -inf would be NaN.
-            shifted.clamp_(min=torch.finfo(shifted.dtype).min)
-            # An elementwise product and a sum, because autocast would round a matmul.
-            entropy = total.log() - exponentials.mul_(shifted).sum(dim=-1) / total
-            results.append((label_logit - total.log(), entropy, highest.squeeze(-1) + total.log()))
-        log_probs, entropies, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, temperature: float, is_compiled: bool
+    ) -> tuple[Tensor, Tensor]:
+        if is_compiled:
+            log_probs, entropies, normalizers = _compiled(_score_block)(logits, labels[:, None], temperature)
+        else:
+            size = _block_size(logits)
+            blocks = zip(logits.split(size), labels[:, None].split(size), strict=True)
+            results = [_score_block(block, label, temperature) for block, label in blocks]
+            log_probs, entropies, normalizers = (torch.cat(parts) for parts in zip(*results, strict=True))
         ctx.save_for_backward(logits, labels, normalizers, entropies)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.is_compiled = temperature, is_compiled
         ctx.set_materialize_grads(False)  # None, and not zeros, for what the loss does not contain
         return log_probs, entropies
 
@@ -179,7 +183,7 @@ class _LabelScores(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor | None
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, None, None, None]:
         logits, labels, normalizers, entropies = ctx.saved_tensors
         # What the loss does not contain has no gradient. By the chain rule, what it contains is divided by T.
         of_log_probs, of_entropies = (
@@ -187,19 +191,59 @@ class _LabelScores(torch.autograd.Function):
         )
         if of_log_probs is None:
             of_log_probs = torch.zeros_like(normalizers)
-        result = torch.empty_like(logits)
-        size = _block_size(logits)
+        columns = (labels, normalizers, entropies, of_log_probs, of_entropies)
+        if ctx.is_compiled:
+            parts = (None if column is None else column[:, None] for column in columns)
+            return _compiled(_differentiate_block)(logits, *parts, ctx.temperature), None, None, None
+        result, size = torch.empty_like(logits), _block_size(logits)
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
-            part = _at_temperature(logits[rows], ctx.temperature) - normalizers[rows, None]  # log p
-            weight = of_log_probs[rows, None]
-            factor = -weight
-            if of_entropies is not None:
-                finite = part.clamp(min=torch.finfo(part.dtype).min)  # 0 * -inf would be NaN
-                factor = finite.add_(entropies[rows, None]).mul_(of_entropies[rows, None]).neg_().sub_(weight)
-            part = part.exp_().mul_(factor)
-            result[rows] = part.scatter_add_(-1, labels[rows, None], weight)
-        return result, None, None
+            parts = (None if column is None else column[rows, None] for column in columns)
+            result[rows] = _differentiate_block(logits[rows], *parts, ctx.temperature)
+        return result, None, None, None
+
+
+def _score_block(block: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs, entropies and log-normalizers of a block of logits."""
+    shifted = _at_temperature(block, temperature)
+    highest = shifted.amax(dim=-1, keepdim=True)
+    shifted = shifted - highest
+    label_logit = shifted.gather(-1, label).squeeze(-1)
+    exponentials = shifted.exp()
+    total = exponentials.sum(dim=-1)
+    # 0 times the lowest finite number is 0, but 0 * -inf would be NaN.
+    shifted.clamp_(min=torch.finfo(shifted.dtype).min)
+    # An elementwise product and a sum, because autocast would round a matmul.
+    entropy = total.log() - exponentials.mul_(shifted).sum(dim=-1) / total
+    return label_logit - total.log(), entropy, highest.squeeze(-1) + total.log()
+
+
+def _differentiate_block(
+    block: Tensor,
+    label: Tensor,
+    normalizer: Tensor,
+    entropy: Tensor,
+    weight: Tensor,
+    of_entropy: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Return the gradient of a block of logits, from those of its log-probs (`weight`) and of its entropies."""
+    part = _at_temperature(block, temperature) - normalizer  # log p
+    factor = -weight
+    if of_entropy is not None:
+        finite = part.clamp(min=torch.finfo(part.dtype).min)  # 0 * -inf would be NaN
+        factor = finite.add_(entropy).mul_(of_entropy).neg_().sub_(weight)
+    part = part.exp_().mul_(factor)
+    if torch.compiler.is_compiling():  # a scatter, and rounding, would be passes of their own
+        is_label = torch.arange(block.shape[-1], device=block.device) == label
+        return torch.where(is_label, part + weight, part).to(block.dtype)
+    return part.scatter_add_(-1, label, weight)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function compiled: one pass over the logits instead of one for each operation."""
+    return torch.compile(function, dynamic=True)
 
 
 def _block_size(logits: Float[Tensor, "tokens vocabulary"]) -> int:
@@ -207,7 +251,7 @@ def _block_size(logits: Float[Tensor, "tokens vocabulary"]) -> int:
     return max(1, (CPU_BLOCK_NUMBERS if logits.device.type == "cpu" else GPU_BLOCK_NUMBERS) // logits.shape[-1])
 
 
-def _at_temperature(logits: Float[Tensor, "..."], temperature: float) -> Float[Tensor, "..."]:
+def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Return logits divided by the temperature, in at least float32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits / temperature

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
-from plainrl.log_probs import changes_logits, compute_output_in_float32, get_masked_response_log_probs
+from plainrl.log_probs import changes_logits, compile_scores, compute_output_in_float32, get_masked_response_log_probs
 from plainrl.lora import add_adapters, load_adapters
 from plainrl.memory import check_memory
 from plainrl.microbatches import microbatches
@@ -119,9 +119,13 @@ def blocks_of(policy: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def compile_blocks(policy: PreTrainedModel) -> None:
-    """Compile the policy's blocks in place. One graph serves any number of tokens, and parameters keep their names."""
+    """Compile the policy's blocks in place, and its scores. One graph serves any number of tokens.
+
+    Parameters keep their names.
+    """
     for block in blocks_of(policy):
         block.compile(dynamic=True)
+    compile_scores(policy)
 
 
 def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:

@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in backward, which saves memory")
     compile_policy: bool = Field(
-        False, description="compile the policy's blocks for training. The first step is slower"
+        False, description="compile the policy's blocks and scores for training. The first step is slower"
     )
 
     prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")

@@ -19,7 +19,7 @@ from plainrl.config import RolloutConfig, RunConfig, SFTConfig
 from plainrl.data import hold_out, load_sft_examples, load_validation_set
 from plainrl.devices import run_command
 from plainrl.grading.rewards import REWARD_FUNCTIONS
-from plainrl.help import presets_of
+from plainrl.help import blocks_of
 from plainrl.records import Stopped, UserError
 from plainrl.sources import is_pipe, path_exists
 
@@ -48,7 +48,7 @@ def apply_warm_start(config: RolloutConfigType, checkpoint: Path | None = None) 
     """
     if not config.warm_start or (checkpoint and not config.needs_first_policy):
         return config
-    presets = presets_of(read_yaml(YAML), YAML)
+    presets = blocks_of(read_yaml(YAML), "presets", YAML)
     model = _run_preset(config) if config.warm_start in presets else _find_model(config, presets)
     print(f"warm start: {model}")
     return config.model_copy(update={"model": str(model)})

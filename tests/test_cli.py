@@ -53,6 +53,28 @@ def test_order_of_precedence(tmp_path):
     assert load_config(SFTConfig, path, ["preset=laptop", "learning_rate=3e-5"]).learning_rate == 3e-5
 
 
+def test_a_recipe_overrides_the_preset_and_the_command_line_the_recipe(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "recipe: mine\ncliprange: 0.1\nlearning_rate: 1.0e-5\n"
+        "recipes:\n  mine: {cliprange: 0.3, loss_type: grpo_clip}\n  other: {cliprange: 0.4}\n"
+        "presets:\n  laptop: {cliprange: 0.2, learning_rate: 2.0e-5}\n"
+    )
+
+    def read(*arguments):
+        config = load_config(GRPOConfig, path, ["preset=laptop", *arguments])
+        return config.recipe, config.cliprange, config.loss_type, config.learning_rate
+
+    assert read() == ("mine", 0.3, "grpo_clip", 2e-5)
+    assert read("cliprange=0.25") == ("mine", 0.25, "grpo_clip", 2e-5)
+    assert read("recipe=other") == ("other", 0.4, "reinforce_with_baseline", 2e-5)
+    assert read("recipe=") == ("", 0.2, "reinforce_with_baseline", 2e-5)
+    with pytest.raises(UserError, match=r"^recipe = dapo: .*own.yaml has mine, other$"):
+        read("recipe=dapo")
+    with pytest.raises(UserError, match=r"^recipe = dapo: .*config.yaml has none$"):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "recipe=dapo"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,6 +248,17 @@ def test_an_older_run_without_the_newest_keys_is_unchanged(tmp_path, capsys):
     assert load_config(
         SFTConfig, "unused.yaml", [f"resume={tmp_path}", "dropout=on", "resume_with_changes=yes"]
     ).dropout
+
+
+def test_a_resumed_run_takes_no_other_preset_and_no_other_recipe(tmp_path):
+    path = REPOSITORY / "grpo_train.yaml"
+    begun = load_config(GRPOConfig, path, ["preset=laptop", "recipe=dapo"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(begun.model_dump(mode="json", exclude={"resume"})))
+    same = load_config(GRPOConfig, path, [f"resume={tmp_path}", "recipe=dapo", "preset=laptop"])
+    assert (same.recipe, same.cliprange_high) == ("dapo", 0.28)
+    for argument in ("recipe=gspo", "recipe=", "preset=one-gpu"):
+        with pytest.raises(UserError, match=f"^{argument.replace('=', ' = ')}: .* keeps"):
+            load_config(GRPOConfig, path, [f"resume={tmp_path}", argument, "resume_with_changes=true"])
 
 
 def test_what_the_operating_system_refuses_is_one_line_and_other_errors_are_bugs(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,20 @@ def presets_of(path):
     return list(yaml.safe_load((REPOSITORY / path).read_text())["presets"])
 
 
+@pytest.mark.parametrize("preset", presets_of("grpo_train.yaml"))
+@pytest.mark.parametrize("recipe", ["assignment", "dr_grpo", "dapo", "gspo", "cispo", "olmo3"])
+def test_every_recipe_changes_the_method_alone(recipe, preset):
+    """Sizes, lengths and learning rate stay those of the preset."""
+    path = REPOSITORY / "grpo_train.yaml"
+    plain = load_config(GRPOConfig, path, [f"preset={preset}"]).model_dump()
+    config = load_config(GRPOConfig, path, [f"preset={preset}", f"recipe={recipe}"]).model_dump()
+    block = yaml.safe_load(path.read_text())["recipes"][recipe]
+    assert {key: config[key] for key in block} == block
+    assert {key for key in plain if plain[key] != config[key]} <= {"recipe", *block}
+    kept = {"learning_rate", "train_batch_size", "rollout_batch_size", "group_size", "sampling_max_tokens", "model"}
+    assert not kept & block.keys()
+
+
 @pytest.mark.parametrize(("path", "preset"), [(path, preset) for path in SCHEMAS for preset in presets_of(path)])
 def test_every_preset_is_valid(path, preset):
     config = load_config(SCHEMAS[path], REPOSITORY / path, [f"preset={preset}"])

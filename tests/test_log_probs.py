@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from plainrl import log_probs
 from plainrl.config import GRPOConfig
+from plainrl.devices import can_compile
 from plainrl.log_probs import compute_output_in_float32, get_masked_response_log_probs
 from plainrl.policy import load_policy
 from plainrl.precision import working_copy
@@ -311,3 +312,21 @@ def test_a_policy_with_an_output_layer_in_float32(tiny_model_folder, lora_rank):
         assert (scores - plain)[mask].abs().max() < 0.1
         assert seen == [torch.float32 if in_float32 else torch.bfloat16] * 2
         seen.clear()
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="needs a compiler")
+@pytest.mark.parametrize(("dtype", "temperature"), [("float32", 1.0), ("bfloat16", 0.7)])
+def test_compiled_scores_are_those_of_the_plain_computation(dtype, temperature):
+    """Values, and the gradients of log-probs and entropies, for two numbers of rows."""
+    for num_rows in (5, 9):
+        generator = torch.Generator().manual_seed(num_rows)
+        logits = (3 * torch.randn(num_rows, 700, generator=generator)).to(getattr(torch, dtype))
+        labels = torch.randint(0, 700, (num_rows,), generator=generator)
+        found = []
+        for is_compiled in (False, True):
+            leaf = logits.clone().requires_grad_()
+            scores = log_probs._score_labels(leaf, labels, True, temperature, is_compiled)
+            (scores["log_probs"].sum() + 0.5 * scores["token_entropy"].sum()).backward()
+            found.append((scores["log_probs"], scores["token_entropy"], leaf.grad))
+        for plain, compiled in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, plain, atol=2e-5 if dtype == "float32" else 2e-3, rtol=1e-3)

@@ -263,7 +263,7 @@ def report(run: RunFolder, config: RolloutConfig) -> None:
         run.path / "training.png",
         step_name="rollout batches",
     )
-    print(describe_evaluations(rows, config.sampling_temperature))
+    print(describe_evaluations(rows, config.evaluation_temperature))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from experiments.result_tables import put_table
 from experiments.sweep_results import read_table
 from plainrl.cli import read_yaml, run_main
 from plainrl.config import SFTConfig
+from plainrl.devices import run_command
 from plainrl.figure_style import (
     PANEL_HEIGHT,
     PANEL_WIDTH,
@@ -44,7 +45,7 @@ COLUMNS = (
     *("variant", "seed", "k", *SETTINGS),
     *(f"{quantity}{end}" for quantity in QUANTITIES for end in ("", "_low", "_high")),
 )
-COMMAND = "uv run python -m experiments.pass_at_k"
+COMMAND = "python -m experiments.pass_at_k"
 Row = Mapping[str, str]
 
 
@@ -52,12 +53,14 @@ def main(arguments: list[str]) -> None:
     """Collect runs if any are named, then draw the figure and print the table."""
     pairs = [argument.partition("=") for argument in arguments]
     if not all(label and folder for label, _, folder in pairs):
-        raise UserError(f"usage: {COMMAND} [LABEL=RUN ...], where RUN is the folder of a run")
+        raise UserError(f"usage: {run_command(COMMAND)} [LABEL=RUN ...], where RUN is the folder of a run")
     results = Path("results")
     if pairs:
         collect([(label, Path(folder)) for label, _, folder in pairs], results)
     if not write_figure_and_table(results, results):
-        raise UserError(f"{results / NAME}/{NAME}.csv is not there; name runs to collect: {COMMAND} LABEL=RUN")
+        raise UserError(
+            f"{results / NAME}/{NAME}.csv is not there; name runs to collect: {run_command(COMMAND)} LABEL=RUN"
+        )
 
 
 def collect(runs: Sequence[tuple[str, Path]], results: Path) -> None:

@@ -157,8 +157,8 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
         )
     if overrides.get("recipe", saved.get("recipe", "")) != saved.get("recipe", ""):
         raise UserError(
-            f"recipe = {overrides['recipe']}: {folder} keeps the values that it was started with; leave recipe out, and "
-            "name the keys that are to change"
+            f"recipe = {overrides['recipe']}: {folder} keeps the values that it was started with; leave recipe out, "
+            "and name the keys that are to change"
         )
     overrides = {key: value for key, value in overrides.items() if key != "preset"}
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}

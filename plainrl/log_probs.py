@@ -192,14 +192,15 @@ class _LabelScores(torch.autograd.Function):
         if of_log_probs is None:
             of_log_probs = torch.zeros_like(normalizers)
         columns = (labels, normalizers, entropies, of_log_probs, of_entropies)
+        differentiate: Any = _compiled(_differentiate_block) if ctx.is_compiled else _differentiate_block
         if ctx.is_compiled:
             parts = (None if column is None else column[:, None] for column in columns)
-            return _compiled(_differentiate_block)(logits, *parts, ctx.temperature), None, None, None
+            return differentiate(logits, *parts, ctx.temperature), None, None, None
         result, size = torch.empty_like(logits), _block_size(logits)
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             parts = (None if column is None else column[rows, None] for column in columns)
-            result[rows] = _differentiate_block(logits[rows], *parts, ctx.temperature)
+            result[rows] = differentiate(logits[rows], *parts, ctx.temperature)
         return result, None, None, None
 
 

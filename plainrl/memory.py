@@ -67,7 +67,7 @@ def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str
         weights 4 n    gradients 4 m    moments 8 m    copies 2 m (the working copy in 16 bits)
         with adapters: weights 4 m + 2 n (4 n in float32), no copies, but 6 w
         activations  t L (8 F + 48 d),  with gradient checkpointing  t (L 2 d + 8 F + 48 d)             bytes
-        logits       c V 4 + 12 b
+        logits       c V 4 + 12 b,  with a float32 output layer  c V 8 + 8 V d + 12 b
 
     n parameters of the model, m trained ones: all of them, or with adapters of rank r the r (in + out) of each linear
     layer of the blocks. t tokens of a microbatch, L blocks, d width, F width of the feed-forward layer, V vocabulary,
@@ -89,17 +89,13 @@ def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str
     num_tokens = min(config.microbatch_tokens or most_tokens, most_tokens)
     is_half = config.compute_dtype != "float32"
     of_a_block = (8 * feed_forward + 48 * width) * (1 if is_half else 2)
-    kept = (
-        num_blocks * (2 if is_half else 4) * width + of_a_block
-        if config.gradient_checkpointing
-        else num_blocks * of_a_block
-    )
-    logits = (
-        min(num_tokens, LOGIT_CHUNK_TOKENS)
-        * text.vocab_size
-        * (4 if is_half and not config.float32_output_layer else 8)
-        + 12 * GPU_BLOCK_NUMBERS
-    )
+    kept = num_blocks * of_a_block
+    if config.gradient_checkpointing:
+        kept = num_blocks * (2 if is_half else 4) * width + of_a_block
+    has_float32_copy = is_half and config.float32_output_layer  # of the output layer's weights, and of their gradient
+    logit_bytes = 4 if is_half and not has_float32_copy else 8
+    logits = min(num_tokens, LOGIT_CHUNK_TOKENS) * text.vocab_size * logit_bytes + 12 * GPU_BLOCK_NUMBERS
+    logits += 8 * text.vocab_size * width * has_float32_copy
     num_own = sum(parameter.numel() for parameter in model.parameters())
     own = num_own * (2 if config.lora_rank and is_half else 4)
     num_trained = num_added if config.lora_rank else num_own

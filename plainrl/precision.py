@@ -43,8 +43,10 @@ def add_working_copy(policy: PreTrainedModel, compute_dtype: str) -> None:
     masters = {id(weight): weight for weight in policy.parameters()}
     for key, weight in rounded.items():
         weight.register_post_accumulate_grad_hook(_move_gradient_to(masters[key]))
+    used = {id(weight) for weight in worker.parameters()}  # an embedding's rounded table is not, unless it is tied
+    pairs = [(masters[key], weight) for key, weight in rounded.items() if id(weight) in used]
     # Not a submodule: it must not appear among the policy's weights.
-    object.__setattr__(policy, "_working_copy", (worker, [(masters[key], rounded[key]) for key in rounded]))
+    object.__setattr__(policy, "_working_copy", (worker, pairs))
 
 
 def working_copy(policy: PreTrainedModel) -> PreTrainedModel:

@@ -23,8 +23,9 @@ from plainrl.run_folder import list_checkpoints
 from SFT_helper import get_response_log_probs, join_prompt_and_response_ids
 
 NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")
-# Rounding gives about 1e-5 in float32 and 0.05 in 16 bits. An attention or logits of another kind give far more.
-MOST_SCORE_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 0.5, torch.float16: 0.5}  # nats
+# Rounding gives about 1e-5 in float32 and up to 0.45 in bfloat16, on single tokens. An attention or logits of another
+# kind give far more.
+MOST_SCORE_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 1.0, torch.float16: 1.0}  # nats
 
 
 def preflight(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, config: TrainConfig) -> None:
@@ -67,6 +68,8 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     model.train(was_training)
     if not plain[mask].isfinite().all():
         raise UserError(f"model = {config.model}: its scores are infinite or NaN; use another model")
+    # Not model.dtype, which is that of the first weight: a working copy looks its embeddings up in float32.
+    computes_in = cast(Any, model.get_output_embeddings()).weight.dtype
     found = {
         "its scores depend on later tokens; use a causal language model": plain[:, :3] - plain[:1, :3],
         "its scores in training are not those of the plain model; try attn_implementation=eager, or another model": (
@@ -75,7 +78,7 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     }
     for problem, differences in found.items():
         largest = cast(Tensor, differences).abs().max().item()
-        if not largest <= MOST_SCORE_DIFFERENCE[model.dtype]:
+        if not largest <= MOST_SCORE_DIFFERENCE[computes_in]:
             raise UserError(f"model = {config.model}: {problem} (they differ by {largest:.2g} nats)")
 
 

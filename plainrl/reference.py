@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from plainrl.checkpoint import write_durably
 from plainrl.config import GRPOConfig
 from plainrl.policy import load_policy, score_responses
 from plainrl.precision import refresh_working_copy
@@ -39,8 +40,9 @@ class Reference:
         Raises:
             UserError: the first model is not the one that the run began with.
         """
-        if run.checkpoint:  # loaded on the CPU
-            policy, _ = load_policy(config.model_copy(update={"policy_device": "cpu"}), for_training=False)
+        if run.checkpoint:  # loaded on the CPU, where it computes nothing: no working copy, no GPU's attention
+            on_cpu = {"policy_device": "cpu", "compute_dtype": "float32", "attn_implementation": "auto"}
+            policy, _ = load_policy(config.model_copy(update=on_cpu), for_training=False)
         self._weights = {name: weight.detach().cpu().clone() for name, weight in _trained(policy)}
         path, found = run.path / FINGERPRINT, _fingerprint(self._weights)
         if run.checkpoint and path.exists() and path.read_text() != found:
@@ -48,7 +50,8 @@ class Reference:
                 f"model = {config.model}: it has changed since {run.path} began with it, and kl_coefficient = "
                 f"{config.kl_coefficient:g} measures from it; bring it back, or begin a new run"
             )
-        path.write_text(found)
+        if not path.exists():
+            write_durably(path, found)
 
     def score(
         self,

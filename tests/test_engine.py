@@ -21,6 +21,7 @@ from plainrl.engine import (
     sleep_vllm_instance,
 )
 from plainrl.policy import score_responses
+from plainrl.precision import add_working_copy
 from plainrl.records import Example, Rollout, UserError
 from plainrl.rollouts import measure_gap
 from SFT_helper import encode_prompt
@@ -92,8 +93,9 @@ def test_an_output_layer_in_float32_rounds_no_logit(engine, tiny_model_folder, p
     # Kept, because an engine that ends takes what `engine` needs of this process with it.
     KEPT.append(init_vllm(tiny_model_folder, "cpu", 0, **settings, float32_output_layer=True))
     policy = changed_policy(tiny_model_folder, seed=1)
+    add_working_copy(policy, "bfloat16")
     load_policy_into_vllm_instance(policy, KEPT[0])
-    check_policy_sync(policy, KEPT[0], prompt_ids, 0, num_tokens=16, max_error=1.1, compute_dtype="bfloat16")
+    check_policy_sync(policy, KEPT[0], prompt_ids, 0, num_tokens=16, max_error=1.1)
     prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
     entries = [
         entry

@@ -35,6 +35,9 @@ def test_the_parts_are_those_worked_out_by_hand():
     assert gib["activations"] == 1024 * 2 * (8 * 16 + 48 * 8)
     assert gib["logits"] == 1024 * 1000 * 4 + 12 * 2**26
     assert set(found) == {"weights", "gradients", "moments", "16-bit copies", "activations", "logits"}
+    wide = gpu_config(microbatch_tokens=1024, evaluator_device="cpu", float32_output_layer=True)
+    logits = estimate_training_memory(model, wide)["logits"] * 2**30
+    assert logits == 1024 * 1000 * 8 + 8 * 1000 * 8 + 12 * 2**26
 
 
 def test_adapters_alone_have_gradients_and_moments():

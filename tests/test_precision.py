@@ -99,6 +99,16 @@ def test_the_tied_output_layer_and_the_embedding_move_one_weight(tiny_model):
     assert (weight.grad[7] == 3).all() and not weight.grad[8].any()
 
 
+def test_no_rounded_embedding_is_kept_that_nobody_uses(tiny_model_folder):
+    """Without a tied output layer the table is looked up in float32 alone."""
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32, tie_word_embeddings=False)
+    add_working_copy(policy, "bfloat16")
+    masters = [id(master) for master, _ in policy._working_copy[1]]
+    assert id(policy.get_input_embeddings().weight) not in masters
+    assert id(policy.get_output_embeddings().weight) in masters
+    assert len(masters) == len(list(policy.parameters())) - 1
+
+
 def test_steps_too_small_for_16_bits_add_up(tiny_model_folder):
     """The spacing of bfloat16 next to 1 is 1/128 above and 1/256 below, so a step of 1e-3 rounds to nothing."""
     policy, _, config = load(tiny_model_folder, learning_rate=1e-3)

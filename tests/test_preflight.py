@@ -12,6 +12,7 @@ from plainrl import preflight as module
 from plainrl.checkpoint import SPARE_BYTES
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.policy import load_policy
+from plainrl.precision import working_copy
 from plainrl.preflight import check_room, check_saving, check_scores, preflight
 from plainrl.records import UserError
 
@@ -37,6 +38,17 @@ def test_a_sound_run_leaves_no_trace(loaded, tiny_model_folder, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     assert not list(tmp_path.iterdir()) and not policy.training
     assert all(parameter.grad is None for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_working_copy_is_held_to_the_limit_of_its_own_dtype(tiny_model_folder, dtype, monkeypatch):
+    """As on a GPU, where the copy is what is checked. Rounding alone exceeds the limit of float32."""
+    config = config_of(tiny_model_folder, compute_dtype=dtype)
+    copy = working_copy(load_policy(config)[0])
+    check_scores(copy, config)
+    monkeypatch.setitem(module.MOST_SCORE_DIFFERENCE, getattr(torch, dtype), 1e-6)
+    with pytest.raises(UserError, match="not those of the plain model"):
+        check_scores(copy, config)
 
 
 def test_dropout_that_is_left_is_found(tiny_model_folder):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tomllib
@@ -551,7 +552,7 @@ BAD_INPUTS = {
         {"train_data": "wrong.jsonl", "filter_correct": "true"} | ONE_EACH,
         "accepts none of the 1 traces",
     ),
-    "unknown model": ({"model": "Qwen/Nothing-0B"}, "run `hf download Qwen/Nothing-0B`"),
+    "unknown model": ({"model": "Qwen/Nothing-0B"}, "hf download Qwen/Nothing-0B`"),
     "no cuda": ({"preset": "one-gpu"}, "0 CUDA devices are visible; use preset=laptop"),
     "no cuda for vllm": ({"evaluator_device": "cuda:0"}, "the CPU build of vLLM is installed"),
 }
@@ -618,7 +619,8 @@ def documented_commands():
 ARGUMENTS = {  # of what is no script with a configuration
     "tests/kill_and_resume.py": {"--kills", "20", "--soak", "200"},
     "experiments.sweep": {"--dry-run", "--gpus", "0,1", "--keep-weights", "seeds", "--variant"},
-    "experiments.benchmark": {*TURNS, "all", "results_dir"},
+    "experiments.benchmark": {*TURNS, "all", "gpu", "results_dir"},
+    "experiments.pass_at_k": {"warm start", "GRPO"},
     "experiments.runs": {"compare", "runs/A", "runs/B", "other_runs"},
     "tests/grader_report.py": {"pairs.tsv", "--math-verify"},
     "tests/grading_pairs.py": {"answers.jsonl"},
@@ -630,7 +632,7 @@ def test_readme_commands_exist():
     assert "pip install -q uv && uv run python SFT_train.py" in commands
     schemas = (SFTConfig, GRPOConfig, ExpertIterationConfig)
     for command in commands:
-        script, *arguments = command.partition("python ")[2].split()
+        script, *arguments = shlex.split(command.partition("python ")[2])
         if script == "-m":
             script, *arguments = arguments
             path = REPOSITORY / script.replace(".", "/")
@@ -677,7 +679,7 @@ def test_each_fault_in_the_readme_has_its_test():
     """The table "What happens when..." names a test in each row, and the test exists."""
     table = documentation()["running.md"].partition("## What happens when...\n")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 25
+    assert len(rows) == 26
     tests = "".join(path.read_text() for path in (REPOSITORY / "tests").glob("test_*.py"))
     for row in rows:
         names = re.findall(r"`(test_\w+)`", row.split("|")[-2])

@@ -14,6 +14,7 @@ import SFT_train
 from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.data import load_sft_examples
+from plainrl.devices import run_command
 from plainrl.grading.rewards import question_only_reward_fn
 from plainrl.records import Stopped, UserError
 from plainrl.warm_start import apply_warm_start
@@ -192,7 +193,7 @@ def test_a_signal_reaches_the_warm_start_and_the_command_that_goes_on_is_named(
     with pytest.raises(Stopped):
         apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path)))
     assert process.sent == [number]
-    command = f"python GRPO_train.py warm_start=warm-start runs_dir={tmp_path} 'stop_string=two words'"
+    command = run_command(f"python GRPO_train.py warm_start=warm-start runs_dir={tmp_path} 'stop_string=two words'")
     assert capsys.readouterr().out.splitlines()[-1].endswith(f": {command}")
 
 

@@ -24,7 +24,8 @@ from plainrl.selection import training_reward
 
 OF_CLIP = ("ratio_mean", "ratio_max", "clip_fraction_low", "clip_fraction_high")  # null for losses without them
 OF_TERMS = ("engine_weight_mean", "engine_weight_square_mean", "engine_corrected_fraction", "kl")
-TAKEN_NAMES = {"loss", "num_trained_rows", "token_entropy", "grad_norm", "loss_scale", "learning_rate", *OF_TERMS}
+OF_STEP = ("loss", "num_trained_rows", "token_entropy", "grad_norm", "loss_scale", "learning_rate")
+TAKEN_NAMES = {*OF_STEP, *OF_TERMS, "engine_effective_sample_size"}
 
 
 def compute_advantages(rewards: Tensor, config: GRPOConfig) -> Tensor:

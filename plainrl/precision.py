@@ -34,17 +34,17 @@ def add_working_copy(policy: PreTrainedModel, compute_dtype: str) -> None:
     dtype = getattr(torch, compute_dtype)
     if policy.dtype == dtype:
         return
-    rounded = {id(weight): nn.Parameter(weight.detach().to(dtype)) for weight in policy.parameters()}
-    worker = copy.deepcopy(policy, cast(Any, dict(rounded)))  # takes the rounded weights, and makes no others
+    pairs = [(weight, nn.Parameter(weight.detach().to(dtype))) for weight in policy.parameters()]
+    memo = {id(master): rounded for master, rounded in pairs}
+    worker = copy.deepcopy(policy, cast(Any, memo))  # takes the rounded weights, and makes no others
     for module, original in zip(worker.modules(), policy.modules(), strict=True):
         if isinstance(module, nn.Embedding):
             module.weight = cast(nn.Embedding, original).weight
             module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-    masters = {id(weight): weight for weight in policy.parameters()}
-    for key, weight in rounded.items():
-        weight.register_post_accumulate_grad_hook(_move_gradient_to(masters[key]))
     used = {id(weight) for weight in worker.parameters()}  # an embedding's rounded table is not, unless it is tied
-    pairs = [(masters[key], weight) for key, weight in rounded.items() if id(weight) in used]
+    pairs = [(master, rounded) for master, rounded in pairs if id(rounded) in used]
+    for master, rounded in pairs:
+        rounded.register_post_accumulate_grad_hook(_move_gradient_to(master))
     # Not a submodule: it must not appear among the policy's weights.
     object.__setattr__(policy, "_working_copy", (worker, pairs))
 

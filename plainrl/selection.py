@@ -177,9 +177,7 @@ def overlong_penalty(num_tokens: int, max_tokens: int, cache_tokens: int) -> flo
 
 def training_reward(rollout: Rollout, config: GRPOConfig) -> float:
     """Return the reward that advantages and losses see: that of the reward function, plus the overlong penalty."""
-    num_tokens = len(rollout.response.token_ids)
-    penalty = overlong_penalty(num_tokens, config.sampling_max_tokens, config.overlong_cache_tokens)
-    return rollout.rewards["reward"] + penalty
+    return rollout.rewards["reward"] + _penalty_of(rollout, config)
 
 
 def summarize_selection(
@@ -194,12 +192,15 @@ def summarize_selection(
         config: of the run.
     """
     is_mixed = find_mixed(graded, config.group_size)
-    limits = config.sampling_max_tokens, config.overlong_cache_tokens
-    penalties = [overlong_penalty(len(rollout.response.token_ids), *limits) for rollout in graded]
     return {
         "rollout/resampling_rounds": num_rounds - 1,
         "rollout/num_mixed_groups": sum(is_mixed),
         "rollout/num_dropped_groups": len(is_mixed) - config.num_questions_per_step,
         "rollout/num_solved_questions": order.num_solved,
-        "rollout/overlong_penalty": mean(penalties),
+        "rollout/overlong_penalty": mean([_penalty_of(rollout, config) for rollout in graded]),
     }
+
+
+def _penalty_of(rollout: Rollout, config: GRPOConfig) -> float:
+    num_tokens = len(rollout.response.token_ids)
+    return overlong_penalty(num_tokens, config.sampling_max_tokens, config.overlong_cache_tokens)

@@ -130,7 +130,7 @@ def test_log_probs_by_hand():
 
 @pytest.mark.parametrize("autocasts", [False, True])
 def test_bfloat16_logits_are_scored_in_float32(autocasts):
-    """Also where the policy computes: under autocast, which makes products bfloat16."""
+    """Also under autocast, which makes products bfloat16."""
     logits = torch.randn(1, 2, 50_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits[..., 7] = -torch.inf
     labels = torch.tensor([[3, 4]])

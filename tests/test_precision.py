@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_lora import make_rows
 from transformers import AutoModelForCausalLM
 
 from plainrl.checkpoint import TrainingState, restore, write_checkpoint
@@ -10,18 +11,10 @@ from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.policy import load_policy, prepare_training
 from plainrl.precision import add_working_copy, refresh_working_copy, working_copy
 from plainrl.prefix_tree import share_prefixes
-from SFT_helper import join_prompt_and_response_ids
-
-
-def rows():
-    generator = torch.Generator().manual_seed(0)
-    prompts = [[5, 6, 7], [5, 6, 7], [8, 9]]
-    responses = [torch.randint(1, 500, (length,), generator=generator).tolist() for length in (6, 4, 9)]
-    return join_prompt_and_response_ids(prompts, responses, padding_id=0)
 
 
 def loss_of(policy):
-    return -get_masked_response_log_probs(working_copy(policy), **rows())["log_probs"].sum()
+    return -get_masked_response_log_probs(working_copy(policy), **make_rows())["log_probs"].sum()
 
 
 def gradient_of(policy):

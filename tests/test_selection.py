@@ -8,11 +8,11 @@ from itertools import cycle
 
 import pytest
 from kill_and_resume import find_differences
+from test_rollouts import tiny_config  # batches of 2 groups of 4
 from tiny import FakeEvaluator, grpo_arguments, read_lines, train_rows, write_lines
 
 import GRPO_train
 from plainrl import rollouts
-from plainrl.config import GRPOConfig
 from plainrl.data import epoch_order
 from plainrl.grading.rewards import Grade
 from plainrl.records import Example, Response, Rollout
@@ -26,12 +26,6 @@ from plainrl.selection import (
     summarize_selection,
     training_reward,
 )
-
-
-def tiny_config(**overrides):
-    """Batches of 2 groups of 4."""
-    values = {"rollout_batch_size": 8, "train_batch_size": 8, "group_size": 4, "gradient_accumulation_steps": 1}
-    return GRPOConfig(**(values | {"sampling_max_tokens": 16} | overrides))
 
 
 def graded(answers, rewards=None):

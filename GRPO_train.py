@@ -30,10 +30,11 @@ from plainrl.config import GRPOConfig, RolloutConfig
 from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
 from plainrl.devices import check_devices
 from plainrl.diagnosis import diagnose
+from plainrl.distributed import add_up, join
 from plainrl.grading.rewards import NUM_WORKERS
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
-from plainrl.microbatches import microbatches
+from plainrl.microbatches import count, microbatches
 from plainrl.objective import compute_advantages, compute_token_losses, summarize_update
 from plainrl.policy import (
     compute_clipped_gradient,
@@ -68,6 +69,7 @@ def main(arguments: list[str]) -> None:
     """Configuration, warm start, data, policy, evaluator, loop, results."""
     config = load_config(GRPOConfig, Path(__file__).with_name("grpo_train.yaml"), arguments)
     check_devices(config)
+    join(config)
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "grpo") as run:
@@ -117,7 +119,7 @@ def train(
             # 3. Grade and normalize: a response is good if it is better than the others of its group.
             with loop.phase("grade"):
                 evaluator.sleep()  # on a shared GPU: its memory is the policy's until the next sync
-                grades = [grading.result() for grading in sampled.gradings]
+                grades = sampled.wait_for_grades()
                 order.record(sampled.chosen, grades)
                 asked = [questions[index] for index in sampled.chosen]
                 graded = make_rollouts(asked, sampled.responses, grades, None, config.group_size)
@@ -139,7 +141,7 @@ def train(
                 rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
 
             # 6. Log. What is said of rollouts is said of all that were sampled.
-            of_selection = summarize_selection(graded, sampled.num_rounds, order, config)
+            of_selection = summarize_selection(graded, len(sampled.rounds), order, config)
             rows = loop.log(rows, summarize_step(graded, sync_metrics, loop.seconds, config) | of_selection)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
             diagnose(step, rows, config)
@@ -181,9 +183,7 @@ def update_policy(
                 sums |= measure_gap(rollouts, old_log_probs_in(rollouts), config)
             metrics = summarize_update(sums)
             require_finite(step, sums["loss"], grad_norm, "lower learning_rate, or set loss_type=grpo_clip")
-            check_gap(
-                metrics["rollout/log_prob_gap_multiplicative"], sums.get("num_gap_tokens", 0), config.max_sync_error
-            )
+            check_gap(sums, config.max_sync_error)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics |= {"train/grad_norm": grad_norm, "train/loss_scale": loss_scale}
@@ -209,28 +209,24 @@ def accumulate_gradients(
         for parameter in policy.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     prompts, tokens = [row.response.prompt_ids for row in rows], [row.response.token_ids for row in rows]
-    sums = {"loss": 0.0, "num_tokens": 0.0, "num_trained_rows": float(len(rows))}
-    for indices, tensors in microbatches(
-        policy, prompts, tokens, padding_id, config.microbatch_size, config.microbatch_tokens
-    ):
-        part, mask = [rows[index] for index in indices], tensors["response_mask"]
+    sums = {"loss": 0.0, "num_tokens": 0.0}
+    for part in microbatches(policy, prompts, tokens, padding_id, config.microbatch_size, config.microbatch_tokens):
+        chosen, mask = [rows[index] for index in part.indices], part.tensors["response_mask"]
         scores = get_masked_response_log_probs(
-            working_copy(policy), **tensors, return_token_entropy=True, temperature=config.sampling_temperature
+            working_copy(policy), **part.tensors, return_token_entropy=True, temperature=config.sampling_temperature
         )
-        token_losses, metadata = compute_token_losses(part, scores, mask, config)
+        token_losses, metadata = compute_token_losses(chosen, scores, mask, config)
         # This microbatch's share of the step's loss: the divisors are those of the whole step.
         loss = LENGTH_NORMALIZATIONS[config.length_normalization](token_losses, mask, size)
-        (loss * loss_scale).backward()
+        (loss * loss_scale * part.weight).backward()
 
         entropy_sum = masked_normalize(scores["token_entropy"].detach(), mask, 1.0)
         found = {"loss": loss.detach(), "num_tokens": mask.sum(), "entropy_sum": entropy_sum}
         found |= {f"train/{name}": value for name, value in reduce_metadata(metadata, mask).items()}
         if config.rollouts_check_sync and not config.is_off_policy:
-            found |= measure_gap(part, scores["log_probs"].detach()[mask].cpu(), config)
-        for name, value in found.items():
-            number = float(value)
-            sums[name] = max(sums.get(name, number), number) if name.endswith("_max") else sums.get(name, 0.0) + number
-    return sums
+            found |= measure_gap(chosen, scores["log_probs"].detach()[mask].cpu(), config)
+        count(sums, found, part)
+    return add_up(sums) | {"num_trained_rows": float(len(rows))}
 
 
 def rows_to_train_on(batch: Sequence[Rollout], config: GRPOConfig) -> tuple[list[Rollout], StepSize]:

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.cli import load_config, run_main
@@ -38,10 +37,11 @@ from plainrl.data import (
     load_validation,
 )
 from plainrl.devices import check_devices, peak_memory_gib
+from plainrl.distributed import add_up, join
 from plainrl.grading.rewards import grade_responses
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
-from plainrl.microbatches import microbatches
+from plainrl.microbatches import count, microbatches
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> None:
     """Configuration, data, policy, evaluator, loop, results."""
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
+    join(config)
     validation = load_validation(config)
     examples = select_examples(hold_out(load_sft_examples(config), validation.everything, config), config)
     with RunFolder.open(config, "sft") as run:
@@ -141,25 +142,22 @@ def accumulate_gradients(
     """
     prompts, responses = [row.prompt_ids for row in batch], [row.response_ids for row in batch]
     size = SFTStepSize(len(batch), sum(map(len, responses)), config.normalize_constant)
-    total_loss = sum_log_prob = sum_entropy = num_tokens = torch.zeros((), device=policy.device)
-    for _, tensors in microbatches(
-        policy, prompts, responses, padding_id, config.microbatch_size, config.microbatch_tokens
-    ):
-        mask = tensors["response_mask"]
-        scores = get_masked_response_log_probs(working_copy(policy), **tensors, return_token_entropy=True)
+    sums: dict[str, float] = {}
+    for part in microbatches(policy, prompts, responses, padding_id, config.microbatch_size, config.microbatch_tokens):
+        mask = part.tensors["response_mask"]
+        scores = get_masked_response_log_probs(working_copy(policy), **part.tensors, return_token_entropy=True)
         # This microbatch's share of the step's loss: the divisors count the whole batch.
         loss = LENGTH_NORMALIZATIONS[config.length_normalization].loss(scores["log_probs"], mask, size)
-        (loss * loss_scale).backward()
+        (loss * loss_scale * part.weight).backward()
 
-        total_loss = total_loss + loss.detach()
-        sum_log_prob = sum_log_prob + masked_normalize(scores["log_probs"].detach(), mask, 1.0)
-        sum_entropy = sum_entropy + masked_normalize(scores["token_entropy"].detach(), mask, 1.0)
-        num_tokens = num_tokens + mask.sum()
+        found = {name: masked_normalize(values.detach(), mask, 1.0) for name, values in scores.items()}
+        count(sums, found | {"loss": loss.detach(), "num_tokens": mask.sum()}, part)
+    sums = add_up(sums)
     return {
-        "train/loss": total_loss.item(),
-        "train/loss_per_token": -(sum_log_prob / num_tokens).item(),
-        "train/token_entropy": (sum_entropy / num_tokens).item(),
-        "train/num_response_tokens": int(num_tokens.item()),
+        "train/loss": sums["loss"],
+        "train/loss_per_token": -sums["log_probs"] / sums["num_tokens"],
+        "train/token_entropy": sums["token_entropy"] / sums["num_tokens"],
+        "train/num_response_tokens": int(sums["num_tokens"]),
     }
 
 

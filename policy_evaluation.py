@@ -23,6 +23,7 @@ from plainrl.cli import load_config, run_main
 from plainrl.config import SFTConfig, TrainConfig
 from plainrl.data import derive_seed, encode_prompts, fit_prompts, load_validation_set, validation_subset
 from plainrl.devices import check_devices
+from plainrl.distributed import join, rank
 from plainrl.engine import (
     check_policy_sync,
     init_vllm,
@@ -188,7 +189,7 @@ def log_generations(
         }
         for index, (prompt, response, truth, reward, entropy) in enumerate(columns)
     ]
-    if output_path is not None:
+    if output_path is not None and rank() == 0:
         output_path.write_text("".join(json.dumps(example, allow_nan=False) + "\n" for example in examples))
     return examples
 
@@ -264,6 +265,7 @@ class Evaluator:
             enforce_eager=config.engine_eager,
             enable_sleep_mode=config.shares_gpu,
             float32_output_layer=config.float32_output_layer,
+            tensor_parallel_size=config.engine_tensor_parallel,
         )
         seed_everything(config.seed)  # because the engine reseeds the global generators when it starts
         self.sleep()  # because a resumed SFT run may train before the first sync
@@ -349,6 +351,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("resume: an evaluation is not gone on with; start it again")
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
+    join(config)
     examples = validation_subset(load_validation_set(config), config)
     with RunFolder.create(config, EVALUATION) as run:
         policy, tokenizer = load_policy(config, for_training=False)

@@ -27,6 +27,7 @@ from plainrl.cli import load_config, run_main
 from plainrl.config import ExpertIterationConfig
 from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
 from plainrl.devices import check_devices
+from plainrl.distributed import join
 from plainrl.grading.rewards import NUM_WORKERS, Grade
 from plainrl.loop import TrainingLoop
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> None:
     """Configuration, warm start, data, policy, evaluator, loop, results."""
     config = load_config(ExpertIterationConfig, Path(__file__).with_name("expert_iteration.yaml"), arguments)
     check_devices(config)
+    join(config)
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "expert-iteration") as run:
@@ -86,14 +88,14 @@ def train(
 
             # 2. Sample.
             with loop.phase("rollout"):
-                responses, gradings = sample_groups(
+                responses, wait_for_grades = sample_groups(
                     evaluator.llm, questions, prompt_ids, chosen, step, config, grading_threads
                 )
 
             # 3. Grade, and keep the correct responses.
             with loop.phase("grade"):
                 evaluator.sleep()
-                grades = [grading.result() for grading in gradings]
+                grades = wait_for_grades()
                 asked = [questions[index] for index in chosen]
                 is_kept = choose_correct(asked, responses, grades, config)
                 rollouts = make_rollouts(asked, responses, grades, [float(kept) for kept in is_kept], config.group_size)

@@ -12,6 +12,9 @@ the seed, and the best score from metrics.jsonl.
 
 A checkpoint is written under another name, flushed to the disk, then renamed. It is therefore complete, or it is not
 there. No pickle is read.
+
+Several ranks write one file of weights and one of moments each. Every tensor in them is whole, so that any number of
+ranks can read them, and Transformers too. Tensors are gathered one at a time: a rank holds its share and one more.
 """
 
 import base64
@@ -32,6 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plainrl.devices import free_bytes
+from plainrl.distributed import divide, num_ranks, on_first, rank, together, whole
 from plainrl.lora import merged_model, save_adapters
 from plainrl.records import UserError
 
@@ -126,7 +130,7 @@ class TrainingState:
         self.order_state = self.order.state_dict() if self.order else {}
 
     def can_be_saved(self) -> bool:
-        """Return whether the weights are those after `step` and all of them are finite."""
+        """Return whether the weights are those after `step` and all of them are finite. All ranks have to ask."""
         # aminmax returns NaN if any element is NaN, so that no tensor of booleans is needed.
         extremes = (torch.stack(torch.aminmax(tensor.detach())) for tensor in self.policy.parameters())
         return self.is_whole and all(bool(torch.isfinite(pair).all()) for pair in extremes)
@@ -162,17 +166,19 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
             f"weights are infinite or NaN after step {state.step}: they are not saved, and earlier checkpoints "
             "are kept; start a new run with a lower learning_rate"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = checkpoint_bytes(state)
-    _require_space(path, num_bytes)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    state.is_being_saved = True
-    try:
-        merged_model(state.policy).save_pretrained(unfinished / "model")
-        save_adapters(state.policy, unfinished)
-        state.tokenizer.save_pretrained(unfinished / "model")
-        save_file(optimizer_tensors(state.policy, state.optimizer), unfinished / "optimizer.safetensors")
+
+    def begin() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_space(path, num_bytes)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "model").mkdir(parents=True)
+
+    def save() -> None:
+        save_share(state, unfinished)
+
+    def end() -> None:
         step = {"step": state.step, "metrics_bytes": state.metrics_bytes, "data_fingerprint": state.data_fingerprint}
         positions = {"data_order": state.order_state, "random_states": state.generators}
         (unfinished / RECORD).write_text(json.dumps(step | dict(record) | positions))
@@ -181,6 +187,12 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
             flush_to_disk(file)
         unfinished.rename(path)
         flush_to_disk(path.parent)
+
+    on_first(begin)
+    state.is_being_saved = True
+    try:
+        together(save)
+        together(end if rank() == 0 else lambda: None)
     except Exception as error:  # of any type, because each library wraps the system's error in its own
         shutil.rmtree(unfinished, ignore_errors=True)
         if not is_disk_full(error):
@@ -189,6 +201,45 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
         raise UserError(f"the disk of {path.parent} is full ({error}); free disk space, then resume the run") from error
     finally:
         state.is_being_saved = False
+
+
+def save_share(state: TrainingState, folder: Path) -> None:
+    """Write this rank's share of the policy and of the optimizer's state; the first rank also writes the tokenizer."""
+    moments = optimizer_tensors(state.policy, state.optimizer)
+    if num_ranks() == 1:
+        merged_model(state.policy).save_pretrained(folder / "model")
+        save_adapters(state.policy, folder)
+        save_file(moments, folder / "optimizer.safetensors")
+    else:
+        write_share(dict(state.policy.named_parameters()), folder / "model", "model")
+        write_share(moments, folder, "optimizer")
+        if rank() == 0:
+            state.policy.config.save_pretrained(folder / "model")
+            if state.policy.generation_config is not None:
+                state.policy.generation_config.save_pretrained(folder / "model")
+    if rank() == 0:
+        state.tokenizer.save_pretrained(folder / "model")
+
+
+def write_share(tensors: Mapping[str, torch.Tensor], folder: Path, stem: str) -> None:
+    """Write this rank's share of tensors into `folder`/`stem`-0000k-of-0000n.safetensors, and an index of all.
+
+    Every tensor is whole and in one file. The shares are of about equal size.
+    """
+    sizes, owners = [0] * num_ranks(), {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        owners[name] = sizes.index(min(sizes))
+        sizes[owners[name]] += tensor.numel()
+    share = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor.detach())  # by all ranks, and kept by one
+        if owners[name] == rank():
+            share[name] = gathered.cpu().contiguous()
+    files = [f"{stem}-{number + 1:05d}-of-{num_ranks():05d}.safetensors" for number in range(num_ranks())]
+    save_file(share, folder / files[rank()], {"format": "pt"})
+    if rank() == 0:
+        index = {"metadata": {}, "weight_map": {name: files[owner] for name, owner in owners.items()}}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def checkpoint_bytes(state: TrainingState) -> int:
@@ -259,7 +310,8 @@ def restore(path: Path, state: TrainingState) -> None:
             f"{path} was made with other training data (another file content, tokenizer or number of examples): "
             "start a new run; to keep the weights, name its model/ folder as model"
         )
-    load_optimizer_tensors(load_file(path / "optimizer.safetensors"), state.policy, state.optimizer)
+    tensors = {name: part for file in path.glob("optimizer*.safetensors") for name, part in load_file(file).items()}
+    load_optimizer_tensors(tensors, state.policy, state.optimizer)
     set_random_states(record["random_states"])
     if state.order is not None:
         state.order.load_state_dict(record.get("data_order", {}), record["step"])
@@ -279,13 +331,14 @@ def load_optimizer_tensors(
     tensors: Mapping[str, torch.Tensor], policy: "PreTrainedModel", optimizer: torch.optim.Optimizer
 ) -> None:
     """Load tensors that `optimizer_tensors` returned into an optimizer of the same parameters."""
-    names = {parameter: name for name, parameter in policy.named_parameters()}
+    parameters = dict(policy.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     indices = {name: index for index, name in enumerate(ordered)}  # the optimizer counts through its groups
     state: dict[int, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
-        state.setdefault(indices[name], {})[key] = tensor
+        state.setdefault(indices[name], {})[key] = divide(tensor, parameters[name]) if tensor.ndim else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -11,6 +11,8 @@ import select
 import shlex
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,12 +27,14 @@ from plainrl.devices import run_command
 from plainrl.faults import describe_fault
 from plainrl.grading.rewards import RewardError
 from plainrl.help import SCHEMAS, TABLES, blocks_of, explain, help_text
-from plainrl.records import Stopped, UserError
+from plainrl.records import Stopped, UserError, first_line
 from plainrl.yaml_files import YamlError, load_yaml
 
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
 SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold what AdamW on all weights of the presets' model takes
+RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+SECONDS_FOR_FIRST_RANK = 5.0  # to say an error, before another rank says its own
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 
@@ -209,6 +213,9 @@ def choose_preset() -> tuple[str, str]:
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(min(num_devices, 2))]
         if min(sizes) < SMALL_GPU_BYTES:  # the first card alone is used
             preset = "one-gpu" if sizes[0] >= SMALL_GPU_BYTES else "small-gpu"
+        num_used = 2 if preset == "two-gpu" else 1
+        if num_devices > num_used:
+            reason += f", {num_used} used: docs/scaling.md"
         reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"
     return preset, reason
 
@@ -256,13 +263,16 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except (UserError, RewardError) as error:
-        say(f"error: {_as_one_line(str(error))}")
+        _let_first_rank_speak()
+        say(f"{_of_rank()}error: {_as_one_line(str(error))}")
         sys.exit(2)
     except Stopped as stopped:
-        say(f"stopped by {stopped}")
+        if not RANK:
+            say(f"stopped by {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt:
-        say("stopped by Ctrl-C")
+        if not RANK:
+            say("stopped by Ctrl-C")
         sys.exit(130)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and is_output_closed():  # else another pipe broke, which is a bug
@@ -272,9 +282,37 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             raise
         say(f"error: {_as_one_line(fault)}")
         sys.exit(2)
+    except Exception as error:
+        if NUM_RANKS == 1:
+            raise
+        _let_first_rank_speak()
+        from plainrl.distributed import is_lost_rank  # torch is there by now, and only now
+
+        if is_lost_rank(error):
+            say(f"{_of_rank()}error: another rank has ended, or was not heard of in time ({first_line(error)})")
+        else:
+            traceback.print_exception(error)
+        # At once: the interpreter would wait for threads that wait for the lost rank.
+        _flush_output()
+        os._exit(1)
     finally:
         _flush_output()
         restore_handlers(previous_handlers)
+
+
+def _let_first_rank_speak() -> None:
+    """Wait, on any rank but the first. When one has ended, torchrun ends all: what all found is said once.
+
+    An error of this rank alone is said after that.
+    """
+    if RANK:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_FIRST_RANK)
+
+
+def _of_rank() -> str:
+    return f"rank {RANK}: " if RANK else ""
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from plainrl.config import RunConfig
 from plainrl.devices import can_compile, check_engine_device
+from plainrl.distributed import deal, engine_number, exchange, gather, whole
 from plainrl.lora import merged_state_dict
 from plainrl.model_files import MOST_SHOWN
 from plainrl.policy import score_responses
@@ -49,6 +50,7 @@ def init_vllm(
     enforce_eager: bool = True,
     enable_sleep_mode: bool = False,
     float32_output_layer: bool = False,
+    tensor_parallel_size: int = 1,
 ) -> "LLM":
     """Start a vLLM engine inside this process. Print what starts, how long it took, and what its cache holds.
 
@@ -63,6 +65,7 @@ def init_vllm(
         enforce_eager: whether the engine runs without compiling.
         enable_sleep_mode: whether `LLM.sleep` is possible, which a GPU shared with the policy needs.
         float32_output_layer: whether logits are computed in float32, from weights and hidden states in `dtype`.
+        tensor_parallel_size: number of ranks that share the engine. Each of them starts its part of it.
 
     The engine reseeds this process's global random state. A caller that relies on that state must seed it afterwards.
 
@@ -83,6 +86,8 @@ def init_vllm(
         "disable_log_stats": True,
         "hf_overrides": {"head_dtype": "float32"} if float32_output_layer else {},
     }
+    if tensor_parallel_size > 1:  # torchrun has started the processes already
+        options |= {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "external_launcher"}
     if device == "cpu":
         options |= {
             "kv_cache_memory_bytes": cpu_cache_gib * 2**30,
@@ -119,7 +124,7 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
         torch.cuda.empty_cache()  # the engine cannot use memory that torch's allocator keeps
         llm.wake_up(tags=["weights"])
     dtype = llm.llm_engine.vllm_config.model_config.dtype
-    weights = ((name, tensor.detach().to(dtype)) for name, tensor in merged_state_dict(policy))
+    weights = ((name, whole(tensor.detach().to(dtype))) for name, tensor in merged_state_dict(policy))
     with _quiet_stderr():
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if is_sleeping:
@@ -157,7 +162,7 @@ def sample_responses(
     seeds: Sequence[int],
     with_log_probs: bool = True,
 ) -> list[Response]:
-    """Sample one response per prompt, in the order given.
+    """Sample one response per prompt, in the order given. The prompts are divided over the engines of all ranks.
 
     Args:
         llm: the engine.
@@ -167,8 +172,9 @@ def sample_responses(
         with_log_probs: whether the responses get the log-probs of their tokens. They take more than half of the
             processor time that vLLM spends on a token, so that evaluations, which never read them, leave them out.
     """
-    finished = dict(stream_responses(llm, prompt_ids, sampling_params, seeds, with_log_probs))
-    return [finished[index] for index in range(len(prompt_ids))]
+    own_ids, own_seeds = deal(prompt_ids), deal(seeds)
+    finished = dict(stream_responses(llm, own_ids, sampling_params, own_seeds, with_log_probs))
+    return gather([finished[index] for index in range(len(own_ids))])
 
 
 def stream_responses(
@@ -178,7 +184,7 @@ def stream_responses(
     seeds: Sequence[int],
     with_log_probs: bool = True,
 ) -> Iterator[tuple[int, Response]]:
-    """Sample like `sample_responses`, and yield each response with its index as soon as it is finished."""
+    """Sample like `sample_responses`, with this rank's engine, and yield each response with its index when finished."""
     requests = []
     for seed in seeds:
         request = sampling_params.clone()
@@ -228,21 +234,26 @@ def check_policy_sync(
 
     # No min_tokens here: it would forbid EOS, and the engine's distribution would no longer be the policy's.
     params = SamplingParams(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
-    responses = sample_responses(llm, prompt_ids, params, seeds=range(len(prompt_ids)))
-    scores = score_responses(policy, responses, padding_id, len(responses))
+    # Not divided: every engine samples all probes, for each has to have got the weights.
+    finished = dict(stream_responses(llm, prompt_ids, params, range(len(prompt_ids))))
+    by_rank = exchange([finished[index] for index in range(len(prompt_ids))])
+    scores = score_responses(policy, [r for part in by_rank for r in part], padding_id, len(prompt_ids))
     of_policy = torch.cat([score["log_probs"] for score in scores])
     if not of_policy.isfinite().all():
         raise UserError(
             "the policy's log-probs of sampled tokens are infinite or NaN: its weights are damaged, or its numbers "
             "overflow; go back to an earlier checkpoint, lower learning_rate, or use compute_dtype = bfloat16"
         )
-    difference = (torch.tensor([value for response in responses for value in response.log_probs]) - of_policy).abs()
-    error = difference.mean().exp().item()
-    require_small_sync_error(error, max_error)
+    of_engines = torch.tensor([value for part in by_rank for response in part for value in response.log_probs])
+    difference = (of_engines - of_policy).abs()
+    errors = [part.mean().exp().item() for part in difference.chunk(len(by_rank))]
+    for number, error in enumerate(errors):
+        require_small_sync_error(error, max_error, f"the engine of rank {number}" if len(errors) > 1 else "engine")
+    error = max(errors)
     return {"sync_multiplicative_error": error, "sync_max_log_prob_difference": difference.max().item()}
 
 
-def require_small_sync_error(error: float, max_error: float) -> None:
+def require_small_sync_error(error: float, max_error: float, engine: str = "engine") -> None:
     """Raise a SyncError if exp(mean |engine - policy log-prob|) of sampled tokens is NaN or over its limit."""
     if not error <= max_error:
         causes = (
@@ -252,7 +263,7 @@ def require_small_sync_error(error: float, max_error: float) -> None:
             "not reset, or an engine_dtype coarser than the limit allows"
         )
         raise SyncError(
-            f"after the weight sync, engine and policy disagree on sampled tokens by a factor of {error:.4f} "
+            f"after the weight sync, {engine} and policy disagree on sampled tokens by a factor of {error:.4f} "
             f"(max_sync_error = {max_error}): {causes}"
         )
 
@@ -307,7 +318,8 @@ def _to_response(prompt_ids: list[int], completion: "CompletionOutput") -> Respo
     if completion.logprobs is not None:
         entries = cast(list[dict[int, Any]], completion.logprobs)
         log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
-    return Response(list(prompt_ids), completion.text, token_ids, log_probs, str(completion.finish_reason))
+    finish_reason = str(completion.finish_reason)
+    return Response(list(prompt_ids), completion.text, token_ids, log_probs, finish_reason, engine_number())
 
 
 @contextlib.contextmanager

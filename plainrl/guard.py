@@ -21,6 +21,7 @@ import torch
 
 from plainrl.checkpoint import TrainingState
 from plainrl.cli import handle_signals, restore_handlers, resume_command
+from plainrl.distributed import all_are_here, largest, num_ranks, rank
 from plainrl.records import Stopped, first_line
 
 GRACE_SECONDS = 20.0  # how long a phase may go on after a signal; saving then ends within half a minute
@@ -37,6 +38,7 @@ class StopGuard:
     The first signal lets the phase in progress finish. `stop_if_requested`, called between phases, then raises Stopped.
     A phase that goes on for longer than GRACE_SECONDS is given up, unless the weights are changing or being saved.
     On exit the state is saved if possible, also if an error ends the run. The error is then raised as usual.
+    Several ranks agree on a stop, finish the phase whatever it takes, and save together.
     A second signal ends the process at once, as kill -9 would.
     """
 
@@ -63,9 +65,9 @@ class StopGuard:
             self.stop_if_requested()  # a signal may have come after the last check
 
     def stop_if_requested(self) -> None:
-        """Raise Stopped if a signal has arrived."""
-        if self._requested is not None:
-            raise Stopped(self._requested)
+        """Raise Stopped if a signal has arrived, at any rank."""
+        if requested := int(largest(self._requested or 0)):
+            raise Stopped(requested)
 
     def _save_and_say_where(self) -> None:
         message = (
@@ -74,11 +76,15 @@ class StopGuard:
         try:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()  # the run may be ending because memory ran out
-            if self._state.can_be_saved():
+            if not all_are_here():  # an error of one rank leaves the others elsewhere, where they do not help to save
+                message = "a rank failed: the last checkpoint is the newest state"
+            elif self._state.can_be_saved():
                 message = f"state after step {self._state.step} saved: {self._save(self._state)}"
         except Exception as failure:  # the run must end with the first error, not with this one
             message = f"the state could not be saved: {first_line(failure)}"
         with suppress(OSError):  # the terminal may be closed
+            if rank():
+                return
             print(f"\n{message}\nto go on: {resume_command(self._folder)}", file=sys.stderr, flush=True)
 
     def _remember(self, signal_number: int, frame: FrameType | None) -> None:
@@ -95,10 +101,13 @@ class StopGuard:
             signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS, 1.0)
         name = signal.Signals(signal_number).name
         with suppress(OSError):  # not print(), which this handler may have interrupted
+            if rank():
+                return
             os.write(1, f"\n{name}: stopping after this phase; a second signal stops at once\n".encode())
 
     def _give_up(self, signal_number: int, frame: FrameType | None) -> None:
-        can_give_up = self._state.is_whole and not self._state.is_being_saved and not self._is_over
+        is_alone = num_ranks() == 1  # the others would wait for what this rank gives up
+        can_give_up = is_alone and self._state.is_whole and not self._state.is_being_saved and not self._is_over
         if self._requested is not None and can_give_up:
             signal.setitimer(signal.ITIMER_REAL, 0)
             raise Stopped(self._requested)
@@ -120,7 +129,7 @@ def watched(
         seconds: `seconds["time/<phase>"]` grows by the time that the phase took, in seconds.
         devices: GPUs that the phase may hand work to. It ends when that is done.
     """
-    path = folder / f"stacks_{phase}.txt"
+    path = folder / (f"stacks_{phase}_rank{rank()}.txt" if rank() else f"stacks_{phase}.txt")
 
     def end_process() -> None:
         faulthandler.dump_traceback(file, all_threads=True)

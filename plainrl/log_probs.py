@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from plainrl.distributed import call_with_weights
 from plainrl.prefix_tree import PrefixTree, build_prefix_tree, compute_hidden_states, gather_rows, shares_prefixes
 from plainrl.records import UserError
 
@@ -66,6 +67,19 @@ def get_masked_response_log_probs(
     """
     if name := changes_logits(model):
         raise ValueError(f"model.config.{name} is set: use get_response_log_probs, which applies it")
+    rows = (input_ids, labels, response_mask, prefix_tree)
+    return call_with_weights(model, _score_masked, *rows, return_token_entropy, temperature)
+
+
+def _score_masked(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    labels: Tensor,
+    response_mask: Tensor,
+    prefix_tree: PrefixTree | None,
+    return_token_entropy: bool,
+    temperature: float,
+) -> dict[str, Tensor]:
     if shares_prefixes(model):
         tree = prefix_tree or build_prefix_tree(input_ids, response_mask)
         hidden_states = gather_rows(compute_hidden_states(model, tree), tree.scored_nodes)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import Resumable, TrainingState, fingerprint
 from plainrl.config import TrainConfig
+from plainrl.distributed import rank
 from plainrl.guard import StopGuard
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import Metrics, describe_evaluation
@@ -93,7 +94,9 @@ class TrainingLoop:
         print(f"evaluating before step {self._state.step + 1}", flush=True)
         self._save_and_evaluate()
         steps = range(self._state.step + 1, self._num_steps + 1)
-        self._progress = tqdm(steps, self._name, self._num_steps, unit="step", initial=self._state.step)
+        self._progress = tqdm(
+            steps, self._name, self._num_steps, unit="step", initial=self._state.step, disable=bool(rank())
+        )
         for step in self._progress:
             self._guard.stop_if_requested()
             self.seconds = {}

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from plainrl.config import TrainConfig
+from plainrl.distributed import divided_blocks, num_ranks
 from plainrl.log_probs import GPU_BLOCK_NUMBERS, LOGIT_CHUNK_TOKENS
 from plainrl.records import UserError
 
@@ -54,21 +55,30 @@ def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict
         model_config, config: as in `estimate_training_memory`.
         total: memory of the GPU, in GiB. The engine takes its share of it.
     """
-    training = estimate_training_memory(model_config, config)
-    names = {"weights", "moments", "16-bit copies", "logits"} & training.keys()  # logits: of responses that are scored
+    training = estimate_training_memory(model_config, config, num_ranks() // config.num_replicas)
+    names = {
+        "weights",
+        "moments",
+        "16-bit copies",
+        "gathered",
+        "logits",
+    } & training.keys()  # logits: of responses that are scored
     kept = {name: size for name, size in training.items() if name in names}
     sampling = kept | {"engine": config.gpu_memory_utilization * total}
     return {"training": training} | ({"sampling": sampling} if config.shares_gpu else {})
 
 
-def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str, float]:
+def estimate_training_memory(model_config: Any, config: TrainConfig, num_shards: int = 1) -> dict[str, float]:
     """Return the peak of an optimizer step by parts, in GiB.
 
         weights 4 n    gradients 4 m    moments 8 m    copies 2 m (the working copy in 16 bits)
         with adapters: weights 4 m + 2 n (4 n in float32), no copies, but 6 w
         activations  t L (8 F + 48 d),  with gradient checkpointing  t (L 2 d + 8 F + 48 d)             bytes
+        several ranks: weights, gradients and moments are divided by their number, and instead of copies there are
+        gathered     (e + 2 l) 4, of weights and their gradients in 16 bits     8 in float32
         logits       c V 4 + 12 b,  with a float32 output layer  c V 8 + 8 V d + 12 b
 
+    e parameters of the embedding and output layers, l of the largest block.
     n parameters of the model, m trained ones: all of them, or with adapters of rank r the r (in + out) of each linear
     layer of the blocks. t tokens of a microbatch, L blocks, d width, F width of the feed-forward layer, V vocabulary,
     c tokens of a chunk of logits, b numbers of a block of them. w numbers of the largest layer's matrix, whose sum with
@@ -77,6 +87,7 @@ def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str
     Args:
         model_config: of the model, as Transformers reads it.
         config: microbatches, checkpointing, precision, adapters, and whether the engine shares the GPU.
+        num_shards: number of ranks that a copy of the policy is divided over.
     """
     text = model_config.get_text_config()
     width, num_blocks = text.hidden_size, text.num_hidden_layers
@@ -102,10 +113,14 @@ def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str
     copies = {"16-bit copies": 2 * num_trained * is_half}
     if config.lora_rank:
         copies = {"merged layer": (4 + 2 * is_half) * max((layer.weight.numel() for layer in layers), default=0)}
+    if num_shards > 1:
+        blocks = [sum(p.numel() for p in module.parameters()) for module in divided_blocks(model)]
+        gathered = num_own - sum(blocks) + 2 * max(blocks)
+        copies = {"gathered": (4 if is_half else 8) * gathered}
     sizes = {
-        "weights": own + 4 * num_added,
-        "gradients": 4 * num_trained,
-        "moments": 8 * num_trained,
+        "weights": (own + 4 * num_added) / num_shards,
+        "gradients": 4 * num_trained / num_shards,
+        "moments": 8 * num_trained / num_shards,
         **copies,
         "activations": num_tokens * kept,
         "logits": logits,

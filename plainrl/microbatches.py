@@ -1,16 +1,35 @@
 """Decide which rows share a forward and backward pass.
 
 The division into microbatches changes speed and memory, but no gradient. Every mean is over the whole optimizer step.
+Several ranks take turns: in each round every rank computes one microbatch, and the largest sets the round's time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from plainrl.distributed import deal_microbatches, num_ranks
 from plainrl.prefix_tree import build_prefix_tree, common_length, shares_prefixes
 from SFT_helper import join_prompt_and_response_ids
+
+
+class Microbatch(NamedTuple):
+    """Rows that share a forward and backward pass."""
+
+    indices: list[int]  # of the rows
+    tensors: dict[str, Any]  # on the policy's device
+    weight: float  # of loss and sums: 1, or 0 if it is here only to make the ranks' numbers of passes equal
+    num_tokens: int  # that are computed
+    most_tokens: int  # in the largest microbatch of the round, for which all ranks wait
+
+
+class _Planned(NamedTuple):
+    indices: list[int]
+    num_tokens: int
 
 
 def microbatches(
@@ -20,10 +39,10 @@ def microbatches(
     padding_id: int,
     max_rows: int,
     max_tokens: int = 0,
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Yield each microbatch: the indices of its rows, and their tensors on the policy's device.
+) -> Iterator[Microbatch]:
+    """Yield each microbatch of this rank.
 
-    The tensors are `input_ids`, `labels` and `response_mask`, as `SFT_helper.tokenize_prompt_and_output` returns them.
+    Its tensors are `input_ids`, `labels` and `response_mask`, as `SFT_helper.tokenize_prompt_and_output` returns them.
     With them goes `prefix_tree`: that of the rows, or None if the policy does not share prefixes. While the policy
     computes, a thread prepares the next microbatch.
 
@@ -41,13 +60,16 @@ def microbatches(
         tree = build_prefix_tree(tensors["input_ids"], tensors["response_mask"]) if shares else None
         return tensors | {"prefix_tree": tree}
 
-    plan = plan_microbatches(prompt_ids, response_ids, max_rows, max_tokens, shares)
+    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, shares, num_ranks())
+    most = [max(part.num_tokens for part in planned[i : i + num_ranks()]) for i in range(0, len(planned), num_ranks())]
+    plan = deal_microbatches(planned)
     with ThreadPoolExecutor(1) as thread:
-        upcoming = [thread.submit(prepare, indices) for indices in plan[:1]]
-        for number, indices in enumerate(plan, start=1):
+        upcoming = [thread.submit(prepare, part.indices) for part, _ in plan[:1]]
+        for number, (part, weight) in enumerate(plan):
             parts = upcoming.pop().result()
-            upcoming = [thread.submit(prepare, following) for following in plan[number : number + 1]]
-            yield indices, {name: part if part is None else part.to(policy.device) for name, part in parts.items()}
+            upcoming = [thread.submit(prepare, following.indices) for following, _ in plan[number + 1 : number + 2]]
+            tensors = {name: value if value is None else value.to(policy.device) for name, value in parts.items()}
+            yield Microbatch(part.indices, tensors, weight, part.num_tokens, most[number])
 
 
 def plan_microbatches(
@@ -56,6 +78,7 @@ def plan_microbatches(
     max_rows: int,
     max_tokens: int = 0,
     counts_prefixes_once: bool = True,
+    multiple_of: int = 1,
 ) -> list[list[int]]:
     """Divide rows into microbatches. A new one begins if the next row would exceed one of the two limits.
 
@@ -68,29 +91,107 @@ def plan_microbatches(
         max_tokens: most tokens of a microbatch. 0 means no limit. A single row may have more.
         counts_prefixes_once: whether a prefix that rows share counts once, as in a prefix tree. Else every row counts
             as much as the longest, to which it is padded.
+        multiple_of: number of ranks. Above 1, the limit on tokens is lowered until the number of microbatches is a
+            multiple of it, and they are ordered by size. Where that is not enough, the largest are halved. If there
+            are fewer rows than ranks, each row is a microbatch.
 
     Returns:
         The indices of the rows, microbatch by microbatch.
 
     >>> plan_microbatches([[1, 2], [3, 4], [1, 2]], [[5], [6], [7]], max_rows=3, max_tokens=4)
     [[0, 2], [1]]
+    >>> plan_microbatches([[1], [1], [1], [1]], [[5, 6, 7], [5, 6], [8], [9]], max_rows=4, multiple_of=2)
+    [[1, 0], [2, 3]]
     """
+    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, counts_prefixes_once, multiple_of)
+    return [part.indices for part in planned]
+
+
+def planned_tokens(
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    indices: Sequence[int],
+    counts_prefixes_once: bool = True,
+) -> int:
+    """Return the tokens that a microbatch of these rows, in this order, computes."""
+    rows = [prompt_ids[index] + response_ids[index] for index in indices]
+    if not counts_prefixes_once:
+        return max(map(len, rows)) * len(rows)
+    return sum(map(len, rows)) - sum(common_length(before, row) for before, row in pairwise(rows))
+
+
+def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> None:
+    """Add to `sums` what was found in a microbatch: numbers, or tensors of one. Of names in `_max` keep the largest.
+
+    The sums are float64 and stay on their device: no GPU is waited for. With several ranks the tokens are counted, too:
+    those that this rank computed, and those of the largest microbatch of each round, for which it waited.
+    """
+    if num_ranks() > 1:
+        found = {**found, "num_computed_tokens": part.num_tokens}
+        sums["num_awaited_tokens"] = sums.get("num_awaited_tokens", 0.0) + part.most_tokens
+    for name, value in found.items():
+        number = value.double() if isinstance(value, Tensor) else float(value)
+        if name.endswith("_max"):
+            sums[name] = max(sums.get(name, number), number)
+        else:
+            sums[name] = sums.get(name, 0.0) + number * part.weight
+
+
+def _plan(
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    max_rows: int,
+    max_tokens: int,
+    counts_prefixes_once: bool,
+    multiple_of: int,
+) -> list[_Planned]:
     rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
     longest: dict[tuple[int, ...], int] = {}
     for prompt, row in zip(prompt_ids, rows, strict=True):
         longest[tuple(prompt)] = max(len(row), longest.get(tuple(prompt), 0))
-    plan: list[list[int]] = []
-    num_tokens = longest_row = 0
-    previous: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda i: (longest[tuple(prompt_ids[i])], prompt_ids[i], len(rows[i]))):
-        row, longest_row = rows[index], max(longest_row, len(rows[index]))
+    order = sorted(range(len(rows)), key=lambda i: (longest[tuple(prompt_ids[i])], prompt_ids[i], len(rows[i])))
+    lengths = [len(rows[index]) for index in order]
+    shared = [
+        common_length(rows[before], rows[index]) for before, index in zip([*order[:1], *order[:-1]], order, strict=True)
+    ]
+
+    def num_tokens_of(first: int, end: int) -> int:
+        """Return the tokens that a microbatch of the rows first to end - 1 of the order computes."""
         if counts_prefixes_once:
-            num_tokens += len(row) - common_length(previous, row)
-        else:
-            num_tokens = longest_row * (len(plan[-1]) + 1) if plan else 0
-        if not plan or len(plan[-1]) == max_rows or 0 < max_tokens < num_tokens:
-            plan.append([])
-            num_tokens = longest_row = len(row)
-        plan[-1].append(index)
-        previous = row
-    return plan
+            return sum(lengths[first:end]) - sum(shared[first + 1 : end])
+        return max(lengths[first:end]) * (end - first)
+
+    def pack(limit: int) -> list[tuple[int, int]]:
+        """Return first row and end of each microbatch of at most so many tokens."""
+        parts: list[tuple[int, int]] = []
+        num_tokens = longest_row = 0
+        for place, length in enumerate(lengths):
+            longest_row = max(longest_row, length)
+            size = place - parts[-1][0] if parts else 0
+            num_tokens = num_tokens + length - shared[place] if counts_prefixes_once else longest_row * (size + 1)
+            if not parts or size == max_rows or 0 < limit < num_tokens:
+                parts.append((place, place))
+                num_tokens = longest_row = length
+            parts[-1] = (parts[-1][0], place + 1)
+        return parts
+
+    parts = pack(max_tokens)
+    if multiple_of > 1:
+        parts = _fit(parts, pack, num_tokens_of, multiple_of)
+    return [_Planned(order[first:end], num_tokens_of(first, end)) for first, end in parts]
+
+
+def _fit(parts: list[tuple[int, int]], pack: Any, num_tokens_of: Any, multiple_of: int) -> list[tuple[int, int]]:
+    """Return microbatches whose number is a multiple of `multiple_of`, the largest first; see `plan_microbatches`."""
+    num_wanted = -(-len(parts) // multiple_of) * multiple_of
+    low, high = 1, sum(num_tokens_of(first, end) for first, end in parts)
+    while low < high:  # the smallest limit that needs no more microbatches than that
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(pack(middle)) <= num_wanted else (middle + 1, high)
+    if len(fitted := pack(low)) <= num_wanted:
+        parts = fitted
+    while len(parts) % multiple_of and max((end - first for first, end in parts), default=1) > 1:
+        first, end = max((part for part in parts if part[1] - part[0] > 1), key=lambda part: num_tokens_of(*part))
+        middle = (first + end) // 2
+        parts = [part for part in parts if part != (first, end)] + [(first, middle), (middle, end)]
+    return sorted(parts, key=lambda part: -num_tokens_of(*part))

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from plainrl.devices import run_command, sync_command
+from plainrl.distributed import on_first
 from plainrl.records import UserError
 from plainrl.shared_config import EMBEDDED_MODEL
 
@@ -53,7 +54,7 @@ def resolve_model(model: str) -> str:
         UserError: the model is not on this machine. The message says how to download it.
     """
     if model == EMBEDDED_MODEL:
-        return str(_unpack_embedded_model())
+        return str(on_first(_unpack_embedded_model))
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
             raise UserError(f"model = {model}: the folder has no config.json; name one in Transformers format")

@@ -133,6 +133,8 @@ def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
     if "train/engine_weight_mean" in of_loss:  # (sum w)^2 / (n sum w^2)
         mean, square = of_loss["train/engine_weight_mean"], of_loss.pop("train/engine_weight_square_mean")
         of_loss["train/engine_effective_sample_size"] = mean**2 / square if mean and square else 0.0
+    if "num_awaited_tokens" in sums:  # of several ranks
+        of_loss["train/rank_efficiency"] = sums["num_computed_tokens"] / sums["num_awaited_tokens"]
     gap_mean = sums["gap_sum"] / sums["num_gap_tokens"] if sums.get("num_gap_tokens") else None
     return {
         "train/loss": sums["loss"],

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
+from plainrl.distributed import exchange, num_ranks, shard
 from plainrl.log_probs import changes_logits, compile_scores, compute_output_in_float32, get_masked_response_log_probs
 from plainrl.lora import add_adapters, load_adapters
 from plainrl.memory import check_memory
@@ -42,7 +43,8 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
 
-    In 16 bits it has a working copy that computes: see plainrl/precision.py. With `lora_rank` it has adapters, and its
+    In 16 bits it has a working copy that computes: see plainrl/precision.py. Over several ranks it is divided: see
+    plainrl/distributed.py. With `lora_rank` it has adapters, and its
     own weights are frozen: see plainrl/lora.py. Dropout is off, except in SFT with `dropout=true`. With dropout, the
     ratio of a policy that did not move would differ from 1.
 
@@ -92,8 +94,16 @@ def load_policy(
     # vLLM serves some architectures by the class of Transformers, which it changes for compiling when it starts. The
     # changed class reads this attribute, which only models made after the change would have.
     cast(Any, policy.base_model).do_not_compile = True
-    add_working_copy(policy.eval(), config.compute_dtype)
+    _choose_what_computes(policy.eval(), config)
     return policy, tokenizer
+
+
+def _choose_what_computes(policy: PreTrainedModel, config: RunConfig) -> None:
+    """Divide the policy over the ranks. Alone, give it a working copy if it computes in 16 bits."""
+    if num_ranks() == 1:
+        add_working_copy(policy, config.compute_dtype)
+    else:  # what is gathered of a block is its 16-bit copy
+        shard(policy, config.compute_dtype, config.num_replicas)
 
 
 def require_context(policy: PreTrainedModel, config: RunConfig) -> None:
@@ -261,13 +271,14 @@ def score_responses(
     was_training = model.training
     model.eval()
     scores: dict[int, dict[str, Tensor]] = {}
-    for indices, batch in microbatches(model, prompts, tokens, padding_id, batch_size):
-        with torch.inference_mode():
-            batch_scores = get_masked_response_log_probs(
-                model, **batch, return_token_entropy=True, temperature=temperature
+    for part in microbatches(model, prompts, tokens, padding_id, batch_size):
+        with torch.no_grad():  # no inference mode: what FSDP gathers in it could not be trained afterwards
+            part_scores = get_masked_response_log_probs(
+                model, **part.tensors, return_token_entropy=True, temperature=temperature
             )
-        for row, index in enumerate(indices):
-            mask = batch["response_mask"][row]
-            scores[index] = {name: values[row, mask].float().cpu() for name, values in batch_scores.items()}
+        for row, index in enumerate(part.indices):
+            mask = part.tensors["response_mask"][row]
+            scores[index] = {name: values[row, mask].float().cpu() for name, values in part_scores.items()}
     model.train(was_training)
+    scores = {index: score for of_rank in exchange(scores) for index, score in of_rank.items()}
     return [scores[index] for index in range(len(responses))]

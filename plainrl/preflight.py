@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from plainrl.checkpoint import SPARE_BYTES, is_disk_full
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import free_bytes
+from plainrl.distributed import num_ranks, on_first, whole
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.policy import blocks_of
 from plainrl.precision import working_copy
@@ -43,7 +44,7 @@ def preflight(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     if config.compile_policy:
         blocks_of(policy)
     check_saving(policy, tokenizer, folder)
-    check_room(policy, folder, config)
+    on_first(lambda: check_room(policy, folder, config))
 
 
 def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
@@ -60,7 +61,7 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     # In 16 bits a GPU takes other kernels than in float32.
     model = policy if policy.device.type == "cpu" else working_copy(policy)
     was_training = model.training
-    with torch.inference_mode():
+    with torch.no_grad():
         model.eval()
         plain = get_response_log_probs(model, ids, labels)["log_probs"].float()
         model.train(not getattr(config, "dropout", False))
@@ -69,7 +70,9 @@ def check_scores(policy: PreTrainedModel, config: RunConfig) -> None:
     if not plain[mask].isfinite().all():
         raise UserError(f"model = {config.model}: its scores are infinite or NaN; use another model")
     # Not model.dtype, which is that of the first weight: a working copy looks its embeddings up in float32.
-    computes_in = cast(Any, model.get_output_embeddings()).weight.dtype
+    # Nor are divided weights in the dtype that they are gathered in.
+    weight = cast(Any, model.get_output_embeddings()).weight
+    computes_in = weight.dtype if num_ranks() == 1 else getattr(torch, config.compute_dtype)
     found = {
         "its scores depend on later tokens; use a causal language model": plain[:, :3] - plain[:1, :3],
         "its scores in training are not those of the plain model; try attn_implementation=eager, or another model": (
@@ -88,18 +91,25 @@ def check_saving(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fo
     Raises:
         UserError: the folder cannot be written, a file cannot be saved, or another tokenizer comes back.
     """
+    name, smallest = min(policy.state_dict().items(), key=lambda item: item[1].numel())
+    smallest = whole(smallest.detach())
+    on_first(lambda: _try_saving(policy, name, smallest, tokenizer, folder))
+
+
+def _try_saving(
+    policy: PreTrainedModel, name: str, weight: Tensor, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     trial = folder / ".preflight"
     shutil.rmtree(trial, ignore_errors=True)
-    name, smallest = min(policy.state_dict().items(), key=lambda item: item[1].numel())
     sample = "".join(["User: What is 2 + 3?\nAssistant: <think> 5 ", *tokenizer.all_special_tokens])
     try:
-        policy.save_pretrained(trial, state_dict={name: smallest.detach()})
+        policy.save_pretrained(trial, state_dict={name: weight})
         tokenizer.save_pretrained(trial)
         AutoConfig.from_pretrained(trial, local_files_only=True)
         GenerationConfig.from_pretrained(trial, local_files_only=True)
         (values,) = load_file(trial / "model.safetensors").values()
         reread = AutoTokenizer.from_pretrained(trial, local_files_only=True)
-        is_same = torch.equal(values, smallest.detach().cpu()) and reread.encode(sample) == tokenizer.encode(sample)
+        is_same = torch.equal(values, weight.cpu()) and reread.encode(sample) == tokenizer.encode(sample)
     except Exception as error:  # of any type, because each library wraps the system's error in its own
         reason = " ".join(str(error).split())[:300]
         advice = "free disk space" if is_disk_full(error) else "use another folder, or repair the model's files"

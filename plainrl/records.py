@@ -44,6 +44,7 @@ class Response(NamedTuple):
     token_ids: list[int]
     log_probs: list[float]
     finish_reason: str
+    engine: int = 0  # number of the engine that sampled it, where several ranks have one each
 
 
 @dataclass

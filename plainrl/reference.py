@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from plainrl.checkpoint import write_durably
 from plainrl.config import GRPOConfig
+from plainrl.distributed import local, on_first, whole
 from plainrl.policy import load_policy, score_responses
 from plainrl.precision import refresh_working_copy
 from plainrl.records import Rollout, UserError
@@ -43,8 +44,13 @@ class Reference:
         if run.checkpoint:  # loaded on the CPU, where it computes nothing: no working copy, no GPU's attention
             on_cpu = {"policy_device": "cpu", "compute_dtype": "float32", "attn_implementation": "auto"}
             policy, _ = load_policy(config.model_copy(update=on_cpu), for_training=False)
-        self._weights = {name: weight.detach().cpu().clone() for name, weight in _trained(policy)}
-        path, found = run.path / FINGERPRINT, _fingerprint(self._weights)
+        trained = _trained(policy)
+        self._weights = {name: local(weight.detach()).cpu().clone() for name, weight in trained}
+        found = _fingerprint(trained)
+        on_first(lambda: self._compare(found, run, config))
+
+    def _compare(self, found: str, run: RunFolder, config: GRPOConfig) -> None:
+        path = run.path / FINGERPRINT
         if run.checkpoint and path.exists() and path.read_text() != found:
             raise UserError(
                 f"model = {config.model}: it has changed since {run.path} began with it, and kl_coefficient = "
@@ -89,8 +95,9 @@ class Reference:
     @torch.no_grad()
     def _exchange(self, policy: PreTrainedModel) -> None:
         for name, parameter in _trained(policy):
-            own = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(self._weights[name])
+            part = local(parameter.detach())
+            own = part.to("cpu", copy=True)
+            part.copy_(self._weights[name])
             self._weights[name] = own
         refresh_working_copy(policy)
 
@@ -100,9 +107,9 @@ def _trained(policy: PreTrainedModel) -> list[tuple[str, Tensor]]:
     return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
 
 
-def _fingerprint(weights: dict[str, Tensor]) -> str:
+def _fingerprint(weights: list[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, weight in weights.items():
+    for name, weight in weights:
         digest.update(f"{name} {weight.dtype} ".encode())
-        digest.update(cast(Any, weight.contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(cast(Any, whole(weight.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()

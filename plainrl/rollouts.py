@@ -1,9 +1,10 @@
 """Responses to a step's questions: sample, grade, summarize and record them."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from plainrl.config import GRPOConfig, RolloutConfig
 from plainrl.data import derive_seed
 from plainrl.devices import peak_memory_gib
+from plainrl.distributed import deal, gather, num_ranks, rank
 from plainrl.engine import require_small_sync_error, sampling_params, stream_responses
 from plainrl.grading.rewards import Grade, count_failures, grade_response
 from plainrl.records import Example, Response, Rollout, mean
@@ -44,10 +46,11 @@ def sample_groups(
     config: RolloutConfig,
     grading_threads: Executor,
     asked_before: Sequence[int] = (),
-) -> tuple[list[Response], list[Future[Grade]]]:
+) -> tuple[list[Response], "Grades"]:
     """Sample `group_size` responses to each chosen question. The responses of a group stand next to each other.
 
-    Every request has its own seed, which is derived from (seed, step, question, sample).
+    Every request has its own seed, which is derived from (seed, step, question, sample). With several ranks, each
+    samples and grades its share of the groups, and all receive everything.
 
     Args:
         llm: the engine.
@@ -60,13 +63,14 @@ def sample_groups(
         asked_before: the questions of earlier rounds of this step. One that comes again has other seeds, too.
 
     Returns:
-        The responses, and a future with the grade of each. A response is graded as soon as it is finished, while the
-        engine goes on with the others.
+        The responses, and a function that waits for their grades. A response is graded as soon as it is finished,
+        while the engine goes on with the others.
     """
     requests: list[tuple[int, int]] = []  # question, sample
     for place, index in enumerate(chosen):  # a question may come twice, where one epoch ends and the next begins
         first = [*asked_before, *chosen[:place]].count(index) * config.group_size
         requests += [(index, sample) for sample in range(first, first + config.group_size)]
+    requests = deal(requests, config.group_size)
     reward = config.reward_function
     responses: dict[int, Response] = {}
     gradings: dict[int, Future[Grade]] = {}
@@ -81,7 +85,15 @@ def sample_groups(
         responses[position] = response
         gradings[position] = grading_threads.submit(grade_response, response.text, truth, reward)
     order = range(len(requests))
-    return [responses[position] for position in order], [gradings[position] for position in order]
+
+    @cache
+    def wait_for_grades() -> list[Grade]:
+        return gather([gradings[position].result() for position in order], config.group_size)
+
+    return gather([responses[position] for position in order], config.group_size), wait_for_grades
+
+
+Grades = Callable[[], list[Grade]]  # waits until the responses of a round are graded, and returns their grades
 
 
 class Sampled(NamedTuple):
@@ -89,8 +101,11 @@ class Sampled(NamedTuple):
 
     chosen: list[int]  # indices of the questions
     responses: list[Response]
-    gradings: list[Future[Grade]]
-    num_rounds: int  # 1 without dynamic_sampling
+    rounds: list[Grades]  # one without dynamic_sampling
+
+    def wait_for_grades(self) -> list[Grade]:
+        """Return the grades of all responses, in their order, as soon as they are there."""
+        return [grade for of_round in self.rounds for grade in of_round()]
 
 
 def sample_rounds(
@@ -110,20 +125,18 @@ def sample_rounds(
     Args: as for `sample_groups`.
         order: gives the questions, and moves on.
     """
-    sampled = Sampled([], [], [], 0)
+    sampled = Sampled([], [], [])
     most_rounds = 1 + (config.max_resampling_rounds if config.dynamic_sampling else 0)
     count = config.num_questions_per_step
     while count:
         chosen = order.draw(count)
-        responses, gradings = sample_groups(
+        responses, grades = sample_groups(
             llm, questions, prompt_ids, chosen, step, config, grading_threads, asked_before=sampled.chosen
         )
-        sampled = Sampled(
-            sampled.chosen + chosen, sampled.responses + responses, sampled.gradings + gradings, sampled.num_rounds + 1
-        )
-        if sampled.num_rounds == most_rounds:
+        sampled = Sampled(sampled.chosen + chosen, sampled.responses + responses, [*sampled.rounds, grades])
+        if len(sampled.rounds) == most_rounds:
             break
-        is_mixed = find_mixed([grading.result() for grading in sampled.gradings], config.group_size)
+        is_mixed = find_mixed(sampled.wait_for_grades(), config.group_size)
         count = num_questions_to_ask(len(is_mixed), sum(is_mixed), config.num_questions_per_step)
     return sampled
 
@@ -150,6 +163,9 @@ def make_rollouts(
 def measure_gap(rollouts: Sequence[Rollout], log_probs: Tensor, config: GRPOConfig) -> dict[str, float]:
     """Return the sum and the maximum of |engine - policy log-prob|, and the number of tokens.
 
+    With several engines, `gap_sum.k` and `num_gap_tokens.k` are also there of engine k: that one has stale weights
+    would not show in a mean over many.
+
     Args:
         rollouts: the rollouts, which hold the engine's log-probs.
         log_probs: (tokens,), the policy's log-probs of all response tokens, one response after the other, on the CPU.
@@ -159,20 +175,32 @@ def measure_gap(rollouts: Sequence[Rollout], log_probs: Tensor, config: GRPOConf
     engine = torch.tensor([value for rollout in rollouts for value in rollout.response.log_probs])
     counts = torch.cat([torch.arange(len(row.response.token_ids)) >= config.sampling_min_tokens for row in rollouts])
     gap = (engine - log_probs).abs() * counts
-    return {"gap_sum": gap.sum().item(), "gap_max": gap.max().item(), "num_gap_tokens": counts.sum().item()}
+    found = {"gap_sum": gap.sum().item(), "gap_max": gap.max().item(), "num_gap_tokens": counts.sum().item()}
+    lengths = [len(row.response.token_ids) for row in rollouts]
+    engines = torch.tensor([row.response.engine for row in rollouts]).repeat_interleave(torch.tensor(lengths))
+    for engine in engines.unique().tolist() if num_ranks() > 1 else ():
+        is_its = engines == engine
+        found |= {
+            f"gap_sum.{engine}": gap[is_its].sum().item(),
+            f"num_gap_tokens.{engine}": counts[is_its].sum().item(),
+        }
+    return found
 
 
-def check_gap(error: float | None, num_tokens: float, max_error: float) -> None:
-    """Raise a SyncError if the engine's log-probs of its rollouts differ from the policy's by more than the limit.
+def check_gap(sums: Mapping[str, float], max_error: float) -> None:
+    """Raise a SyncError if an engine's log-probs of its rollouts differ from the policy's by more than the limit.
+
+        error = exp(gap_sum / num_gap_tokens)
 
     Args:
-        error: exp(mean |engine - policy log-prob|), or None if nothing was compared.
-        num_tokens: how many tokens the mean is over. Below MIN_TOKENS_TO_CHECK the mean says little, so that nothing is
-            raised.
+        sums: those of `measure_gap`. Below MIN_TOKENS_TO_CHECK tokens a mean says little: nothing is raised.
         max_error: the limit, `max_sync_error`.
     """
-    if error is not None and num_tokens >= MIN_TOKENS_TO_CHECK:
-        require_small_sync_error(error, max_error)
+    suffixes = sorted(name.removeprefix("num_gap_tokens") for name in sums if name.startswith("num_gap_tokens"))
+    checked = [part for part in suffixes if sums[f"num_gap_tokens{part}"] >= MIN_TOKENS_TO_CHECK]
+    for part in reversed(checked):  # each engine first, and then all of them
+        error = torch.tensor(sums[f"gap_sum{part}"] / sums[f"num_gap_tokens{part}"]).exp().item()
+        require_small_sync_error(error, max_error, f"the engine of rank {part[1:]}" if part else "engine")
 
 
 def old_log_probs_in(rollouts: Sequence[Rollout]) -> Tensor:
@@ -228,7 +256,9 @@ def summarize_rollouts(rollouts: Sequence[Rollout], config: RolloutConfig) -> di
 
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout], config: RolloutConfig) -> None:
-    """Write the first `num_logged_groups` groups of a rollout batch as JSON lines."""
+    """Write the first `num_logged_groups` groups of a rollout batch as JSON lines. The first rank does."""
+    if rank():
+        return
     with path.open("w") as file:
         for rollout in rollouts[: config.num_logged_groups * config.group_size]:
             row = {

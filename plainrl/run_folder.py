@@ -11,14 +11,11 @@ runs/<name>/  config.yaml       resolved configuration
 """
 
 import datetime
-import errno
-import fcntl
 import json
 import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -42,7 +39,9 @@ from plainrl.checkpoint import (
 )
 from plainrl.cli import read_yaml
 from plainrl.config import RunConfig
+from plainrl.distributed import on_first, rank, together
 from plainrl.faults import describe_fault
+from plainrl.folder_lock import lock_folder
 from plainrl.guard import watched
 from plainrl.records import UserError, first_line
 from plainrl.run_records import (
@@ -63,8 +62,6 @@ BEFORE_CONFIGURATION = {  # what a process may leave if it is killed while it ma
     ".environment.json.unfinished",
     ".config.yaml.unfinished",
 }
-LOCK_ATTEMPTS = 3  # several, because the table of runs holds each lock for a moment to see whether it is free
-WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file systems
 PHASE_LIMITS = {
     "sync": "max_rollout_seconds",
     "rollout": "max_rollout_seconds",
@@ -79,6 +76,8 @@ PHASE_LIMITS = {
 class RunFolder:
     """The folder of one run, and the only place that writes metrics. Use it in a `with` statement.
 
+    Of several ranks the first opens, locks and writes it. The others know where it is, and have no lock.
+
     A resumed run goes on from `checkpoint`. In a new run it is None.
     """
 
@@ -86,7 +85,7 @@ class RunFolder:
         self,
         path: Path,
         config: RunConfig,
-        lock: IO[str],
+        lock: IO[str] | None,
         checkpoint: Path | None = None,
         resumption: Mapping[str, Any] | None = None,
     ) -> None:
@@ -101,13 +100,44 @@ class RunFolder:
     def open(cls, config: RunConfig, script: str) -> Self:
         """Return the folder that `config.resume` names, or a new one if that is empty."""
         folder = getattr(config, "resume", "")
-        run = cls._take_up(Path(folder), config, script) if folder else cls.create(config, script)
+        run = cls._for_all(lambda: cls._take_up(Path(folder), config, script) if folder else cls._make(config, script))
         print(f"run folder: {run.path}")
         return run
 
     @classmethod
+    def _for_all(cls, open_it: Callable[[], Self]) -> Self:
+        """Let the first rank open the folder, and tell the others what it found.
+
+        Raises:
+            UserError: the first rank could not open it, or another does not see it.
+        """
+        opened: Self | None = None
+
+        def take() -> tuple[Path, RunConfig, Path | None, Mapping[str, Any] | None]:
+            nonlocal opened
+            opened = open_it()
+            return opened.path, opened.config, opened.checkpoint, opened._resumption
+
+        path, config, checkpoint, resumption = on_first(take)
+
+        def look() -> None:
+            if not path.is_dir():
+                raise UserError(
+                    f"runs_dir = {config.runs_dir}: rank {rank()} on {platform.node()} does not see {path}, which the "
+                    "first rank made; name a folder that all nodes share"
+                )
+
+        together(look)
+        return opened or cls(path, config, None, checkpoint, resumption)
+
+    @classmethod
     def create(cls, config: RunConfig, script: str) -> Self:
-        """Make a new folder `runs_dir/run_name` and record configuration and environment.
+        """Return a new folder `runs_dir/run_name`, with configuration and environment recorded; see `open`."""
+        return cls._for_all(lambda: cls._make(config, script))
+
+    @classmethod
+    def _make(cls, config: RunConfig, script: str) -> Self:
+        """Make a new folder.
 
         If run_name is empty, the folder is named `<script>-<time>`.
 
@@ -182,10 +212,11 @@ class RunFolder:
         if self._wandb_run is not None:
             self._try_wandb(lambda run: run.finish(exit_code=0 if error_type is None else 1))
         is_new, is_gone = self._resumption is None, not self.path.is_dir()
-        if error_type is not None and is_new and not self.metrics_bytes() and not list_checkpoints(self.path):
-            # Nothing was run: the name is free for the next try. An error here must not hide the one that came first.
-            shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
+        if self._lock is not None:  # the first rank has it
+            if error_type is not None and is_new and not self.metrics_bytes() and not list_checkpoints(self.path):
+                # Nothing was run: the name is free for the next try. An error must not hide the one that came first.
+                shutil.rmtree(self.path, ignore_errors=True)
+            self._lock.close()
         again = f"go on with resume={self.path}" if self.path.is_dir() else "start again"
         if isinstance(error, UserError) or not isinstance(error, Exception):
             return
@@ -205,6 +236,8 @@ class RunFolder:
 
     def log(self, metrics: Metrics) -> None:
         """Append one line to metrics.jsonl, which holds it when this returns. None, NaN and infinities become null."""
+        if rank():
+            return
         row = {name: json_number(value) for name, value in metrics.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -214,8 +247,8 @@ class RunFolder:
             self._try_wandb(lambda run: run.log(known))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all rows logged so far."""
-        return read_metrics(self.path)
+        """Return all rows logged so far. The first rank reads them for all."""
+        return on_first(lambda: read_metrics(self.path))
 
     def last_train_step(self) -> int:
         """Return the last optimizer step logged so far. Before the first it is 0."""
@@ -253,7 +286,7 @@ class RunFolder:
                 f"resume = {self.path}: the run is at step {state.step} already, {num_steps} are asked for; ask for "
                 f"more, or evaluate {self.checkpoint}/model"
             )
-        if self._resumption is not None:
+        if self._resumption is not None and rank() == 0:
             if (self.path / "metrics.jsonl").exists():
                 os.truncate(self.path / "metrics.jsonl", state.metrics_bytes)  # so that no step is logged twice
                 set_damaged_lines_aside(self.path)
@@ -270,13 +303,13 @@ class RunFolder:
     def save_checkpoint(self, state: TrainingState) -> Path:
         """Write checkpoints/step_* if it is not there yet, and return its path."""
         path = self.path / "checkpoints" / f"step_{state.step:06d}"
-        if not path.exists():
+        if not on_first(path.exists):
             record = {
                 "config": self.config.model_dump(mode="json"),
                 "wandb_run_id": self._wandb_run_id,
                 "train_step": self._train_step,
             }
-            if self.metrics_bytes():
+            if self.metrics_bytes() and rank() == 0:
                 flush_to_disk(self.path / "metrics.jsonl")
             with self.watched("save"):
                 write_checkpoint(path, state, record)
@@ -284,9 +317,13 @@ class RunFolder:
 
     def prune_checkpoints(self, keep_last: int, keep_best: bool) -> None:
         """Remove all checkpoints but the newest `keep_last` and, with `keep_best`, the one with the best evaluation."""
+        if rank():
+            return
         saved = list_checkpoints(self.path)
         kept = saved[-keep_last:]
-        scores = {row["eval_step"]: row[EVAL_SCORE] for row in self.read_metrics() if row.get(EVAL_SCORE) is not None}
+        scores = {
+            row["eval_step"]: row[EVAL_SCORE] for row in read_metrics(self.path) if row.get(EVAL_SCORE) is not None
+        }
         evaluated = [path for path in saved if _step_of(path) in scores]
         if keep_best and evaluated:
             kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))
@@ -297,6 +334,8 @@ class RunFolder:
     def finish(self) -> Path:
         """Link the policy of the last checkpoint as final/, which takes no further disk space, and return its path."""
         final, unfinished = self.path / "final", self.path / ".final.unfinished"
+        if rank():
+            return final
         for path in (final, unfinished):
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(list_checkpoints(self.path)[-1] / "model", unfinished, copy_function=_link_or_copy)
@@ -306,6 +345,8 @@ class RunFolder:
 
     def start_wandb(self) -> None:
         """Start wandb, if it is on. It receives whatever is logged from here on."""
+        if rank():
+            return
         self._wandb_run = start_wandb(self.config, self.path, self._wandb_run_id)
         if self._wandb_run is not None:
             self._wandb_run_id = self._wandb_run.id
@@ -316,41 +357,6 @@ class RunFolder:
         except Exception as error:  # of any type, because wandb must not end a run that has metrics.jsonl
             print(f"warning: wandb failed ({first_line(error)}) and is off from here on; metrics.jsonl has everything")
             self._wandb_run = None
-
-
-def lock_folder(path: Path) -> IO[str]:
-    """Lock a run's folder and return the open lock file. The lock lasts until the file is closed or the process ends.
-
-    Raises:
-        UserError: another process holds the lock. The message names process and host.
-    """
-    try:
-        file = (path / "lock").open("a+")
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}: {path / 'lock'}); correct that, or copy the folder to one of "
-            "your own and use the copy"
-        ) from None
-    for _ in range(LOCK_ATTEMPTS):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
-            print(f"warning: {path} cannot be locked ({error.strerror}): let no other process write to it")
-            break
-    else:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise UserError(f"{path} is being written by {holder}; wait for it or stop it, or use another run_name")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
 
 
 def script_of(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from plainrl.config import RunConfig
+from plainrl.distributed import rank
 from plainrl.figure_style import PANEL_HEIGHT, PANEL_WIDTH, describe_axis, draw_series, new_figure, put_legend_above
 from plainrl.records import UserError, first_line
 
@@ -209,7 +210,11 @@ def plot_metrics(panels: Mapping[str, Sequence[Line]], path: Path, step_name: st
         panels: quantity with its unit -> lines.
         path: the file.
         step_name: what the axis `eval_step` counts. `train_step` counts optimizer steps.
+
+    Of several ranks the first draws.
     """
+    if rank():
+        return
     axis_names = {"train_step": "optimizer steps", "eval_step": step_name}
     with new_figure(path, PANEL_WIDTH, PANEL_HEIGHT * len(panels)) as figure:
         for index, (quantity, lines) in enumerate(panels.items(), start=1):

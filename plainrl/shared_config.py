@@ -96,6 +96,15 @@ class RunConfig(BaseModel):
     gpu_memory_utilization: float = Field(0.85, gt=0, lt=1, description="share of its GPU that vLLM may take")
     engine_cache_gib: int = Field(1, ge=1, description="key-value cache of the CPU engine, in GiB")
     engine_eager: bool = Field(True, description="false: compile the engine, which starts slower and samples faster")
+    engine_tensor_parallel: int = Field(
+        1, ge=1, description="ranks of torchrun that share a vLLM engine, for a model that one GPU cannot hold"
+    )
+    num_replicas: int = Field(
+        1,
+        ge=1,
+        description="copies of the policy among the ranks of torchrun, each divided over its part of them. With one "
+        "copy per node, only gradients cross the network (1: divided over all)",
+    )
     max_sync_error: float = Field(
         1.1,
         gt=1,

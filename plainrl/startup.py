@@ -3,12 +3,16 @@
 Importing torch and Transformers takes seconds. Until `run_main` handles signals, Ctrl-C ends the program at once and
 without a traceback, as it ends a program that is not in Python. A standard stream that the caller has closed
 (`>&-`) is opened again, for the next file to be opened would take its number, and be written to.
+
+Of several ranks on a machine, each sees only its own GPU, and calls it cuda:0. What a GPU is called has to be settled
+before CUDA starts.
 """
 
 import io
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +32,23 @@ def prepare_program() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may hold what the terminal cannot show
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.update(own_gpu(os.environ))
+
+
+def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what `torchrun --virtual-local-rank` would set for a rank: its own GPU as the only one.
+
+    >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,7"})
+    {'CUDA_VISIBLE_DEVICES': '7', 'LOCAL_RANK': '0'}
+    >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}), own_gpu({"CUDA_VISIBLE_DEVICES": "4,7"})
+    ({'CUDA_VISIBLE_DEVICES': '1', 'LOCAL_RANK': '0'}, {})
+    """
+    if int(environment.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return {}
+    number = int(environment["LOCAL_RANK"])
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number)] if visible is None else visible.split(",")[number : number + 1]
+    return {"CUDA_VISIBLE_DEVICES": "".join(names), "LOCAL_RANK": "0"}
 
 
 def is_own_program(main_file: str | None, command: list[str]) -> bool:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from plainrl.cli import PIPE_STATUS, command_of, load_config, read_yaml
 from plainrl.config import RolloutConfig, RunConfig, SFTConfig
 from plainrl.data import hold_out, load_sft_examples, load_validation_set
 from plainrl.devices import run_command
+from plainrl.distributed import environment_of_one_process, on_first
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
 from plainrl.records import Stopped, UserError
@@ -49,7 +51,8 @@ def apply_warm_start(config: RolloutConfigType, checkpoint: Path | None = None) 
     if not config.warm_start or (checkpoint and not config.needs_first_policy):
         return config
     presets = blocks_of(read_yaml(YAML), "presets", YAML)
-    model = _run_preset(config) if config.warm_start in presets else _find_model(config, presets)
+    make = _run_preset if config.warm_start in presets else partial(_find_model, presets=presets)
+    model = on_first(lambda: make(config))
     print(f"warm start: {model}")
     return config.model_copy(update={"model": str(model)})
 
@@ -90,7 +93,8 @@ def _run_preset(config: RolloutConfig) -> Path:
     settings = {"preset": config.warm_start, "run_name": name, **inherited}
     settings |= _limit_to_data(config, settings)
     print(f"warm start: {folder / 'final'} does not exist yet; running SFT_train.py preset={config.warm_start} first")
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto"])
+    command = [sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto"]
+    process = subprocess.Popen(command, env=environment_of_one_process())
     try:
         status = process.wait()
     except KeyboardInterrupt as interrupt:

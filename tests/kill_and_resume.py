@@ -1,6 +1,7 @@
 """Kill training runs, resume them, and compare them with runs that were left alone, bit for bit.
 
     uv run python tests/kill_and_resume.py --kills 20    SFT, GRPO on-policy and GRPO off-policy in turn
+    uv run python tests/kill_and_resume.py --kills 10 --ranks 2    the same by torchrun; who is killed is drawn
     uv run python tests/kill_and_resume.py --soak 200    GRPO of 200 steps, left alone: its memory must stay flat
 
 The scripts are the real ones, with the real engine, on a tiny model in float32. Three moments of a kill -9: during the
@@ -29,6 +30,7 @@ from tiny import REPOSITORY, grpo_arguments, make_answering_model, make_tiny_mod
 from plainrl.checkpoint import find_damage
 from plainrl.run_records import read_metrics
 
+TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port
 SFT = {"max_steps": 30, "eval_interval": 5, "checkpoint_interval": 1}
 GRPO = {
     "n_grpo_steps": 20,
@@ -47,11 +49,16 @@ RUNS = {
 
 
 def start(
-    script: str, arguments: list[str], log: Path, popen: Callable[..., subprocess.Popen] = subprocess.Popen
+    script: str,
+    arguments: list[str],
+    log: Path,
+    popen: Callable[..., subprocess.Popen] = subprocess.Popen,
+    num_ranks: int = 0,
 ) -> subprocess.Popen:
-    """Start a script of the repository; what it prints is added to a file."""
+    """Start a script of the repository, by torchrun if there are ranks; what it prints is added to a file."""
+    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks)] if num_ranks else []
     return popen(
-        [sys.executable, str(REPOSITORY / script), *arguments],
+        [sys.executable, *launcher, str(REPOSITORY / script), *arguments],
         stdout=log.open("a"),
         stderr=subprocess.STDOUT,
         cwd=REPOSITORY,
@@ -84,10 +91,16 @@ def wait_for_moment(moment: str, folder: Path, process: subprocess.Popen, chance
         time.sleep(chance.uniform(0, 0.02))
 
 
-def kill(process: subprocess.Popen) -> None:
-    """Kill a process with SIGKILL; its own processes must notice and end."""
+def kill(process: subprocess.Popen, chance: random.Random | None = None) -> None:
+    """Kill a process with SIGKILL; its own processes must notice and end.
+
+    With `chance` it is torchrun: killed is that, or one of its ranks, or all ranks.
+    """
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.send_signal(signal.SIGKILL)
+    ranks = [child for child in children if "RANK" in child.environ()]
+    victims = chance.choice([[process], ranks[-1:], ranks]) if chance else [process]
+    for victim in victims or [process]:
+        victim.send_signal(signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     if alive:
@@ -108,7 +121,7 @@ def find_differences(one: Path, other: Path) -> list[str]:
         found.append(f"{len(first)} and {len(second)} lines of metrics")
     for a, b in zip(first, second, strict=False):
         found += [f"{name} at {a}: {a.get(name)}, {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
-    for pattern in ("samples/*", "final/*.safetensors", "checkpoints/*/optimizer.safetensors"):
+    for pattern in ("samples/*", "final/*.safetensors", "checkpoints/*/optimizer*.safetensors"):
         files = [
             {path.relative_to(folder): path.read_bytes() for path in folder.glob(pattern)} for folder in (one, other)
         ]
@@ -123,7 +136,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def kill_and_resume(
-    name: str, num_kills: int, model: str, folder: Path, chance: random.Random
+    name: str, num_kills: int, model: str, folder: Path, chance: random.Random, num_ranks: int = 0
 ) -> tuple[list[str], int]:
     """Run once in peace and once with kills (starting over where a run ends before its last kill).
 
@@ -133,7 +146,10 @@ def kill_and_resume(
     """
     script, arguments_of, settings = RUNS[name]
     folder.mkdir()
-    straight = start(script, arguments_of(model, folder, run_name="straight", **settings), folder / "straight.log")
+    by = {"num_ranks": num_ranks}
+    straight = start(
+        script, arguments_of(model, folder, run_name="straight", **settings), folder / "straight.log", **by
+    )
     if straight.wait() != 0:
         raise RuntimeError(f"{name}: the run without kills failed; see {folder / 'straight.log'}")
     wrong, num_done, num_runs, num_halves = [], 0, 0, 0
@@ -142,14 +158,14 @@ def kill_and_resume(
         run = folder / f"killed_{num_runs}"
         arguments = arguments_of(model, folder, run_name=run.name, resume="auto", **settings)
         while True:
-            process = start(script, arguments, folder / f"{run.name}.log")
+            process = start(script, arguments, folder / f"{run.name}.log", **by)
             if num_done == num_kills:
                 break
             moment = chance.choice(["start", "step", "step", "step", "save", "save"])
             wait_for_moment(moment, run, process, chance)
             if process.poll() is not None:
                 break
-            kill(process)
+            kill(process, chance if num_ranks else None)
             num_done += 1
             torn = find_torn(run)
             wrong += torn
@@ -205,6 +221,7 @@ def main() -> None:
     """Do what is asked for, and print one line about it at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=0, help="how many, over the three kinds of run")
+    parser.add_argument("--ranks", type=int, default=0, help="of torchrun (0: without)")
     parser.add_argument("--soak", type=int, default=0, help="how many steps")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = parser.parse_args()
@@ -217,7 +234,9 @@ def main() -> None:
     model = str(folder / "answering")
     for index, name in enumerate(RUNS):
         if num_kills := len(range(index, options.kills, len(RUNS))):
-            found, halves = kill_and_resume(name, num_kills, model, folder / name.replace(" ", "_"), chance)
+            found, halves = kill_and_resume(
+                name, num_kills, model, folder / name.replace(" ", "_"), chance, options.ranks
+            )
             wrong, num_halves = wrong + found, num_halves + halves
     if options.kills:
         print(f"{num_halves} of {options.kills} kills left a checkpoint half written")

@@ -21,8 +21,16 @@ from plainrl.records import UserError
         ([39.5], "one-gpu", "1 CUDA device present, memory 39.5 GiB"),  # sold as 40 GB
         ([23.6], "small-gpu", "1 CUDA device present, memory 23.6 GiB"),
         ([44.4, 44.4], "two-gpu", "2 CUDA devices present, memory 44.4 and 44.4 GiB"),
-        ([23.6, 23.6], "small-gpu", "2 CUDA devices present, memory 23.6 and 23.6 GiB"),
-        ([79.6] * 8, "two-gpu", "8 CUDA devices present, memory 79.6 and 79.6 GiB"),
+        (
+            [23.6, 23.6],
+            "small-gpu",
+            "2 CUDA devices present, 1 used: docs/scaling.md, memory 23.6 and 23.6 GiB",
+        ),
+        (
+            [79.6] * 8,
+            "two-gpu",
+            "8 CUDA devices present, 2 used: docs/scaling.md, memory 79.6 and 79.6 GiB",
+        ),
     ],
 )
 def test_auto_preset_follows_the_devices_and_says_so(monkeypatch, capsys, sizes, preset, reason):

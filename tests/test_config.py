@@ -39,11 +39,11 @@ def test_every_preset_is_valid(path, preset):
     assert ("cuda" in config.policy_device) == ("gpu" in preset)
 
 
-def test_every_yaml_file_has_the_four_presets():
+def test_every_yaml_file_has_the_presets():
     found = [*REPOSITORY.glob("*.yaml"), *REPOSITORY.glob("experiments/*.yaml")]
     assert {str(path.relative_to(REPOSITORY)) for path in found} == set(SCHEMAS)
     for path in SCHEMAS:
-        assert {"laptop", "one-gpu", "two-gpu", "small-gpu"} <= set(presets_of(path))
+        assert {"laptop", "one-gpu", "two-gpu", "small-gpu", "eight-gpu", "two-nodes"} <= set(presets_of(path))
 
 
 def test_gpu_presets():
@@ -52,6 +52,14 @@ def test_gpu_presets():
     assert one.compute_dtype == two.compute_dtype == "bfloat16"
     assert one.shares_gpu and not two.shares_gpu
     assert (two.policy_device, two.evaluator_device) == ("cuda:1", "cuda:0")
+
+
+@pytest.mark.parametrize(("preset", "num_replicas"), [("eight-gpu", 1), ("two-nodes", 2)])
+def test_presets_of_several_ranks_share_each_card_with_the_engine(preset, num_replicas):
+    for path, schema in SCHEMAS.items():
+        config = load_config(schema, REPOSITORY / path, [f"preset={preset}"])
+        assert config.shares_gpu and config.policy_device == "cuda:0" and config.num_replicas == num_replicas
+        assert config.model == "Qwen/Qwen2.5-Math-7B"
 
 
 def test_gpu_presets_name_files_that_the_author_of_the_data_documents():

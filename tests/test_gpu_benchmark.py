@@ -140,9 +140,9 @@ def test_the_work_of_an_update_is_that_of_its_microbatches(monkeypatch):
     taken = []
 
     def count(policy, prompts, tokens, *limits):
-        for indices, batch in microbatches(policy, prompts, tokens, *limits):
-            taken.append(sum(len(prompts[index]) + len(tokens[index]) for index in indices))
-            yield indices, batch
+        for part in microbatches(policy, prompts, tokens, *limits):
+            taken.append(sum(len(prompts[index]) + len(tokens[index]) for index in part.indices))
+            yield part
 
     monkeypatch.setattr(GRPO_train, "microbatches", count)
     config = config.model_copy(update={"max_sync_error": math.inf})

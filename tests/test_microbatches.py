@@ -43,8 +43,9 @@ def test_each_microbatch_holds_its_rows(tiny_model, shares, plan):
     if shares:
         assert share_prefixes(tiny_model)
     found = list(microbatches(tiny_model, prompts, responses, padding_id=0, max_rows=5, max_tokens=12))
-    assert [indices for indices, _ in found] == plan
-    for indices, tensors in found:
+    assert [part.indices for part in found] == plan
+    for indices, tensors, weight, num_tokens, most_tokens in found:
+        assert weight == 1 and num_tokens == most_tokens
         expected = join_prompt_and_response_ids([prompts[i] for i in indices], [responses[i] for i in indices], 0)
         tree = tensors.pop("prefix_tree")
         assert (tree is not None) == shares and tensors.keys() == expected.keys()

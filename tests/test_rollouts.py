@@ -70,10 +70,10 @@ def test_responses_are_graded_while_others_are_sampled(monkeypatch):
     monkeypatch.setattr(rollouts, "stream_responses", stream_responses)
     questions = [Example(f"q{i}", f"p{i}", "6", None, "s") for i in range(3)]
     with Threads(2) as threads:
-        responses, gradings = sample_groups(None, questions, [[0], [1], [2]], [2, 0], 1, tiny_config(), threads)
+        responses, wait_for_grades = sample_groups(None, questions, [[0], [1], [2]], [2, 0], 1, tiny_config(), threads)
     assert [response.token_ids for response in responses] == [[index] for index in range(8)]
     assert [response.prompt_ids for response in responses] == [[2]] * 4 + [[0]] * 4
-    assert [grading.result().rewards["reward"] for grading in gradings] == [0, 0, 0, 0, 0, 0, 1, 0]
+    assert [grade.rewards["reward"] for grade in wait_for_grades()] == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
 def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
@@ -133,12 +133,32 @@ def test_the_gap_leaves_the_first_tokens_of_each_response_out():
 
 def test_a_gap_over_few_tokens_says_too_little_to_end_a_run(monkeypatch):
     monkeypatch.setattr(rollouts, "MIN_TOKENS_TO_CHECK", 3)
-    rollouts.check_gap(None, 9, 1.1)
-    rollouts.check_gap(1.1, 9, 1.1)
-    rollouts.check_gap(2.0, 2, 1.1)
+
+    def sums(error, num_tokens, engine=""):
+        return {f"gap_sum{engine}": math.log(error) * num_tokens, f"num_gap_tokens{engine}": num_tokens}
+
+    rollouts.check_gap({}, 1.1)
+    rollouts.check_gap(sums(1.09, 9), 1.1)
+    rollouts.check_gap(sums(2.0, 2), 1.1)
     for error in (1.2, math.inf, math.nan):
-        with pytest.raises(SyncError, match="max_sync_error = 1.1"):
-            rollouts.check_gap(error, 3, 1.1)
+        with pytest.raises(SyncError, match="engine and policy disagree .*max_sync_error = 1.1"):
+            rollouts.check_gap(sums(error, 3), 1.1)
+    one_of_many = sums(1.01, 99) | sums(1.0, 90, ".0") | sums(1.1, 9, ".7")
+    with pytest.raises(SyncError, match="the engine of rank 7 and policy disagree"):
+        rollouts.check_gap(one_of_many, 1.05)
+
+
+def test_with_several_ranks_the_gap_is_measured_of_each_engine(monkeypatch):
+    monkeypatch.setattr(rollouts, "num_ranks", lambda: 2)
+    made = made_up_rollouts([3, 1, 2, 4])
+    for rollout, engine in zip(made, (0, 1, 1, 0), strict=True):
+        rollout.response = rollout.response._replace(engine=engine)
+    policy = torch.tensor([-1.0, -1.0, -1.5, -9.0, -3.0, -3.25, -4.0, -9.0, -4.0, -4.125])
+    gap = measure_gap(made, policy, tiny_config(sampling_min_tokens=1))
+    assert gap == {
+        **{"gap_sum": 5.875, "gap_max": 5.0, "num_gap_tokens": 6},
+        **{"gap_sum.0": 5.625, "num_gap_tokens.0": 5, "gap_sum.1": 0.25, "num_gap_tokens.1": 1},
+    }
 
 
 def test_old_log_probs_follow_each_other():

@@ -102,7 +102,7 @@ def test_metrics_are_on_disk_at_once_and_valid_json(tmp_path):
 HOLD = """
 import sys
 from pathlib import Path
-from plainrl.run_folder import lock_folder
+from plainrl.folder_lock import lock_folder
 lock = lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()

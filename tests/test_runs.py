@@ -11,8 +11,9 @@ from experiments import runs
 from experiments.runs import compare_settings, list_runs
 from plainrl.config import SFTConfig
 from plainrl.devices import run_command
+from plainrl.folder_lock import lock_folder
 from plainrl.records import UserError
-from plainrl.run_folder import RunFolder, lock_folder
+from plainrl.run_folder import RunFolder
 
 
 def config_in(folder, **values):

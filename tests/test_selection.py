@@ -262,7 +262,7 @@ def run_rounds(monkeypatch, is_right, num_steps=1, **settings):
 
 def test_without_dynamic_sampling_a_step_is_one_round(monkeypatch):
     sampled, engine = run_rounds(monkeypatch, lambda *_: False)
-    assert sampled.num_rounds == len(engine.calls) == 1
+    assert len(sampled.rounds) == len(engine.calls) == 1
     assert sampled.chosen == epoch_order(6, 2, seed=0)
     none_left, other = run_rounds(monkeypatch, lambda *_: False, dynamic_sampling=True, max_resampling_rounds=0)
     assert other.calls == engine.calls  # the same prompts and seeds
@@ -275,25 +275,25 @@ def test_questions_are_asked_until_enough_groups_are_mixed(monkeypatch):
     sampled, engine = run_rounds(
         monkeypatch, lambda question, seed: question in (order[2], order[4]) and seed % 2, dynamic_sampling=True
     )
-    assert sampled.chosen == order and sampled.num_rounds == 3
+    assert sampled.chosen == order and len(sampled.rounds) == 3
     assert [len(seeds) for _, seeds in engine.calls] == [8, 8, 8]
     assert [response.prompt_ids[0] for response in sampled.responses] == [index for index in order for _ in range(4)]
-    found = find_mixed([grading.result() for grading in sampled.gradings], 4)
+    found = find_mixed(sampled.wait_for_grades(), 4)
     assert found == [False, False, True, False, True, False]
     turns = cycle([True, False])
     sampled, _ = run_rounds(monkeypatch, lambda *_: next(turns), dynamic_sampling=True)
-    assert sampled.num_rounds == 1  # enough at once
+    assert len(sampled.rounds) == 1  # enough at once
 
 
 def test_the_rounds_end_and_every_request_has_a_seed_of_its_own(monkeypatch):
     """Nothing is ever right: 8 further rounds of a batch, 18 questions of 6, so that each comes three times."""
     sampled, engine = run_rounds(monkeypatch, lambda *_: False, dynamic_sampling=True)
-    assert sampled.num_rounds == len(engine.calls) == 9
+    assert len(sampled.rounds) == len(engine.calls) == 9
     assert sampled.chosen == epoch_order(6, 18, seed=0)
     seeds = [seed for _, seeds in engine.calls for seed in seeds]
     assert len(set(seeds)) == len(seeds) == 18 * 4
     sampled, engine = run_rounds(monkeypatch, lambda *_: False, dynamic_sampling=True, max_resampling_rounds=2)
-    assert sampled.num_rounds == len(engine.calls) == 3
+    assert len(sampled.rounds) == len(engine.calls) == 3
 
 
 def test_the_next_step_goes_on_where_the_last_round_ended(monkeypatch):
@@ -303,10 +303,11 @@ def test_the_next_step_goes_on_where_the_last_round_ended(monkeypatch):
 
 def test_the_last_round_is_graded_while_the_engine_goes_to_sleep(monkeypatch):
     """Only grades that decide on a further round are waited for: here none is."""
-    may_grade = threading.Event()
+    may_grade, graded = threading.Event(), []
 
     def slowly(*_):
         may_grade.wait(2)
+        graded.append(1)
         return Grade({"answer_reward": 0.0})
 
     monkeypatch.setattr(rollouts, "grade_response", slowly)
@@ -314,8 +315,9 @@ def test_the_last_round_is_graded_while_the_engine_goes_to_sleep(monkeypatch):
     config = tiny_config()
     with ThreadPoolExecutor(2) as threads:
         sampled = sample_rounds(None, QUESTIONS, PROMPTS, QuestionOrder(6, config), 1, config, threads)
-        assert not any(grading.done() for grading in sampled.gradings)
+        assert not graded
         may_grade.set()
+        assert len(sampled.wait_for_grades()) == len(graded) == len(sampled.responses)
 
 
 # --- the whole loop, without vLLM -----------------------------------------------------------------------------------

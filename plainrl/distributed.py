@@ -1,0 +1,322 @@
+"""One process or many: what the processes that torchrun starts (ranks) do together.
+
+    torchrun --nproc-per-node 8 GRPO_train.py preset=eight-gpu
+
+Every rank runs the same script on the same data, and comes to the same decisions. Three things are divided:
+
+    requests       over the engines, one in each rank, or one for every `engine_tensor_parallel` ranks
+    microbatches   over the ranks
+    weights        over the ranks, block by block, with their gradients and moments (FSDP2)
+
+What was computed of a share is gathered at once, so that everything else is computed on every rank alike. Only the
+first rank writes files and prints. No other module knows how many processes there are. With one process, each function
+here returns what it was given.
+
+Losses are divided by the counts of the whole batch. Gradients are therefore added over the ranks, and not averaged.
+
+Source: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, 2023.
+"""
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plainrl.records import UserError
+
+if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
+    from transformers import PreTrainedModel
+
+    from plainrl.config import RunConfig
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+SPARE_SECONDS = 120  # a rank waits for the others so much longer than a phase may last; the phase's limit ends it first
+# What torchrun puts into the environment of a rank. A child that is to run alone must not find it.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+RANK_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+
+
+@dataclass
+class _World:
+    """What `join` learns of the other ranks."""
+
+    objects: Any = None  # a process group of its own, so that objects never mix with FSDP's tensors
+    ranks_per_engine: int = 1
+
+
+_world = _World()
+
+
+def join(config: "RunConfig") -> None:
+    """Meet the other ranks, if torchrun started several. vLLM would make a group of its own if it started before.
+
+    Args:
+        config: the devices, how many ranks share an engine, and the limits of the phases, beyond which no rank waits.
+
+    Raises:
+        UserError: several ranks cannot do what the configuration asks for.
+    """
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_started == 1 or dist.is_initialized():
+        return
+    _require_divisible(config, num_started)
+    _end_with_parent()
+    uses_gpu = config.policy_device != "cpu"
+    if uses_gpu:
+        torch.cuda.set_device(config.policy_device)
+    longest = max(value for name, value in config if name.startswith("max_") and name.endswith("_seconds"))
+    timeout = datetime.timedelta(seconds=longest + SPARE_SECONDS)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpu else "gloo", timeout=timeout)
+    _world.objects = dist.new_group(backend="gloo", timeout=timeout)
+    _world.ranks_per_engine = config.engine_tensor_parallel
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this rank when torchrun is killed, which could not end its ranks then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _require_divisible(config: "RunConfig", num_started: int) -> None:
+    """Raise a UserError for settings that several ranks do not support."""
+    found = {
+        "lora_rank": "adapters are trained in one process: leave it out, or start without torchrun",
+        "dropout": "the ranks would draw the same noise: leave it out, or start without torchrun",
+    }
+    for name, advice in found.items():
+        if getattr(config, name, 0):
+            raise UserError(f"{name} = {getattr(config, name)} with {num_started} ranks: {advice}")
+    for name in ("engine_tensor_parallel", "num_replicas"):
+        divisor = getattr(config, name)
+        if num_started % divisor:
+            raise UserError(f"{name} = {divisor} does not divide the {num_started} ranks: choose one that does")
+    if config.evaluator_device != config.policy_device:
+        raise UserError(
+            f"policy_device = {config.policy_device} and evaluator_device = {config.evaluator_device}: each rank has "
+            "one GPU for both; use cuda:0 for both, as in preset=eight-gpu"
+        )
+
+
+def require_one_process(program: str) -> None:
+    """Raise a UserError in a program that several ranks cannot share."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{program} runs in one process: start it without torchrun")
+
+
+def environment_of_one_process() -> dict[str, str]:
+    """Return this process's environment without what torchrun put there, for a program that is to run alone."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
+    }
+
+
+def rank() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    """Return how many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def engine_number() -> int:
+    """Return the number of the engine that this rank belongs to, from 0."""
+    return rank() // _world.ranks_per_engine
+
+
+def deal(items: Sequence[Item], hand: int = 1) -> list[Item]:
+    """Return the share of this rank's engine, of items that all ranks have alike.
+
+    The engines take turns, `hand` neighbours at a time.
+    """
+    return _deal(items, hand, engine_number(), num_ranks() // _world.ranks_per_engine)
+
+
+def gather(share: Sequence[Item], hand: int = 1) -> list[Item]:
+    """Return the shares of all engines, in the order that `deal` took them from."""
+    shares = exchange(list(share))[:: _world.ranks_per_engine]
+    longest = max(map(len, shares))
+    return [item for first in range(0, longest, hand) for part in shares for item in part[first : first + hand]]
+
+
+def exchange(value: Item) -> list[Item]:
+    """Return the values of all ranks, by rank. They travel as pickled objects."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value, group=_world.objects)
+    return values
+
+
+def deal_microbatches(plan: Sequence[Item]) -> list[tuple[Item, float]]:
+    """Return the microbatches of this rank, and the weight of each.
+
+    Each forward and backward pass gathers weights from all ranks, so that all need the same number of passes. Where
+    microbatches are short, the last one is repeated with weight 0.
+
+    >>> deal_microbatches([[0, 1], [2]])
+    [([0, 1], 1.0), ([2], 1.0)]
+    """
+    repeated = list(plan[-1:]) * (-len(plan) % num_ranks())
+    weighted = [(part, 1.0) for part in plan] + [(part, 0.0) for part in repeated]
+    return _deal(weighted, 1, rank(), num_ranks())
+
+
+def add_up(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Return the sums of all ranks' sums, numbers or tensors of one, by name. Of names in `_max` it is the largest."""
+    total: dict[str, float] = {}
+    for part in exchange({name: float(value) for name, value in sums.items()}):
+        for name, value in part.items():
+            total[name] = max(total.get(name, value), value) if name.endswith("_max") else total.get(name, 0.0) + value
+    return total
+
+
+def largest(value: float) -> float:
+    """Return the largest of all ranks' values."""
+    return max(exchange(value))
+
+
+def on_first(call: Callable[[], Result]) -> Result:
+    """Let the first rank do something. Its result, or its UserError, is that of all ranks."""
+    if num_ranks() == 1:
+        return call()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = call()
+        except UserError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0, group=_world.objects)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def together(call: Callable[[], Result]) -> Result:
+    """Let every rank do something that must not fail on some of them alone. If it fails on any, all raise its error."""
+    if num_ranks() == 1:
+        return call()
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = call()
+    except Exception as failure:  # raised below, on every rank
+        error = failure
+    for failure in exchange(error):
+        if failure is not None:
+            raise failure
+    return result
+
+
+def all_are_here(seconds: float = 10.0) -> bool:
+    """Return whether every rank comes to this point within some seconds. If one does not, the run cannot go on.
+
+    A rank that waits in a collective cannot be asked. Each therefore leaves a note in the store of torchrun.
+    """
+    if num_ranks() == 1:
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"plainrl/here/{rank()}", "")
+        keys = [f"plainrl/here/{number}" for number in range(num_ranks())]
+        store.wait(keys, datetime.timedelta(seconds=seconds))
+    except RuntimeError:  # not in time, or torchrun has ended
+        return False
+    return True
+
+
+def shard(policy: "PreTrainedModel", compute_dtype: str, num_replicas: int = 1) -> None:
+    """Divide a policy's weights over the ranks, in place. With one process nothing is done.
+
+    Each block is gathered when it computes, and divided again afterwards. With a 16-bit compute dtype it is gathered in
+    that dtype. What is divided stays float32: weights, gradients and moments.
+
+    Args:
+        policy: on its device, with float32 weights, the same on all ranks.
+        compute_dtype: `float32`, `bfloat16` or `float16`.
+        num_replicas: how many times the weights exist. Between nodes, 1 replica each spares the slow network: gradients
+            alone cross it.
+    """
+    if num_ranks() == 1:
+        return
+    # Imported here, because it takes two seconds.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    sizes = {"replicate": num_replicas, "shard": num_ranks() // num_replicas}
+    if num_replicas == 1:
+        del sizes["replicate"]
+    mesh = dist.init_device_mesh(policy.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    half = None if compute_dtype == "float32" else getattr(torch, compute_dtype)
+    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    for module in [*divided_blocks(policy), policy]:
+        sharded = cast(Any, fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True))
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    cast(Any, policy).call_with_weights = MethodType(lambda model, function, *args: function(model, *args), policy)
+    register_fsdp_forward_method(policy, "call_with_weights")
+
+
+def divided_blocks(policy: "PreTrainedModel") -> list[torch.nn.Module]:
+    """Return the blocks that are divided, and gathered, one by one. The rest of the policy is gathered together."""
+    names = policy._no_split_modules or ()
+    return [module for module in policy.modules() if type(module).__name__ in names]
+
+
+def call_with_weights(model: torch.nn.Module, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Return function(model, *arguments). Inside, a divided model's weights are there as in its forward pass."""
+    if hasattr(model, "call_with_weights"):
+        return cast(Any, model).call_with_weights(function, *arguments)
+    return function(model, *arguments)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor, gathered if it is divided. All ranks have to ask for the same ones, in the same order."""
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, in its own memory. Of one that is not divided it is the tensor."""
+    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def divide(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that all ranks have whole, divided as another one is."""
+    if not hasattr(like, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    parts = cast(Any, like)
+    return distribute_tensor(tensor.to(parts.device), parts.device_mesh, parts.placements, src_data_rank=None)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an error only says that another rank has ended, or has not come in time."""
+    signs = ("closed by peer", "connection reset", "timed out waiting", "broken pipe", "socket", "nccl")
+    return num_ranks() > 1 and isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def _deal(items: Sequence[Item], hand: int, player: int, num_players: int) -> list[Item]:
+    """Return what a player gets if players take turns, `hand` neighbours at a time.
+
+    >>> [_deal("abcde", 2, player, 2) for player in (0, 1)]
+    [['a', 'b', 'e'], ['c', 'd']]
+    """
+    hands = range(player * hand, len(items), num_players * hand)
+    return [item for first in hands for item in items[first : first + hand]]

@@ -1,0 +1,49 @@
+"""The lock of a run's folder: one process writes to it at a time."""
+
+import errno
+import fcntl
+import os
+import platform
+import time
+from pathlib import Path
+from typing import IO
+
+from plainrl.records import UserError
+
+LOCK_ATTEMPTS = 3  # several, because the table of runs holds each lock for a moment to see whether it is free
+WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file systems
+
+
+def lock_folder(path: Path) -> IO[str]:
+    """Lock a run's folder and return the open lock file. The lock lasts until the file is closed or the process ends.
+
+    Raises:
+        UserError: another process holds the lock. The message names process and host.
+    """
+    try:
+        file = (path / "lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}: {path / 'lock'}); correct that, or copy the folder to one of "
+            "your own and use the copy"
+        ) from None
+    for _ in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            print(f"warning: {path} cannot be locked ({error.strerror}): let no other process write to it")
+            break
+    else:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(f"{path} is being written by {holder}; wait for it or stop it, or use another run_name")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file

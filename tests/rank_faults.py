@@ -1,0 +1,49 @@
+"""SFT by several ranks, without an engine, with a fault in its second step: `rank_faults.py FAULT [key=value ...]`."""
+
+import itertools
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from tiny import FakeEvaluator
+
+import SFT_train
+from plainrl.cli import run_main
+from plainrl.distributed import rank
+from plainrl.records import UserError
+
+
+def raise_error(error):
+    raise error
+
+
+FAULTS = {
+    "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hangs": lambda: time.sleep(600),
+    "has a bug": lambda: raise_error(ZeroDivisionError("a bug")),
+    "runs out of memory": lambda: raise_error(torch.OutOfMemoryError("CUDA out of memory")),
+    "meets a user's mistake": lambda: raise_error(UserError("a mistake; mend it")),
+    "gets a signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
+}
+
+
+def main(arguments):
+    who, fault, *settings = arguments
+    original, steps = SFT_train.accumulate_gradients, itertools.count(1)
+
+    def with_fault(*args, **kwargs):
+        if next(steps) == 2 and (who == "all" or rank() == 1):
+            FAULTS[fault]()
+        return original(*args, **kwargs)
+
+    SFT_train.accumulate_gradients, SFT_train.Evaluator = with_fault, FakeEvaluator
+    SFT_train.main(settings)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,26 @@
+"""Run several of the project's scripts in one process, with one engine: `run_scripts.py PLAN.json`.
+
+The plan is a list of [module, [key=value, ...]]. Under torchrun every rank runs all of them. Starting an engine takes
+longer than a tiny run.
+"""
+
+import functools
+import importlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import policy_evaluation
+from plainrl.cli import run_main
+
+
+def main(arguments):
+    policy_evaluation.init_vllm = functools.cache(policy_evaluation.init_vllm)
+    for module, settings in json.loads(Path(arguments[0]).read_text()):
+        importlib.import_module(module).main(settings)
+
+
+if __name__ == "__main__":
+    run_main(main)

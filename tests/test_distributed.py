@@ -1,0 +1,268 @@
+"""Several ranks are one process, to rounding: dealing, gradients, whole runs with the real engine, faults."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import rank_gradients
+import torch
+from kill_and_resume import TORCHRUN, find_differences
+from safetensors.torch import load_file
+from tiny import REPOSITORY, grpo_arguments, tiny_arguments
+
+from plainrl import distributed
+from plainrl.microbatches import plan_microbatches
+
+GRPO = {
+    "n_grpo_steps": 3,
+    "rollout_batch_size": 64,
+    "train_batch_size": 64,
+    "gradient_accumulation_steps": 16,
+    "arithmetic_max_term": 5,
+    "learning_rate": 1e-4,
+    "eval_interval": 2,
+    "checkpoint_interval": 1,
+    "keep_last": 9,
+}
+OFF_POLICY = GRPO | {"loss_type": "grpo_clip", "train_batch_size": 32}
+# Differences between engine and policy are rounding themselves. The loss is a sum of terms that nearly cancel.
+SECONDS_TO_END = 150
+TOLERANCES = {"gap": (0, 1e-4), "difference": (0, 1e-4), "train/loss": (1e-4, 2e-7)}  # relative, absolute
+
+
+def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, **options):
+    """Start a program of the tests or of the repository by torchrun; with 0 ranks without it."""
+    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks)] if num_ranks else []
+    return start_process(
+        [sys.executable, *launcher, str(REPOSITORY / program), *map(str, arguments)],
+        stdout=Path(log).open("a"),
+        stderr=subprocess.STDOUT,
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def run_plan(num_ranks, background):
+    """Run SFT, GRPO on-policy and off-policy in one process or in several; return the folder of the runs."""
+    folder = background.new_folder(f"ranks-{num_ranks}")
+    model = background.answering_model
+    sft = {"max_steps": 3, "gradient_accumulation_steps": 4}
+    plan = [
+        ["SFT_train", tiny_arguments(model, folder, run_name="sft", **sft)],
+        ["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **GRPO)],
+        ["GRPO_train", grpo_arguments(model, folder, run_name="off-policy", **OFF_POLICY)],
+    ]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    log = folder / "log"
+    process = start(num_ranks, "tests/run_scripts.py", folder / "plan.json", log=log, start_process=background.start)
+    assert process.wait() == 0, log.read_text()[-3000:]
+    return folder
+
+
+def run_alone(background):
+    return run_plan(0, background)
+
+
+def run_as_one_rank(background):
+    return run_plan(1, background)
+
+
+def run_as_two_ranks(background):
+    return run_plan(2, background)
+
+
+def tensors_in(folder):
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def assert_equal_to_rounding(one, two):
+    """Same keys, same texts, and numbers within 1e-5."""
+    first, second = ([json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (one, two))
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys() - {"train/rank_efficiency"}
+        for key in a:
+            if not key.startswith(("time/", "memory/")) and "seconds" not in key and "per_second" not in key:
+                rel, most = next((value for part, value in TOLERANCES.items() if part in key), (1e-5, 2e-7))
+                assert a[key] == (b[key] and pytest.approx(b[key], rel=rel, abs=most)), key
+    for file in (one / "samples").iterdir():
+        texts = [
+            [json.loads(line)["response"] for line in (path / "samples" / file.name).open()] for path in (one, two)
+        ]
+        assert texts[0] == texts[1], file.name
+    weights, others = tensors_in(one / "final"), tensors_in(two / "final")
+    assert weights.keys() == others.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, others[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.background(job=run_alone)
+@pytest.mark.background(job=run_as_two_ranks)
+@pytest.mark.parametrize("name", ["sft", "grpo", "off-policy"])
+def test_two_ranks_are_one_process_to_rounding(name, background, answering_model_folder):
+    one, two = background.result(run_alone) / name, background.result(run_as_two_ranks) / name
+    assert_equal_to_rounding(one, two)
+    rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
+    if name != "sft":
+        assert all(0.5 < row["train/rank_efficiency"] <= 1 for row in rows if "train/loss" in row)
+    before, after = tensors_in(Path(answering_model_folder)), tensors_in(two / "final")
+    assert any(not torch.equal(before[key], after[key]) for key in before)  # there was something to compute
+
+
+@pytest.mark.background(job=run_alone)
+@pytest.mark.background(job=run_as_one_rank)
+def test_one_rank_of_torchrun_is_no_torchrun(background):
+    for name in ("sft", "grpo", "off-policy"):
+        assert find_differences(background.result(run_alone) / name, background.result(run_as_one_rank) / name) == []
+
+
+@pytest.fixture(scope="module")
+def gradients(answering_model_folder, tmp_path_factory):
+    """The gradients of each case, computed alone and by two ranks."""
+    folders, processes = [], []
+    for num_ranks in (0, 2):
+        folders.append(tmp_path_factory.mktemp(f"gradients-{num_ranks}"))
+        log = folders[-1] / "log"
+        program = "tests/rank_gradients.py"
+        processes.append(start(num_ranks, program, answering_model_folder, folders[-1], log=log))
+    for folder, process in zip(folders, processes, strict=True):
+        assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("case", rank_gradients.CASES)
+def test_the_gradient_is_the_same_by_two_ranks(case, gradients):
+    one, two = (load_file(folder / f"{case}.safetensors") for folder in gradients)
+    first, second = (torch.cat([part[name].flatten() for name in one]) for part in (one, two))
+    assert bool(first.any()) == (case != "nothing to learn")
+    is_half = "bfloat16" in case  # alone, a working copy computes; its embeddings are looked up in float32
+    rounding = 2e-6 if "another division" in case else 1e-6
+    assert (first - second).norm() <= (0.05 if is_half else rounding) * first.norm()
+    sums = [json.loads((folder / "sums.json").read_text())["sums"][case] for folder in gradients]
+    assert sums[0]["num_tokens"] == sums[1]["num_tokens"]
+    assert sums[0]["loss"] == pytest.approx(sums[1]["loss"], rel=0.05 if is_half else 1e-5, abs=1e-7)
+    assert sums[0]["grad_norm"] == pytest.approx(sums[1]["grad_norm"], rel=0.05 if is_half else 1e-5, abs=1e-9)
+
+
+def test_a_rank_holds_its_share_of_weights_gradients_and_moments(gradients):
+    alone, by_two = (json.loads((folder / "sums.json").read_text())["held"] for folder in gradients)
+    for name, size in alone[0].items():
+        assert sum(part[name] for part in by_two) == size
+        assert max(part[name] for part in by_two) <= 0.51 * size
+
+
+def test_dealt_items_are_gathered_in_their_order(monkeypatch):
+    items = list(range(23))
+    for num_ranks, hand, per_engine in ((1, 4, 1), (3, 4, 1), (4, 3, 2), (5, 1, 1)):
+        monkeypatch.setattr(distributed._world, "ranks_per_engine", per_engine)
+        monkeypatch.setattr(distributed, "num_ranks", lambda num_ranks=num_ranks: num_ranks)
+        shares = []
+        for rank in range(num_ranks):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            shares.append(distributed.deal(items, hand))
+        assert sorted(item for share in shares[::per_engine] for item in share) == items
+        assert all(shares[rank] == shares[rank - rank % per_engine] for rank in range(num_ranks))
+        monkeypatch.setattr(distributed, "exchange", lambda share, shares=shares: shares)
+        assert distributed.gather([], hand) == items
+
+
+def test_every_rank_makes_as_many_passes_and_each_microbatch_counts_once(monkeypatch):
+    monkeypatch.setattr(distributed, "num_ranks", lambda: 4)
+    for num_parts in range(10):
+        dealt = []
+        for rank in range(4):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            dealt.append(distributed.deal_microbatches(list(range(num_parts))))
+        assert len({len(share) for share in dealt}) == 1
+        assert sorted(part for share in dealt for part, weight in share if weight) == list(range(num_parts))
+
+
+def test_the_plan_for_ranks_is_even(monkeypatch):
+    """17 rows of 40 to 60 tokens: three microbatches of at most 400 become four of about equal size."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [[1000 + index] * 10 for index in range(17)]
+    responses = [[5] * int(torch.randint(30, 50, (), generator=generator)) for _ in range(17)]
+    alone = plan_microbatches(prompts, responses, 256, 400)
+    plan = plan_microbatches(prompts, responses, 256, 400, multiple_of=4)
+    assert len(alone) == 3 and len(plan) == 4
+    assert sorted(row for part in plan for row in part) == list(range(17))
+    sizes = [sum(10 + len(responses[row]) for row in part) for part in plan]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) / (4 * sizes[0]) > 0.85
+    assert len(plan_microbatches(prompts[:3], responses[:3], 256, 400, multiple_of=4)) == 3  # a row cannot be divided
+    assert plan_microbatches([], [], 256, 400, multiple_of=4) == []
+
+
+def test_a_child_that_runs_alone_finds_nothing_of_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "ROLE_NAME"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("MINE", "1")
+    found = distributed.environment_of_one_process()
+    assert found["MINE"] == "1" and not [
+        name for name in found if name.startswith(("RANK", "TORCHELASTIC", "GROUP_", "MAST"))
+    ]
+
+
+def run_fault(who, fault, model, folder, **settings):
+    """Run SFT by two ranks with a fault; return what was printed, the checkpoints and the seconds it took."""
+    values = {"run_name": "run", "max_steps": 4, "checkpoint_interval": 1, "keep_last": 9} | settings
+    log, started = folder / "log", time.monotonic()
+    process = start(2, "tests/rank_faults.py", who, fault, *tiny_arguments(model, folder, **values), log=log)
+    children = {}
+    while process.poll() is None:
+        children |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+        if time.monotonic() - started > SECONDS_TO_END:
+            for hung in [process, *children.values()]:
+                hung.kill()
+            pytest.fail(f"nothing ended: {log.read_text()[-3000:]}")
+        time.sleep(0.05)
+    assert len(children) >= 2 and not [child for child in children.values() if child.is_running()]
+    assert process.returncode == 1
+    saved = sorted(path.name for path in folder.glob("run/checkpoints/step_*"))
+    return log.read_text(), saved, time.monotonic() - started
+
+
+def said(text):
+    """The error lines and the tracebacks of the ranks, without what torchrun says about them."""
+    errors = [line for line in text.splitlines() if line.startswith(("error: ", "rank 1: error: "))]
+    tracebacks = text.count("Traceback (most recent call last)") - text.count("raise ChildFailedError")
+    return errors, tracebacks
+
+
+@pytest.mark.parametrize(
+    ("who", "fault", "lines", "num_tracebacks"),
+    [
+        ("one", "dies", ["error: another rank has ended"], 0),
+        ("one", "has a bug", ["error: another rank has ended"], 1),
+        ("all", "has a bug", [], 1),
+        ("one", "runs out of memory", ["rank 1: error: out of memory", "error: another rank has ended"], 0),
+        ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", "error: another rank has ended"], 0),
+        ("all", "meets a user's mistake", ["error: a mistake; mend it"], 0),
+    ],
+)
+def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_tracebacks, tiny_model_folder, tmp_path):
+    text, saved, _ = run_fault(who, fault, tiny_model_folder, tmp_path)
+    errors, tracebacks = said(text)
+    assert len(errors) <= len(lines) and all(any(e.startswith(line) for line in lines) for e in errors), text[-3000:]
+    assert errors[:1] or not lines, text[-3000:]
+    assert tracebacks == num_tracebacks, text[-3000:]
+    assert saved == ["step_000001"]
+
+
+def test_a_rank_that_hangs_is_ended_at_the_limit(tiny_model_folder, tmp_path):
+    text, saved, _ = run_fault("one", "hangs", tiny_model_folder, tmp_path, max_train_seconds=5)
+    assert "train took longer than its limit of 5 seconds" in text
+    assert saved == ["step_000001"]
+    assert list(tmp_path.glob("run/stacks_train*.txt"))
+
+
+def test_a_signal_to_one_rank_stops_all_and_saves(tiny_model_folder, tmp_path):
+    text, saved, _ = run_fault("one", "gets a signal", tiny_model_folder, tmp_path)
+    assert "stopped by SIGTERM" in text and said(text) == ([], 0), text[-3000:]
+    assert saved == ["step_000001", "step_000002"]

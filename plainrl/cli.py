@@ -34,7 +34,7 @@ PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed i
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
 SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold what AdamW on all weights of the presets' model takes
 RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
-SECONDS_FOR_FIRST_RANK = 5.0  # to say an error, before another rank says its own
+SECONDS_FOR_FIRST_RANK = 8.0  # to say an error, before another rank says its own
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 
@@ -123,7 +123,8 @@ def command_of(script: Path) -> str:
 
 def resume_command(folder: Path) -> str:
     """Return how the run in a folder is gone on with: its own script, with its own settings."""
-    return run_command(f"python {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
+    program = "python" if NUM_RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return run_command(f"{program} {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
 
 
 def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> ConfigType:
@@ -265,6 +266,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     except (UserError, RewardError) as error:
         _let_first_rank_speak()
         say(f"{_of_rank()}error: {_as_one_line(str(error))}")
+        _end_rank(2)
         sys.exit(2)
     except Stopped as stopped:
         if not RANK:
@@ -292,9 +294,7 @@ def run_main(main: Callable[[list[str]], None]) -> None:
             say(f"{_of_rank()}error: another rank has ended, or was not heard of in time ({first_line(error)})")
         else:
             traceback.print_exception(error)
-        # At once: the interpreter would wait for threads that wait for the lost rank.
-        _flush_output()
-        os._exit(1)
+        _end_rank(1)
     finally:
         _flush_output()
         restore_handlers(previous_handlers)
@@ -309,6 +309,13 @@ def _let_first_rank_speak() -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_FIRST_RANK)
+
+
+def _end_rank(status: int) -> None:
+    """End a rank at once. The interpreter would wait for threads, and these may wait for a rank that is lost."""
+    if NUM_RANKS > 1:
+        _flush_output()
+        os._exit(status)
 
 
 def _of_rank() -> str:

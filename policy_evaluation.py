@@ -10,6 +10,7 @@ import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows n
 
 import json
 import random
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -261,6 +262,7 @@ class Evaluator:
     ) -> None:
         """Start the engine. Questions that are too long for the context raise a UserError before that."""
         self.config, self.run, self.tokenizer, self.examples = config, run, tokenizer, examples
+        self._last_step = sys.maxsize
         # A longer prompt is cut, because a probe need not be a whole prompt.
         longest = config.max_context_tokens - config.num_sync_tokens
         self._probe_ids = [ids[:longest] for ids in encode_prompts(examples, tokenizer, config)[:NUM_PROBE_PROMPTS]]
@@ -308,11 +310,15 @@ class Evaluator:
 
     def evaluate(self, policy: PreTrainedModel, eval_step: int) -> dict[str, float | None]:
         """Evaluate on the questions asked during training. Log `eval/*`, and return the metrics."""
+        self._last_step = eval_step
         return self._evaluate(policy, eval_step, self.examples, "eval")
 
     def evaluate_finally(self, policy: PreTrainedModel, num_steps: int, examples: Sequence[Example]) -> None:
-        """Evaluate the trained policy on the `num_final_eval_examples` questions, and log `eval_all/*`."""
-        self._evaluate(policy, num_steps, examples, "eval_all")
+        """Evaluate the trained policy on the `num_final_eval_examples` questions, and log `eval_all/*`.
+
+        Its step is num_steps, or the last that was evaluated if the run ended before.
+        """
+        self._evaluate(policy, min(num_steps, self._last_step), examples, "eval_all")
 
     def samples_path(self, eval_step: int, prefix: str = "eval", dataset: str = "") -> Path:
         """Return the path of the file with the examples of an evaluation, or of a further validation set of it."""

@@ -60,6 +60,7 @@ GROUPS = {
         *("resume_with_changes", "wandb_mode", "wandb_project"),
     ),
     "time limits": (
+        "max_training_hours",
         *(
             "max_rollout_seconds",
             "max_grade_seconds",

@@ -278,6 +278,11 @@ class TrainConfig(RunConfig):
         None, ge=0, le=2, description="softmax temperature in evaluations (0: greedy; null: sampling_temperature)"
     )
 
+    max_training_hours: float = Field(
+        0.0,
+        ge=0,
+        description="hours of steps and evaluations after which the run ends, its last step evaluated (0: no limit)",
+    )
     checkpoint_interval: int = Field(
         50, ge=1, description="steps between checkpoints, from which a run can be resumed. The last step has one, too"
     )

@@ -30,9 +30,10 @@ def prepare_program() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may hold what the terminal cannot show
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from plainrl.cli import check_arguments
+    if not command.startswith("-m plainrl."):  # such a module must not be imported before it is run
+        from plainrl.cli import check_arguments
 
-    check_arguments(command, sys.argv[1:])
+        check_arguments(command, sys.argv[1:])
 
 
 def is_own_program(main_file: str | None, command: list[str]) -> bool:

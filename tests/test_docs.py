@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,13 +24,13 @@ import GRPO_helper
 import GRPO_train
 import policy_evaluation
 import SFT_train
-from experiments import expert_iteration
+from experiments import expert_iteration, sweep
 from GRPO_helper import LossInputs, compute_policy_gradient_loss
 from plainrl.cli import load_config
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
 from plainrl.data import fill_prompt, load_examples, load_prompt_template, load_questions, load_validation
 from plainrl.grading.rewards import grade_responses
-from plainrl.records import Example, Response, Rollout
+from plainrl.records import Example, Response, Rollout, mean
 
 DOCS = REPOSITORY / "docs"
 PAGES = ["grpo", "sft", "expert_iteration", "metrics", "how_to"]
@@ -117,18 +118,21 @@ def test_metrics_page_names_functions_that_exist():
 def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder, tmp_path, monkeypatch):
     """Loss, reward function, prompt and data of how_to.md in one tiny run, which trains and logs their metrics."""
     monkeypatch.chdir(tmp_path)
-    for name in ("my_losses.py", "my_rewards.py"):
+    for name in ("my_losses.py", "my_level_reward.py"):
         Path(name).write_text(block(name))
     exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
+    hard = [{"question": f"What is 10 + {n}?", "answer": str(10 + n), "level": 2} for n in (20, 21, 22)]
+    Path("hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hard))
     template = load_prompt_template("r1_zero")  # the tiny model answers in no other format
     Path("my.prompt").write_text(template)
     overrides = {
         "run_name": "mine",
         "loss_type": "my_losses.py:sapo",
-        "reward": "my_rewards.py:format_counts",
+        "reward": "my_level_reward.py:by_level",
         "prompt": "my.prompt",
-        "train_data": "my_train.jsonl",
-        "validation_data": "my_validation.jsonl",
+        "train_data": "my.csv",
+        "validation_fraction": 0.2,
+        "extra_validation_data": "{hard: hard.jsonl}",
         "rollout_batch_size": 32,
         "group_size": 8,
         "train_batch_size": 16,
@@ -142,8 +146,13 @@ def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder
     assert rows[0]["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert rows[1]["train/ratio_mean"] != rows[0]["train/ratio_mean"]
     batch = rows[-1]
-    partial = 0.1 * (batch["rollout/format_reward"] - batch["rollout/answer_reward"])
-    assert batch["rollout/reward"] == pytest.approx(batch["rollout/answer_reward"] + partial)
+    assert batch["rollout/answer_reward"] <= batch["rollout/reward"] <= 2 * batch["rollout/answer_reward"]
+    assert batch["reward/characters"] > 0 and batch["reward/errors"] == 0
+    evaluation = next(row for row in metrics_of(tmp_path / "mine") if "eval_step" in row)
+    assert evaluation["eval/num_examples"] == 8 and evaluation["eval/hard/num_examples"] == 3
+    rows = [json.loads(line) for line in (tmp_path / "mine/samples/hard/eval_000000.jsonl").read_text().splitlines()]
+    assert [row["ground_truth"] for row in rows] == ["30", "31", "32"]
+    assert evaluation["eval/hard/reward_characters"] == pytest.approx(mean([row["characters"] for row in rows]))
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------
@@ -209,13 +218,13 @@ def test_grpo_by_hand_learns():
 def test_every_command_is_accepted(tmp_path, monkeypatch):
     """Scripts with their keys, tests that exist; in a folder with the files that the page writes."""
     monkeypatch.chdir(tmp_path)
-    for name in ("my_losses.py", "my_rewards.py", "my_reward.py"):
+    for name in ("my_losses.py", "my_rewards.py", "my_reward.py", "my_level_reward.py"):
         Path(name).write_text(block(name))
     monkeypatch.setitem(GRPO_helper.LOSSES, "sapo", GRPO_helper.LOSSES["grpo_clip"])  # as if the recipe were done
     num_scripts = 0
     for code in blocks(HOW_TO, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
-            words = line.split()
+            words = shlex.split(line, comments=True)
             if words[:3] == ["uv", "run", "pytest"]:
                 for file in [word for word in words if word.endswith(".py")]:
                     assert (REPOSITORY / file).is_file(), line
@@ -324,14 +333,42 @@ def test_a_reward_of_ones_own_is_what_the_page_says(tmp_path, monkeypatch):
 
 
 def test_data_of_ones_own_are_read(tmp_path, monkeypatch):
+    """144 sums; a fifth of them is 28.8."""
     monkeypatch.chdir(tmp_path)
     exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
-    keys = ["train_data=my_train.jsonl", "validation_data=my_validation.jsonl", "num_eval_examples=16"]
+    keys = ["train_data=my.csv", "validation_fraction=0.2"]
     config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *keys])
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
-    assert (len(questions), len(validation.everything)) == (48, 16)
-    assert questions[0].ground_truth == "3" and questions[0].question == "What is 1 + 2?"
+    assert (len(questions), len(validation.everything)) == (115, 29)
+    assert {example.question: example.ground_truth for example in questions + validation.everything} == {
+        f"What is {a} + {b}?": str(a + b) for a in range(1, 13) for b in range(1, 13)
+    }
+
+
+def test_a_reward_that_sees_a_column_is_what_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_level_reward.py").write_text(block("my_level_reward.py"))
+    exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
+    keys = ["reward=my_level_reward.py:by_level", "train_data=my.csv", "validation_fraction=0.2"]
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *keys])
+    levels = {example.question: example.fields for example in load_questions([], config)}
+    assert levels["What is 4 + 5?"] == {"level": "1"} and levels["What is 5 + 5?"] == {"level": "2"}
+    texts = [" </think> <answer> 10 </answer>", "9"]
+    fields = [levels["What is 5 + 5?"]] * 2
+    grades = grade_responses(texts, ["10"] * 2, config.reward_function, fields)
+    assert [grade.rewards["reward"] for grade in grades] == [2.0, 0.0]
+    assert [grade.rewards["characters"] for grade in grades] == [len(text) for text in texts]
+
+
+def test_a_sweep_of_ones_own_is_planned(tmp_path, monkeypatch, capsys):
+    """Four variants with two seeds each. tests/test_sweep.py runs one of one's own, and looks at its figure."""
+    monkeypatch.chdir(tmp_path)
+    (text,) = [code for code in blocks(HOW_TO, "yaml") if code.startswith("# my_sweep.yaml\n")]
+    Path("my_sweep.yaml").write_text(text)
+    sweep.main(["my_sweep.yaml", "--dry-run"])
+    planned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to do")]
+    assert len(planned) == 8 and all("my_sweep-" in line for line in planned)
 
 
 def test_a_prompt_of_ones_own_is_filled(tmp_path, monkeypatch):

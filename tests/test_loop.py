@@ -35,6 +35,12 @@ class FakeRun:
     def log(self, row):
         self.rows.append(row)
 
+    def read_metrics(self):
+        return self.rows
+
+    def show_evaluation(self, step):
+        pass
+
     def watched(self, phase, seconds=None):
         self.events.append(phase)
         return watched(phase, 60, self.path, seconds)
@@ -78,6 +84,7 @@ def make_loop(tmp_path):
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         run = FakeRun(tmp_path, events, step, train_step)
         values = {"checkpoint_interval": 100, "eval_interval": 100, "keep_last": 2, "keep_best": False}
+        values["max_training_hours"] = 0.0
         loop = TrainingLoop(
             policy, None, optimizer, ["data"], num_steps, FakeEvaluator(events), run,
             SimpleNamespace(**(values | settings)), "test",
@@ -295,3 +302,19 @@ def test_a_stopped_and_resumed_run_in_a_real_folder_is_the_run_that_would_have_b
     for file in ("model/model.safetensors", "optimizer.safetensors"):
         path = f"checkpoints/step_000004/{file}"
         assert (stopped / path).read_bytes() == (straight / path).read_bytes()
+
+
+def test_a_run_ends_in_its_time_as_if_the_step_were_the_last(make_loop):
+    """Steps of 20 minutes, evaluations of 10, a limit of 1.6 hours = 96 minutes. After step 3 the clock stands at 70,
+    and a fourth step with an evaluation would end at 100."""
+    with make_loop(100, max_training_hours=1.6) as loop:
+        loop.run.rows.append({"eval_step": 0, "eval/seconds": 600.0})
+        steps = []
+        for step in loop:
+            steps.append(step)
+            loop.log([{}], {"time/step": 1200.0})
+    assert steps == [1, 2, 3]
+    assert loop.events[-4:] == ["step 3 complete", "save 3", "evaluate 3", "prune 2 False"]
+    with make_loop(100, step=3, max_training_hours=0.1) as loop:  # resumed when its time is over
+        loop.run.rows.append({"eval_step": 3, "eval/seconds": 600.0})
+        assert list(loop) == []

@@ -100,11 +100,11 @@ def call_reward(
     def call() -> Any:
         return function(response, ground_truth, **chosen)
 
-    with _one_by_one:
-        if max_seconds is None or isinstance(threading.current_thread(), _Caller):
-            outcome = _run(call)
-        else:
-            outcome = _call_in_thread(call, max_seconds)
+    if isinstance(threading.current_thread(), _Caller):  # a reward that asks another one
+        outcome = _run(call)
+    else:
+        with _one_by_one:
+            outcome = _run(call) if max_seconds is None else _call_in_thread(call, max_seconds)
     if outcome is None:
         message = f"the reward function {name_of(function)} took longer than max_reward_seconds = {max_seconds:g}"
         raise CallError("timeout", message)

@@ -77,7 +77,7 @@ def answer_questions(command: str, schema: type[RunConfig], yaml_path: Path, arg
     elif questions and keys:
         print("\n".join(explain(schema, yaml_path, key, read_yaml(yaml_path)) for key in keys))
     elif questions:
-        config = resolve(schema, yaml_path, chosen).config
+        config = resolve(schema, yaml_path, chosen, guess_preset).config
         print(help_text(schema, yaml_path, command, config.model_dump(mode="json")))
     if questions:
         raise SystemExit(0)
@@ -91,13 +91,19 @@ class Resolved(NamedTuple, Generic[ConfigType]):
     notes: list[str]
 
 
-def resolve(schema: type[ConfigType], yaml_path: Path, arguments: Sequence[str]) -> Resolved[ConfigType]:
+def resolve(
+    schema: type[ConfigType],
+    yaml_path: Path,
+    arguments: Sequence[str],
+    choose: Callable[[], tuple[str, str]] | None = None,
+) -> Resolved[ConfigType]:
     """Return the validated configuration of a script, without printing it.
 
     Args:
         schema: the typed configuration to fill.
         yaml_path: the script's YAML file. Each `config=path` among the arguments names one that overlays it.
         arguments: the command line after the script's name, each `key=value` (value in YAML syntax).
+        choose: what `preset: auto` means, with the reason; by default `choose_preset`.
 
     With `resume`, the resolved configuration of that run replaces the YAML files; see `resumed_config`.
 
@@ -111,7 +117,7 @@ def resolve(schema: type[ConfigType], yaml_path: Path, arguments: Sequence[str])
     given = {key: value for key, value in overrides.items() if key != "config"}
     preset, notes = named_last("preset", [*files.values(), given]) or "auto", []
     if preset == "auto":
-        preset, reason = choose_preset()
+        preset, reason = (choose or choose_preset)()
         notes = [f"preset: {preset} ({reason})"]
         check_block("preset", preset, files, needs_blocks=False)
     else:
@@ -263,6 +269,11 @@ def choose_preset() -> tuple[str, str]:
             preset = "one-gpu" if sizes[0] >= SMALL_GPU_BYTES else "small-gpu"
         reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"
     return preset, reason
+
+
+def guess_preset() -> tuple[str, str]:
+    """Return a preset for `--help` to show, without asking torch for GPUs. The text names it."""
+    return ("one-gpu", "a GPU driver is installed") if has_gpu_driver() else choose_preset()
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:

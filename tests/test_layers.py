@@ -107,6 +107,13 @@ def test_help_shows_choices_and_the_values_of_the_preset(capsys):
     assert choices_of(SFTConfig, "lr_schedule") == "constant or cosine"
 
 
+def test_help_asks_no_gpu(monkeypatch, capsys):
+    """Else it would wait for torch; the preset that it shows is named."""
+    monkeypatch.setattr("plainrl.cli.has_gpu_driver", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: pytest.fail("asked"))
+    assert "Below are those of preset one-gpu;" in shown_by(["--help"], capsys)
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [

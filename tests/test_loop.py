@@ -22,7 +22,7 @@ class FakeRun:
     """A run's folder that writes down what is asked of it, in order."""
 
     def __init__(self, path, events, step=0, train_step=0):
-        self.path, self.events, self.rows, self.saved = path, events, [], []
+        self.path, self.events, self.rows, self.saved, self.shown = path, events, [], [], []
         self._step, self._train_step = step, train_step
 
     def restore(self, state, num_steps):
@@ -38,9 +38,6 @@ class FakeRun:
     def read_metrics(self):
         return self.rows
 
-    def show_evaluation(self, step):
-        pass
-
     def watched(self, phase, seconds=None):
         self.events.append(phase)
         return watched(phase, 60, self.path, seconds)
@@ -54,6 +51,9 @@ class FakeRun:
         self.saved.append((state.step, state.policy.weight.item()))
         self.events.append(f"save {state.step}")
         return self.path / f"step_{state.step}"
+
+    def show_evaluation(self, step):
+        self.shown.append(step)
 
     def prune_checkpoints(self, keep_last, keep_best):
         self.events.append(f"prune {keep_last} {keep_best}")
@@ -167,6 +167,7 @@ def test_saved_and_evaluated_at_the_intervals_and_after_the_last_step(make_loop)
         *("step 7 complete", "save 7", "evaluate 7", prune),
     ]
     assert loop.run.saved == [(2, 2.0), (4, 4.0), (6, 6.0), (7, 7.0)]  # the weights after the step
+    assert loop.run.shown == [0, 3, 6, 7]
 
 
 def test_an_evaluation_that_fails_loses_nothing(make_loop):

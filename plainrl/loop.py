@@ -159,7 +159,7 @@ class TrainingLoop:
         if is_evaluated:
             metrics = self._evaluator.evaluate(state.policy, state.step)
             tqdm.write(describe_evaluation(metrics, state.step), file=sys.stdout)
-            self._run.show_evaluation(state.step)
+            self._run.show_evaluation(state.step, config.num_printed_examples)
             if state.step < self._num_steps:
                 with self._run.watched("evaluate"):
                     self._evaluator.sleep()

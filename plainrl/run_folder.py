@@ -310,9 +310,9 @@ class RunFolder:
         print(f"model, metrics, samples and figures: {self.path} (load the model from {final})")
         return final
 
-    def show_evaluation(self, step: int) -> None:
+    def show_evaluation(self, step: int, num_printed: int) -> None:
         """Print examples of an evaluation, and renew training.png, report.html and wandb's table of samples."""
-        samples = show_evaluation(self.path, step, self.config)
+        samples = show_evaluation(self.path, step, num_printed, self.config)
         if self._wandb_run is not None:
             self._try_wandb(lambda run: run.log({"eval_step": step, "eval/samples": make_samples_table(samples)}))
 

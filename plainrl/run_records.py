@@ -168,8 +168,8 @@ def make_samples_table(samples: Sequence[Mapping[str, Any]]) -> Any:
     """Return wandb's table of the first responses of an evaluation, one row for each."""
     import wandb
 
-    columns = list(dict.fromkeys(key for sample in samples[:WANDB_TABLE_ROWS] for key in sample))
-    rows = [[sample.get(column) for column in columns] for sample in samples[:WANDB_TABLE_ROWS]]
+    columns: list[Any] = list(dict.fromkeys(key for sample in samples[:WANDB_TABLE_ROWS] for key in sample))
+    rows: list[Any] = [[sample.get(column) for column in columns] for sample in samples[:WANDB_TABLE_ROWS]]
     return wandb.Table(columns=columns, data=rows)
 
 

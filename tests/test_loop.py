@@ -52,7 +52,7 @@ class FakeRun:
         self.events.append(f"save {state.step}")
         return self.path / f"step_{state.step}"
 
-    def show_evaluation(self, step):
+    def show_evaluation(self, step, num_printed):
         self.shown.append(step)
 
     def prune_checkpoints(self, keep_last, keep_best):
@@ -83,7 +83,13 @@ def make_loop(tmp_path):
         torch.nn.init.zeros_(policy.weight)
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         run = FakeRun(tmp_path, events, step, train_step)
-        values = {"checkpoint_interval": 100, "eval_interval": 100, "keep_last": 2, "keep_best": False}
+        values = {
+            "checkpoint_interval": 100,
+            "eval_interval": 100,
+            "keep_last": 2,
+            "keep_best": False,
+            "num_printed_examples": 1,
+        }
         values["max_training_hours"] = 0.0
         loop = TrainingLoop(
             policy, None, optimizer, ["data"], num_steps, FakeEvaluator(events), run,

@@ -88,7 +88,7 @@ def make_run(folder, num_steps=3, texts=(), name="mine", **values):
             row |= {"time/rollout": 20.0, "time/train": 40.0, "time/step": 60.0}
             run.log({"train_step": step, **row})
             write_evaluation(run, step, texts if step == num_steps else ["nothing"] * len(texts), template)
-            run.show_evaluation(step)
+            run.show_evaluation(step, config.num_printed_examples)
         write_evaluation(run, num_steps, texts * 2, template, "eval_all")
         (run.path / "final").mkdir()
     return run.path
@@ -251,7 +251,7 @@ def test_a_page_says_how_its_run_is(tmp_path):
     config = grpo_config(tmp_path, run_name="other")
     with pytest.raises(UserError), RunFolder.create(config, "grpo") as run:
         run.log({"train_step": 1, "train/loss": 1.0})
-        run.show_evaluation(0)
+        run.show_evaluation(0, num_printed=1)
         assert state_in(run.path) == ("running", "")
         (run.path / "checkpoints/step_000001").mkdir(parents=True)
         raise UserError("lower learning_rate")
@@ -272,7 +272,7 @@ def test_wandb_gets_a_table_of_samples(tmp_path):
     with RunFolder.create(config, "sft") as run:
         run.start_wandb()
         write_evaluation(run, 0, [right(1), "x"], "{question}")
-        run.show_evaluation(0)
+        run.show_evaluation(0, num_printed=1)
     (written,) = run.path.glob("wandb/offline-run-*/*.wandb")
     items = [item for record in read_wandb(written) for item in record.history.item]
     logged = {"/".join(item.nested_key): json.loads(item.value_json) for item in items}
@@ -291,7 +291,7 @@ def test_a_table_that_wandb_refuses_ends_no_run(tmp_path, monkeypatch, capsys):
     with RunFolder.create(SFTConfig(runs_dir=str(tmp_path), wandb_mode="offline", run_name="mine"), "sft") as run:
         run.start_wandb()
         write_evaluation(run, 0, [right(1)], "{question}")
-        run.show_evaluation(0)
+        run.show_evaluation(0, num_printed=1)
     assert "wandb failed (log failed)" in capsys.readouterr().out
 
 

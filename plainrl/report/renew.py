@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from plainrl.cli import say
-from plainrl.config import RunConfig, TrainConfig
+from plainrl.config import RunConfig
 from plainrl.records import first_line
 from plainrl.report.contents import read_run
 from plainrl.report.curves import draw_training_figure
@@ -19,15 +19,15 @@ from plainrl.report.page import NAME, write_page
 from plainrl.report.samples import describe_examples, read_samples, read_template
 
 
-def show_evaluation(folder: Path, step: int, config: TrainConfig) -> list[dict[str, Any]]:
-    """Print the first right and wrong responses of an evaluation, and renew figure and page.
+def show_evaluation(folder: Path, step: int, num_printed: int, config: RunConfig) -> list[dict[str, Any]]:
+    """Print the first right and wrong responses of an evaluation, at most `num_printed` each; renew figure and page.
 
     Returns:
         All its responses, as in samples/, with the question in place of the whole prompt.
     """
     samples, _ = read_samples(folder / "samples" / f"eval_{step:06d}.jsonl")
     template = read_template(config.prompt)
-    for text in describe_examples(samples, config.num_printed_examples, template):
+    for text in describe_examples(samples, num_printed, template):
         tqdm.write(text, file=sys.stdout)
     draw_training_figure(folder)
     renew_page(folder, config, "running")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from plainrl.grading.own_rewards import TAKEN_KEYS, USUAL_KEYS, RewardError
+from plainrl.grading.own_rewards import TAKEN_KEYS, USUAL_KEYS, RewardError, wanted_fields
 from plainrl.lookup import TableOf, look_up
 from plainrl.records import UserError
 
@@ -75,15 +75,13 @@ def find_reward(value: str | Sequence[str], max_seconds: float | None = None) ->
     parts: list[tuple[str, float, Reward]] = []
     for term in terms:
         found = as_reward(look_up(term.name, REWARD_FUNCTIONS, "reward"))
+        if not found.extract:
+            try:
+                wanted_fields(found.function)
+            except RewardError as error:
+                raise UserError(f"reward = {value}: {error}") from None
+            found = replace(found, max_seconds=max_seconds)
         parts.append((_short_name(term.name, [name for name, _, _ in parts]), term.weight, found))
-    try:
-        parts = [
-            (name, weight, part if part.extract else replace(part, max_seconds=max_seconds))
-            for name, weight, part in parts
-            if part.wanted is not None
-        ]
-    except RewardError as error:
-        raise UserError(f"reward = {value}: {error}") from None
     if len(parts) == 1 and terms[0].weight == 1:
         return parts[0][2]
     return weighted_sum(parts)

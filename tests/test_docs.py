@@ -23,6 +23,7 @@ from tiny import REPOSITORY, expert_iteration_arguments, grpo_arguments, tiny_ar
 import GRPO_helper
 import GRPO_train
 import policy_evaluation
+import SFT_helper
 import SFT_train
 from experiments import expert_iteration, sweep
 from GRPO_helper import LossInputs, compute_policy_gradient_loss
@@ -34,7 +35,7 @@ from plainrl.records import Example, Response, Rollout, mean
 
 DOCS = REPOSITORY / "docs"
 PAGES = ["grpo", "sft", "expert_iteration", "metrics", "how_to"]
-TEXTS = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *REPOSITORY.glob("results/*/README.md")])
+TEXTS = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *REPOSITORY.glob("results/**/README.md")])
 SCHEMAS = {
     "SFT_train.py": (SFTConfig, "config.yaml"),
     "policy_evaluation.py": (SFTConfig, "config.yaml"),
@@ -196,6 +197,14 @@ def test_metrics_that_a_page_mentions_are_defined(page):
     assert set(mentioned) - defined - of_recipes == set()
 
 
+def test_the_index_of_results_has_every_experiment():
+    """Each once, with its finding before it."""
+    rows = rows_of((REPOSITORY / "results/README.md").read_text())[2:]
+    linked = [name for row in rows for name in re.findall(r"\]\(([\w-]+)\)", row[1])]
+    assert sorted(linked) == sorted(path.parent.name for path in REPOSITORY.glob("results/*/README.md"))
+    assert all(len(row) == 3 and len(row[0]) > 20 for row in rows)
+
+
 def test_grpo_by_hand_learns():
     started = subprocess.run(
         [sys.executable, "docs/grpo_by_hand.py"],
@@ -273,6 +282,21 @@ def test_the_page_of_the_assignment_has_every_problem_and_function():
     for row in rows:
         if len(row) == 4 and "helper" in row[2]:
             assert f"def {row[0].strip('`')}(" in source, row
+
+
+def test_helpers_that_no_loop_calls_say_what_the_loops_call():
+    """What a student reads is what runs, or names it. The siblings exist, and are called."""
+    loops = "".join(path.read_text() for path in [*REPOSITORY.glob("*_train.py"), *REPOSITORY.glob("plainrl/*.py")])
+    siblings = {
+        SFT_helper.tokenize_prompt_and_output: "join_prompt_and_response_ids",
+        SFT_helper.get_response_log_probs: "get_masked_response_log_probs",
+        SFT_helper.sft_microbatch_train_step: "accumulate_gradients",
+        GRPO_helper.compute_group_normalized_rewards: "normalize_within_groups",
+        GRPO_helper.grpo_microbatch_train_step: "accumulate_gradients",
+    }
+    for function, sibling in siblings.items():
+        assert f"`{sibling}`" in (function.__doc__ or "")
+        assert re.search(rf"(?<!def )\b{sibling}[(,]", loops.replace("import", "")), sibling
 
 
 def test_the_recipe_of_the_leaderboard_keeps_the_rules():

@@ -649,7 +649,7 @@ def test_readme_commands_exist():
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
         else:
             assert (REPOSITORY / script).is_file() or "my_" in script, command  # one of the user's own
-        keys = {"data", "config", "--help"}.union(*(schema.model_fields for schema in schemas))
+        keys = {"data", "config", "--help", "--show"}.union(*(schema.model_fields for schema in schemas))
         keys |= ARGUMENTS.get(script, set())
         for argument in arguments:
             key = argument.partition("=")[0]

@@ -159,7 +159,7 @@ Outcome = tuple[Any, BaseException | None]
 def _run(call: Callable[[], Any]) -> Outcome:
     try:
         return call(), None
-    except Exception as error:  # of any type: it is the user's code
+    except (Exception, SystemExit) as error:  # of any type: it is the user's code
         return None, error
 
 
@@ -168,10 +168,11 @@ class _Caller(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="reward function", daemon=True)
+        self.is_given_up = False
         self.calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Outcome]]] = queue.SimpleQueue()
 
     def run(self) -> None:
-        while True:
+        while not self.is_given_up:
             call, outcomes = self.calls.get()
             outcomes.put(_run(call))
 
@@ -190,6 +191,7 @@ def _call_in_thread(call: Callable[[], Any], max_seconds: float) -> Outcome | No
         return outcomes.get(timeout=max_seconds)
     except queue.Empty:
         hung = _callers.pop()
+        hung.is_given_up = True
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(hung.ident or 0), ctypes.py_object(SystemExit))
         return None
 

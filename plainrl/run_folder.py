@@ -189,7 +189,7 @@ class RunFolder:
         if error_type is not None and is_new and not self.metrics_bytes() and not list_checkpoints(self.path):
             # Nothing was run: the name is free for the next try. An error here must not hide the one that came first.
             shutil.rmtree(self.path, ignore_errors=True)
-        if self.path.is_dir():
+        if self.path.is_dir() and not (isinstance(error, Exception) and is_disk_full(error)):
             renew_page(self.path, self.config, state_at_rest(self.path), "" if error is None else f"ended by: {error}")
         self._lock.close()
         again = f"go on with resume={self.path}" if self.path.is_dir() else "start again"

@@ -238,6 +238,9 @@ def test_the_figure_has_the_training_reward(tmp_path, monkeypatch, drawn):
     lines = {line.label: line.points for line in drawn[-1]["reward (share)"]}
     assert lines["training"] == [(1, 0.1), (2, 0.2), (3, pytest.approx(0.3))]
     assert lines["validation, answer"] == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.5)]
+    (folder / "metrics.jsonl").write_text('{"eval_step": 0, "eval/answer_reward": 0.5}\n')
+    curves.draw_training_figure(folder)
+    assert len(drawn) == 4  # a single point is no curve
 
 
 def state_in(folder):

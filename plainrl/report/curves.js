@@ -3,6 +3,12 @@
 let axis = "step";
 const charts = [];
 
+// Validation is blue and training orange, in every panel.
+function colorOf(names, name) {
+  const isValidation = (other) => other.startsWith("eval");
+  return 2 * names.filter((other) => isValidation(other) === isValidation(name)).indexOf(name) + (isValidation(name) ? 0 : 1);
+}
+
 function linesOf(metrics) {
   const names = Object.keys(metrics);
   const lines = [];
@@ -11,7 +17,7 @@ function linesOf(metrics) {
     if (!found) return;
     lines.push({
       label: isOne ? metrics[name] : `${run.name}${names.length > 1 ? `, ${metrics[name]}` : ""}`,
-      color: (isOne ? number : place) % NUM_COLORS,
+      color: (isOne ? colorOf(names, name) : place) % NUM_COLORS,
       dash: isOne ? "" : DASHES[Math.min(number, 2)],
       curves: run.curves, places: found[0], values: found[1],
     });
@@ -51,7 +57,8 @@ function chart(title, metrics, low) {
   const windows = lines.map((line) => (line.values.length > 60 ? Math.floor(line.values.length / 20) : 1));
   const legend = h("div", { class: "legend" }, isOne
     ? lines.map((line, index) => h("span", {}, swatch(line), line.label, windows[index] > 1 ? ` (mean of ${windows[index]})` : ""))
-    : [runs.map((run, index) => h("span", {}, swatch({ color: index % NUM_COLORS, dash: "" }), run.name)), styles(Object.values(metrics))]);
+    : [runs.map((run, place) => (lines.some((line) => line.curves === run.curves)
+      ? h("span", {}, swatch({ color: place % NUM_COLORS, dash: "" }), run.name) : null)), styles(Object.values(metrics))]);
   const box = h("figure", { class: "chart card" }, h("h3", {}, title), svg, legend, tip);
   box.style.margin = "0";
   let places = [];

@@ -129,6 +129,6 @@ def draw_training_figure(folder: Path) -> Path:
             panels[panel.title] = [
                 line._replace(window=window if len(line.points) > SMOOTHED_FROM else 1) for line in lines
             ]
-    if panels:
+    if any(len(line.points) > 1 for lines in panels.values() for line in lines):  # not before the first step
         plot_metrics(panels, path, step_name(rows))
     return path

@@ -197,6 +197,26 @@ def test_metrics_that_a_page_mentions_are_defined(page):
     assert set(mentioned) - defined - of_recipes == set()
 
 
+def test_the_first_screen_of_the_readme():
+    """At most 80 words before the first commands: a clone, and two; a figure and an answer that exist; 130 lines."""
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    first = text.partition("```bash\n")
+    assert len(first[0].split()) <= 80
+    clone, *commands = first[2].partition("```")[0].splitlines()
+    assert clone.startswith("git clone ") and [command.partition("uv run ")[2].split()[1] for command in commands] == [
+        "SFT_train.py",
+        "GRPO_train.py",
+    ]
+    (figure,) = re.findall(r'<img src="([^"]+)"', text)
+    assert (REPOSITORY / figure).is_file()
+    answers = dict(row for row in rows_of(text) if len(row) == 2)
+    examples = (REPOSITORY / "results/warm-start/examples.txt").read_text().partition("What is 8 - 10 - 2?")[2]
+    before, after = examples.splitlines()[1:3]
+    assert answers["before training"] in before.replace("\\n", "") and answers["after 16 steps of SFT"].strip("`") in after
+    assert "## What it cannot do" in text
+
+
 def test_the_index_of_results_has_every_experiment():
     """Each once, with its finding before it."""
     rows = rows_of((REPOSITORY / "results/README.md").read_text())[2:]

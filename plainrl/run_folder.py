@@ -307,7 +307,7 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(list_checkpoints(self.path)[-1] / "model", unfinished, copy_function=_link_or_copy)
         unfinished.rename(final)
-        print(f"model, metrics, samples and figures: {self.path} (load the model from {final})")
+        print(f"model, metrics, samples and figures: {self.path} (load the model from {final}; look at report.html)")
         return final
 
     def show_evaluation(self, step: int, num_printed: int) -> None:

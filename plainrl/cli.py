@@ -36,6 +36,7 @@ from plainrl.layers import (
     validate,
 )
 from plainrl.records import Stopped, UserError
+from plainrl.sources import is_pipe
 
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
@@ -115,7 +116,7 @@ def resolve(
         return resumed_config(schema, Path(overrides["resume"]), overrides)
     files = {path: read_yaml(path) for path in [yaml_path, *map(Path, overrides.get("config", ()))]}
     given = {key: value for key, value in overrides.items() if key != "config"}
-    preset, notes = named_last("preset", [*files.values(), given]) or "auto", []
+    preset, notes = named_last("preset", [*files.values(), given], default="auto"), []
     if preset == "auto":
         preset, reason = (choose or choose_preset)()
         notes = [f"preset: {preset} ({reason})"]
@@ -134,13 +135,15 @@ def resolve(
 def check_arguments(command: str, arguments: Sequence[str]) -> None:
     """Answer the questions of a script's command line and find its mistakes, before anything large is imported.
 
-    The script itself reads the arguments again, and prints what is to be said of them.
+    The script itself reads the arguments again, and prints what is to be said of them. A configuration file that is a
+    pipe can be read only once, so that then nothing is checked here.
 
     Args:
         command: how the script is started, after `python`. Programs that are not in `PROGRAMS` are left alone.
         arguments: what follows it.
     """
-    if command not in PROGRAMS:
+    files = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
+    if command not in PROGRAMS or any(map(is_pipe, files)):
         return
     schema, yaml_path = PROGRAMS[command]
     arguments = with_data_key(arguments) if command == EVALUATION_SCRIPT else arguments

@@ -76,13 +76,13 @@ def parse_arguments(arguments: Sequence[str], schema: type[RunConfig]) -> dict[s
     return overrides
 
 
-def named_last(key: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    """Return the value of a key in the last layer that has it, as text; empty if none has.
+def named_last(key: str, layers: Sequence[Mapping[str, Any]], default: str) -> str:
+    """Return the value of a key in the last layer that has it, as text; the default if none has.
 
-    >>> named_last("preset", [{"preset": "laptop"}, {"seed": 1}])
+    >>> named_last("preset", [{"preset": "laptop"}, {"seed": 1}], default="auto")
     'laptop'
     """
-    return next((str(layer[key]) for layer in reversed(layers) if key in layer), "")
+    return next((str(layer[key]) for layer in reversed(layers) if key in layer), default)
 
 
 def check_block(kind: str, name: str, files: Files, needs_blocks: bool) -> None:
@@ -113,7 +113,8 @@ def layers_of(files: Files, preset: str, given: Mapping[str, Any]) -> dict[str, 
         path: {k: v for k, v in values.items() if k not in ("presets", "recipes")} for path, values in files.items()
     }
     of_preset = {path: blocks_of(values, "presets", path).get(preset, {}) for path, values in files.items()}
-    recipe = named_last("recipe", [*(layer for path in files for layer in (plain[path], of_preset[path])), given])
+    named = [*(layer for path in files for layer in (plain[path], of_preset[path])), given]
+    recipe = named_last("recipe", named, default="")
     if recipe:
         check_block("recipe", recipe, files, needs_blocks=True)
     layers: dict[str, Mapping[str, Any]] = {}

@@ -132,7 +132,7 @@ def test_the_names_of_a_table_in_the_source_are_those_of_the_table(module, name,
     assert list(named) == list(table) and len(named) == len(table) and module not in sys.modules
 
 
-def run_without_torch(arguments, tmp_path):
+def run_without_torch(arguments, tmp_path, **options):
     """Run a script where torch cannot be imported; return status, output, error and the seconds of CPU time."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
     before = os.times()
@@ -143,6 +143,7 @@ def run_without_torch(arguments, tmp_path):
         capture_output=True,
         text=True,
         timeout=60,
+        **options,
     )
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
@@ -163,6 +164,12 @@ def test_a_typo_and_help_are_answered_in_under_a_second(program, tmp_path):
         assert returned == status and error.startswith(message), error
         assert bool(output) == (status == 0)
         assert seconds < 1, argument
+
+
+def test_a_configuration_from_a_pipe_is_left_to_the_script(tmp_path):
+    """It could not be read a second time."""
+    arguments = ["SFT_train.py", "config=/dev/stdin"]
+    assert run_without_torch(arguments, tmp_path, input="sed: 1")[:3] == (1, "", "torch was imported\n")
 
 
 def test_the_programs_of_others_are_left_alone(tmp_path):

@@ -47,6 +47,7 @@ from plainrl.precision import working_copy
 from plainrl.preflight import preflight
 from plainrl.records import Example, Rollout
 from plainrl.reference import Reference
+from plainrl.report.curves import draw_training_figure
 from plainrl.rollouts import (
     check_gap,
     make_rollouts,
@@ -58,7 +59,7 @@ from plainrl.rollouts import (
     write_rollouts,
 )
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import Line, describe_evaluations, plot_metrics
+from plainrl.run_records import describe_evaluations
 from plainrl.selection import QuestionOrder, choose_batch, summarize_selection, training_reward
 from plainrl.warm_start import apply_warm_start
 from policy_evaluation import Evaluator
@@ -244,22 +245,9 @@ def rows_to_train_on(batch: Sequence[Rollout], config: GRPOConfig) -> tuple[list
 
 
 def report(run: RunFolder, config: RolloutConfig) -> None:
-    """Draw the run's figures and print its last lines."""
-    rows = run.read_metrics()
-    plot_metrics(
-        {
-            "validation reward (share)": [
-                Line(rows, "eval_step", "eval/answer_reward", "answer"),
-                Line(rows, "eval_step", "eval/format_reward", "format"),
-            ],
-            "response length (tokens)": [Line(rows, "train_step", "rollout/response_length", "all")],
-            "entropy (nats per token)": [Line(rows, "train_step", "train/token_entropy", "trained tokens")],
-            "gradient norm": [Line(rows, "train_step", "train/grad_norm", "before clipping")],
-        },
-        run.path / "training.png",
-        step_name="rollout batches",
-    )
-    print(describe_evaluations(rows, config.evaluation_temperature))
+    """Draw the run's figure and print its last line."""
+    draw_training_figure(run.path)
+    print(describe_evaluations(run.read_metrics(), config.evaluation_temperature))
 
 
 if __name__ == "__main__":

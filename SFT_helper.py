@@ -30,6 +30,8 @@ def tokenize_prompt_and_output(
 ) -> dict[str, Tensor]:
     """Tokenize prompts and outputs apart, join them, and mask the output tokens.
 
+    The scripts train on token ids that they have already, and call its second half, `join_prompt_and_response_ids`.
+
     Args:
         prompt_strs: B prompts.
         output_strs: B outputs (responses); no special token is added to them.
@@ -137,6 +139,9 @@ def get_response_log_probs(
     """Score every label of every row, prompt and padding included.
 
         log_probs[b, t] = log p(labels[b, t] | input_ids[b, :t + 1])
+
+    Training takes its faster sibling, `get_masked_response_log_probs` in plainrl/log_probs.py. That one scores response
+    tokens alone, and computes prefixes that rows share once. Every run compares the two before its first step.
 
     Args:
         model: a causal language model of Transformers.

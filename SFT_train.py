@@ -35,6 +35,7 @@ from plainrl.data import (
     keep_short,
     load_sft_examples,
     load_validation,
+    require_reward_fields,
 )
 from plainrl.devices import check_devices, peak_memory_gib
 from plainrl.distributed import add_up, join
@@ -46,8 +47,9 @@ from plainrl.policy import compute_clipped_gradient, load_policy, prepare_traini
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
 from plainrl.records import Example, TokenizedExample, UserError
+from plainrl.report.curves import draw_training_figure
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import Line, describe_evaluations, plot_metrics
+from plainrl.run_records import describe_evaluations
 from policy_evaluation import Evaluator
 from SFT_helper import (
     LENGTH_NORMALIZATIONS,
@@ -188,7 +190,8 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
     if config.filter_correct:
         answered = keep_answered(examples, config)
         responses, truths = [e.response or "" for e in answered], [e.ground_truth or "" for e in answered]
-        grades = grade_responses(responses, truths, config.reward_function)
+        require_reward_fields(answered, config)
+        grades = grade_responses(responses, truths, config.reward_function, [e.reward_fields for e in answered])
         kept = [e for e, grade in zip(answered, grades, strict=True) if grade.rewards["answer_reward"] == 1]
         print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:
@@ -240,20 +243,9 @@ def tokenize_examples(
 
 
 def report(run: RunFolder, config: SFTConfig) -> None:
-    """Draw the run's figures and print its last lines."""
-    rows = run.read_metrics()
-    plot_metrics(
-        {
-            "loss (nats per token)": [Line(rows, "train_step", "train/loss_per_token", "loss", window=5)],
-            "validation reward (share)": [
-                Line(rows, "eval_step", "eval/answer_reward", "answer"),
-                Line(rows, "eval_step", "eval/format_reward", "format"),
-            ],
-        },
-        run.path / "training.png",
-        step_name="optimizer steps",
-    )
-    print(describe_evaluations(rows, config.evaluation_temperature))
+    """Draw the run's figure and print its last line."""
+    draw_training_figure(run.path)
+    print(describe_evaluations(run.read_metrics(), config.evaluation_temperature))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows n
 
 import json
 import random
-import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +19,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import seed_everything
-from plainrl.cli import load_config, run_main
+from plainrl.cli import load_config, run_main, with_data_key
 from plainrl.config import SFTConfig, TrainConfig
-from plainrl.data import derive_seed, encode_prompts, fit_prompts, load_validation_set, validation_subset
+from plainrl.data import (
+    by_dataset,
+    derive_seed,
+    encode_prompts,
+    fit_prompts,
+    load_validation_set,
+    validation_subset,
+)
 from plainrl.devices import check_devices
 from plainrl.distributed import join, rank
 from plainrl.engine import (
@@ -32,11 +39,12 @@ from plainrl.engine import (
     sampling_params,
     sleep_vllm_instance,
 )
-from plainrl.grading.rewards import Grade, RewardFunction, as_reward, count_failures, grade_responses
+from plainrl.grading.rewards import Grade, RewardFunction, as_reward, count_failures, grade_responses, own_means
 from plainrl.policy import load_policy, score_responses
 from plainrl.preflight import check_scores
 from plainrl.records import Example, Response, UserError, mean
 from plainrl.run_folder import EVALUATION, RunFolder
+from plainrl.run_records import describe_evaluation
 from plainrl.several_samples import is_of_several, samples_table, summarize_samples
 from SFT_helper import encode_prompt, pad_token_id
 
@@ -64,12 +72,13 @@ def evaluate_vllm(
     seed: int = 0,
     num_samples: int = 1,
     output_path: Path | None = None,
+    fields: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """Sample responses to each prompt, grade them, and summarize.
 
     Args:
         vllm_model: the engine.
-        reward_fn: maps (response, ground truth) to format_reward, answer_reward and reward.
+        reward_fn: maps (response, ground truth, fields that it names) to format_reward, answer_reward and reward.
         prompts: N prompts, written out.
         eval_sampling_params: temperature, limits, stop strings.
         ground_truths: N answers.
@@ -80,9 +89,9 @@ def evaluate_vllm(
         seed: prompt i is sampled with a seed derived from (seed, i), whatever else is in the batch.
         num_samples: responses to each prompt. Those after the first have a seed derived from (seed, i, their number).
         output_path: JSON-lines file that every example is written to.
+        fields: of each prompt, what the reward function may ask for by name.
 
-    Returns:
-        Metrics (see `summarize_evaluation`), and one dictionary per response (see `log_generations`).
+    Returns: metrics (see `summarize_evaluation`), and one dictionary per response (see `log_generations`).
 
     Raises:
         ValueError: there is no prompt, or the numbers of prompts and ground truths differ.
@@ -97,7 +106,8 @@ def evaluate_vllm(
     started = time.perf_counter()
     responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds, with_log_probs=False)
     sampling_seconds = time.perf_counter() - started
-    grades = grade_responses([response.text for response in responses], ground_truths, reward_fn)
+    given = repeat_each(fields, num_samples) if fields else None
+    grades = grade_responses([response.text for response in responses], ground_truths, reward_fn, given)
     entropies: list[float | None] = [None] * len(responses)
     if policy is not None:
         chosen = choose_scored(len(responses), num_entropy_responses, seed)
@@ -135,11 +145,13 @@ def summarize_evaluation(
     """Return all metrics of an evaluation. docs/metrics.md defines them.
 
     They are those of `summarize_examples`, the numbers of answers that could not be compared (reward_timeouts,
-    reward_out_of_memory, reward_errors; they count as wrong), sampled_tokens_per_second, and with several responses to
+    reward_out_of_memory, reward_errors; they count as wrong), the means of what else the reward function returns
+    (reward_<name>), sampled_tokens_per_second, and with several responses to
     a question those of `plainrl.several_samples.summarize_samples`.
     """
     failures = count_failures([grade.failure for grade in grades])
     metrics = summarize_examples(examples) | {f"reward_{name}": count for name, count in failures.items()}
+    metrics |= {f"reward_{name}": value for name, value in own_means([grade.rewards for grade in grades]).items()}
     num_tokens = sum(example["response_length"] for example in examples)
     metrics["sampled_tokens_per_second"] = num_tokens / sampling_seconds
     if any(example["sample"] > 0 for example in examples):
@@ -251,6 +263,7 @@ class Evaluator:
     ) -> None:
         """Start the engine. Questions that are too long for the context raise a UserError before that."""
         self.config, self.run, self.tokenizer, self.examples = config, run, tokenizer, examples
+        self._last_step = sys.maxsize
         # A longer prompt is cut, because a probe need not be a whole prompt.
         longest = config.max_context_tokens - config.num_sync_tokens
         self._probe_ids = [ids[:longest] for ids in encode_prompts(examples, tokenizer, config)[:NUM_PROBE_PROMPTS]]
@@ -299,40 +312,60 @@ class Evaluator:
 
     def evaluate(self, policy: PreTrainedModel, eval_step: int) -> dict[str, float | None]:
         """Evaluate on the questions asked during training. Log `eval/*`, and return the metrics."""
+        self._last_step = eval_step
         return self._evaluate(policy, eval_step, self.examples, "eval")
 
     def evaluate_finally(self, policy: PreTrainedModel, num_steps: int, examples: Sequence[Example]) -> None:
-        """Evaluate the trained policy on the `num_final_eval_examples` questions, and log `eval_all/*`."""
-        self._evaluate(policy, num_steps, examples, "eval_all")
+        """Evaluate the trained policy on the `num_final_eval_examples` questions, and log `eval_all/*`.
 
-    def samples_path(self, eval_step: int, prefix: str = "eval") -> Path:
-        """Return the path of the file with the examples of an evaluation."""
-        return self.run.path / "samples" / f"{prefix}_{eval_step:06d}.jsonl"
+        Its step is num_steps, or the last that was evaluated if the run ended before.
+        """
+        self._evaluate(policy, min(num_steps, self._last_step), examples, "eval_all")
+
+    def samples_path(self, eval_step: int, prefix: str = "eval", dataset: str = "") -> Path:
+        """Return the path of the file with the examples of an evaluation, or of a further validation set of it."""
+        return self.run.path / "samples" / dataset / f"{prefix}_{eval_step:06d}.jsonl"
 
     def _evaluate(
         self, policy: PreTrainedModel, eval_step: int, examples: Sequence[Example], prefix: str
     ) -> dict[str, float | None]:
-        """Sync, sample and grade. Write the examples to samples/ and log the metrics as `<prefix>/*`."""
-        config, seconds = self.config, {}
+        """Sync, sample and grade. Write the examples to samples/ and log the metrics as `<prefix>/*`.
+
+        Those of a further validation set are logged as `<prefix>/<its name>/*`.
+        """
+        seconds: dict[str, float] = {}
+        found: dict[str, dict[str, float | None]] = {}
         with self.run.watched("evaluate", seconds):
             sync_metrics = self.sync(policy)
-            metrics, _ = evaluate_vllm(
-                self.llm,
-                config.reward_function,
-                [example.prompt for example in examples],
-                sampling_params(config.model_copy(update={"sampling_temperature": config.evaluation_temperature})),
-                [example.ground_truth or "" for example in examples],
-                tokenizer=self.tokenizer,
-                policy=policy,
-                scoring_batch_size=config.scoring_batch_size,
-                num_entropy_responses=config.num_entropy_responses,
-                seed=VALIDATION_SAMPLING_SEED,
-                num_samples=config.num_eval_samples,
-                output_path=self.samples_path(eval_step, prefix),
-            )
-        metrics |= sync_metrics | {"seconds": seconds["time/evaluate"]}
-        self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": value for name, value in metrics.items()})
+            for dataset, of_set in by_dataset(examples).items():
+                path = self.samples_path(eval_step, prefix, dataset)
+                path.parent.mkdir(exist_ok=True)
+                found[dataset] = self._measure(policy, of_set, path)
+        metrics = found.pop("") | sync_metrics | {"seconds": seconds["time/evaluate"]}
+        further = {f"{dataset}/{name}": value for dataset in found for name, value in found[dataset].items()}
+        self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": v for name, v in (metrics | further).items()})
+        for dataset, of_set in found.items():
+            print(f"{dataset}: {describe_evaluation(of_set, eval_step)}", flush=True)
         return metrics
+
+    def _measure(self, policy: PreTrainedModel, examples: Sequence[Example], path: Path) -> dict[str, float | None]:
+        """Sample responses to the questions of one validation set, grade them, and return the metrics."""
+        config = self.config
+        return evaluate_vllm(
+            self.llm,
+            config.reward_function,
+            [example.prompt for example in examples],
+            sampling_params(config.model_copy(update={"sampling_temperature": config.evaluation_temperature})),
+            [example.ground_truth or "" for example in examples],
+            tokenizer=self.tokenizer,
+            policy=policy,
+            scoring_batch_size=config.scoring_batch_size,
+            num_entropy_responses=config.num_entropy_responses,
+            seed=VALIDATION_SAMPLING_SEED,
+            num_samples=config.num_eval_samples,
+            output_path=path,
+            fields=[example.reward_fields for example in examples],
+        )[0]
 
 
 def metrics_table(metrics: Mapping[str, float | int | None]) -> str:
@@ -346,7 +379,7 @@ def metrics_table(metrics: Mapping[str, float | int | None]) -> str:
 
 def main(arguments: list[str]) -> None:
     """Evaluate a model without training it. Print a table and ten examples of each category."""
-    arguments = [re.sub(r"^data(?==|$)", "validation_data", argument) for argument in arguments]
+    arguments = with_data_key(arguments)
     if any(argument.startswith("resume=") for argument in arguments):
         raise UserError("resume: an evaluation is not gone on with; start it again")
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)

@@ -68,6 +68,13 @@ FIGURES = {
         Group("SFT on more examples", SFT_EXAMPLES, SFT_PANELS),
         Group("SFT with three in ten traces corrupted", SFT_FILTER, SFT_PANELS),
     ],
+    "grpo_learning_rate/reward-and-length.png": [
+        Group(
+            "GRPO, every rollout batch",
+            LEARNING_RATES[:3],
+            [Panel("rollout_batches", "rollout/reward"), Panel("rollout_batches", "rollout/response_length")],
+        )
+    ],
     "RL-eval-reward.png": [Group("GRPO on held-out questions", LEARNING_RATES, REWARD_AND_ENTROPY)],
     "Module-ablation-eval.png": [
         Group(

@@ -1,14 +1,16 @@
-"""A table of all runs, and two runs compared.
+"""A table of all runs, two runs compared, and runs beside each other in one page.
 
     uv run python -m experiments.runs [runs_dir]                 all runs: state, step, rewards, time
     uv run python -m experiments.runs compare A B [FIGURE.png]   two runs: the settings that differ, their curves
+    uv run python -m experiments.runs report A [B ...] [PAGE.html]    runs in one page: curves, responses, settings
 
 `runs_dir` is the folder that holds the runs' folders, A and B are two of these. The figure is written beside A if no
-other file is named.
+other file is named. So is the page of several runs. That of one run is its report.html.
 """
 
 import datetime
 import fcntl
+from collections.abc import Sequence
 from pathlib import Path
 
 from plainrl.changes import describe_changes, with_defaults
@@ -16,7 +18,9 @@ from plainrl.cli import read_yaml, run_main
 from plainrl.devices import run_command
 from plainrl.help import SCHEMAS
 from plainrl.records import UserError
-from plainrl.run_folder import EVALUATION, list_checkpoints, script_of
+from plainrl.report.contents import read_run
+from plainrl.report.page import NAME, write_page
+from plainrl.run_folder import FINISHED, state_at_rest
 from plainrl.run_records import EVAL_SCORE, Line, plot_metrics, read_metrics
 
 MOST_SECONDS = 1e12  # what a time can show
@@ -24,16 +28,21 @@ COMMAND = "python -m experiments.runs"
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table of runs, or compare two."""
+    """Print the table of runs, compare two, or write a page."""
     if arguments[:1] == ["compare"] and len(arguments) in (3, 4):
         one, other, *figure = map(Path, arguments[1:])
         print("\n".join(compare_settings(one, other)))  # before the figure, which it may not be possible to write
         print(f"curves: {draw_curves(one, other, *figure)}")
-    elif len(arguments) <= 1 and arguments != ["--help"]:
+    elif arguments[:1] == ["report"] and len(arguments) > 1:
+        print(f"page: {write_report(arguments[1:])}")
+    elif len(arguments) <= 1 and arguments not in (["--help"], ["report"]):
         print(list_runs(Path(*arguments or ["runs"])))
     else:
         command = run_command(COMMAND)
-        raise UserError(f"usage: {command} [runs_dir], or {command} compare FOLDER FOLDER [FIGURE]")
+        raise UserError(
+            f"usage: {command} [runs_dir], or {command} compare FOLDER FOLDER [FIGURE], or {command} report FOLDER ... "
+            "[PAGE.html]"
+        )
 
 
 def list_runs(runs_dir: Path) -> str:
@@ -54,7 +63,7 @@ def describe_run(folder: Path) -> tuple[dict[str, str], str | None]:
 
     Its time is that of training steps and evaluations, as logged, without loading, saving and lost work.
     """
-    cells = {"name": folder.name, "state": _state_of(folder)}
+    cells = {"name": folder.name, "state": state_of(folder)}
     try:
         rows = read_metrics(folder)
     except (UserError, OSError) as error:  # the other runs are shown all the same
@@ -119,14 +128,37 @@ def draw_curves(one: Path, other: Path, figure: Path | None = None) -> Path:
     return figure
 
 
-def _age(folder: Path) -> float:
-    return (folder / "config.yaml").lstat().st_mtime  # of a link itself: what it points to may be gone
+def write_report(arguments: Sequence[str]) -> Path:
+    """Write the page of one or several runs, and return its path.
+
+    Args:
+        arguments: the folders of the runs, and at the end the page's path if it is to be another one.
+
+    Raises:
+        UserError: a folder holds no run, its metrics are damaged, or the page cannot be written.
+    """
+    folders = [Path(argument) for argument in arguments if not argument.endswith(".html")]
+    named = [Path(argument) for argument in arguments if argument.endswith(".html")]
+    if not folders or len(named) > 1:
+        raise UserError(f"report: name one run or several, and at most one page: {run_command(COMMAND)} report FOLDER")
+    beside = folders[0].parent / f"report_{'_'.join(folder.name for folder in folders)}.html"
+    path = named[0] if named else (folders[0] / NAME if len(folders) == 1 else beside)
+    runs = [read_run(folder, state_of(folder)) for folder in folders]
+    try:
+        return write_page(runs, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"the page {path} cannot be written ({reason}); name another file: {run_command(COMMAND)} report "
+            f"{' '.join(map(str, folders))} PAGE.html"
+        ) from None
 
 
-def _state_of(folder: Path) -> str:
+def state_of(folder: Path) -> str:
     """Return whether a run is finished, running or stopped; unknown if its lock cannot be opened."""
-    if (folder / "final").is_dir() or (script_of(folder) == EVALUATION and (folder / "metrics.jsonl").exists()):
-        return "finished"
+    state = state_at_rest(folder)
+    if state == FINISHED:
+        return state
     try:
         with (folder / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +166,11 @@ def _state_of(folder: Path) -> str:
         return "running"
     except OSError:
         return "unknown"
-    return "stopped, can be resumed" if list_checkpoints(folder) else "stopped"
+    return state
+
+
+def _age(folder: Path) -> float:
+    return (folder / "config.yaml").lstat().st_mtime  # of a link itself: what it points to may be gone
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Run the variants and seeds of a sweep file, in as many sessions as it takes.
 
     uv run python -m experiments.sweep experiments/sweeps/NAME.yaml [--dry-run] [--variant NAME] [--gpus 0,1]
-                                       [--keep-weights] [seeds=[0]] [key=value ...]
+                                       [--rerun VARIANT] [keep_weights=best] [seeds=[0]] [key=value ...]
 
 Further `key=value` arguments go to every run. A run's folder is runs/<sweep>-<variant>-seed<k>. Its output goes to
 the file runs/<that>.log. An interrupted run continues from its last checkpoint.
 
 When a run ends well, its figures go to results/<sweep>/ (see sweep_results.py), which is committed. From then on the
-run counts as finished, even without its folder. Its weights, gigabytes of them, are removed. The committed row holds
-a fingerprint of script and settings, not of the preset's own values. Who changes a preset removes the rows.
+run counts as finished, even without its folder. Its weights, gigabytes of them, are removed, unless `keep_weights`
+says otherwise. The committed row holds a fingerprint of script, settings and preset (see sweep_plan.py). `--rerun`
+removes the rows and folders of a variant, and runs it again. At the end the sweep's figure is drawn, and its table
+written (see sweep_figures.py). If two runs in a row end with the same error, no further one is started.
 
 With another preset than laptop the sweep is called <file>-<preset>. So no row mixes two kinds of machines.
 """
@@ -24,16 +26,24 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments.sweep_figures import write_figures_and_table
 from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, plan
-from experiments.sweep_results import collect_run, read_table
+from experiments.sweep_results import collect_run, forget_run, read_table
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main, say
 from plainrl.devices import run_command
 from plainrl.records import UserError
-from plainrl.run_records import read_metrics
+from plainrl.run_folder import list_checkpoints, lock_folder
+from plainrl.run_records import EVAL_SCORE, read_metrics
 
 COMMAND = "python -m experiments.sweep"
 POLL_SECONDS = 0.5
+KEPT = {  # by keep_weights
+    "none": "removed (keep_weights=last, best or all keeps some)",
+    "last": "final/ is kept",
+    "best": "those of the best evaluation are kept, as best/",
+    "all": "kept",
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -42,10 +52,12 @@ def main(arguments: list[str]) -> None:
     gpus = re.findall(r"[^, ]+", options.gpus)
     results, runs = plan(options.sweep, options.overrides, "one-gpu" if gpus else "auto")
     order = list(dict.fromkeys(run.variant for run in runs))
-    if unknown := set(options.variant) - set(order):
-        raise UserError(f"--variant {min(unknown)}: {options.sweep} has {' '.join(order)}")
-    runs = [run for run in runs if run.variant in (options.variant or order)]
-    states = {run: state_of(run, results) for run in runs}
+    for option in ("variant", "rerun"):
+        if unknown := set(getattr(options, option)) - set(order):
+            raise UserError(f"--{option} {min(unknown)}: {options.sweep} has {' '.join(order)}")
+    runs = [run for run in runs if run.variant in ([*options.variant, *options.rerun] or order)]
+    again = [run for run in runs if run.variant in options.rerun]
+    states = {run: "to do" if run in again else state_of(run, results) for run in runs}
     for run, state in states.items():
         print(f"{state:<11}  {run.minutes:>5.0f} min  {run.folder.name}")
     left = [run for run, state in states.items() if state in ("interrupted", "to do")]
@@ -54,10 +66,15 @@ def main(arguments: list[str]) -> None:
     if options.dry_run:
         return
 
+    print(f"weights of finished runs: {KEPT[runs[0].keep_weights]}")
+    for run in again:
+        forget(run, results)
     for run, state in states.items():
         if state == "to collect":
-            collect(run, results, order, options.keep_weights)
-    failures = execute(left, gpus, lambda run: collect(run, results, order, options.keep_weights))
+            collect(run, results, order)
+    failures = execute(left, gpus, lambda run: collect(run, results, order))
+    if left or "to collect" in states.values():
+        write_figures_and_table(results, options.sweep.stem)
     if failures:
         print("\n".join(["failed:", *(f"  {run.log}: {line}" for run, line in failures.items())]), file=sys.stderr)
         sys.exit(1)
@@ -69,11 +86,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog=run_command(COMMAND), description="Run the variants and seeds of a sweep file."
     )
     parser.add_argument("sweep", type=Path, help="experiments/sweeps/NAME.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run; seeds=[0]: only these seeds")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for every run; seeds=[0]: only these seeds; keep_weights=none|last|best|all: of finished runs",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print the runs, their states and estimated time")
     parser.add_argument("--variant", action="append", default=[], help="run only this variant (may be repeated)")
     parser.add_argument("--gpus", default="", help="0,1: one run at a time on each of these (CUDA_VISIBLE_DEVICES)")
-    parser.add_argument("--keep-weights", action="store_true", help="keep final/ and checkpoints/ of finished runs")
+    parser.add_argument("--rerun", action="append", default=[], help="run this variant again (may be repeated)")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -87,10 +109,11 @@ def state_of(run: Run, results: Path) -> str:
     """
     for row in read_table(results / "runs.csv"):
         if (row["variant"], row["seed"]) == (run.variant, str(run.seed)):
-            if row["fingerprint"] != run.fingerprint:
+            if difference := run.describe_difference(row["fingerprint"]):
                 raise UserError(
-                    f"{results / 'runs.csv'}: {run.variant}, seed {run.seed} was run with other settings (fingerprint "
-                    f"{row['fingerprint']}, now {run.fingerprint}); remove the row, and {run.folder}, to run it again"
+                    f"{results / 'runs.csv'}: {run.variant}, seed {run.seed} was run with {difference} (fingerprint "
+                    f"{row['fingerprint']}, now {run.fingerprint}); --rerun {run.variant} runs it again, or use "
+                    "another sweep file"
                 )
             return "finished"
     if not (run.folder / "config.yaml").is_file():
@@ -98,7 +121,9 @@ def state_of(run: Run, results: Path) -> str:
     saved = with_defaults(read_yaml(run.folder / "config.yaml"), SCRIPTS[run.script].schema)
     changes = describe_changes({key: saved.get(key) for key in run.settings}, run.settings)
     if changes:
-        raise UserError(f"{run.folder} was run with other settings: {', '.join(changes)}; remove it to run it again")
+        raise UserError(
+            f"{run.folder} was run with other settings: {', '.join(changes)}; --rerun {run.variant} runs it again"
+        )
     is_evaluated = run.script == EVALUATION_SCRIPT and bool(read_metrics(run.folder))
     return "to collect" if is_evaluated or (run.folder / "final").is_dir() else "interrupted"
 
@@ -106,12 +131,13 @@ def state_of(run: Run, results: Path) -> str:
 def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable[[Run], None]) -> dict[Run, str]:
     """Run one at a time, or one at a time on each GPU; collect those that end well.
 
-    If anything ends this early, the runs in progress get SIGTERM. They save themselves before it returns.
+    If two runs in a row end with the same error, those in progress are waited for, and no other is started. If anything
+    ends this early, the runs in progress get SIGTERM. They save themselves before it returns.
 
     Returns:
         The last line that each failed run wrote.
     """
-    waiting, failures = list(runs), {}
+    waiting, failures, previous = list(runs), {}, None
     slots: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}
     try:
         while waiting or slots:
@@ -127,8 +153,13 @@ def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable
                     last_line = _note_end(run, process, started)
                     if process.returncode == 0:
                         collect_finished(run)
-                    else:
-                        failures[run] = last_line
+                        previous = None
+                        continue
+                    failures[run], kind = last_line, _kind_of_error(last_line, run)
+                    if kind == previous and waiting:
+                        say(f"the same error twice in a row: {len(waiting)} runs are not started")
+                        waiting.clear()
+                    previous = kind
     finally:
         if slots:
             # To stderr, by a call that raises nothing: the output may be closed, and the runs must be stopped.
@@ -139,20 +170,57 @@ def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable
                 _stop([process for _, process, _ in slots.values()])
             for run, process, started in slots.values():
                 _note_end(run, process, started)
-            say(f"to continue: {run_command(COMMAND)} {shlex.join(sys.argv[1:])}")
+            arguments = re.sub(r"--rerun[ =]\S+ ?", "", shlex.join(sys.argv[1:])).strip()  # they go on, too
+            say(f"to continue: {run_command(COMMAND)} {arguments}")
     return failures
 
 
-def collect(run: Run, results: Path, order: Sequence[str], keep_weights: bool) -> None:
-    """Write a run's figures into the results; then remove its weights."""
+def collect(run: Run, results: Path, order: Sequence[str]) -> None:
+    """Write a run's figures into the results; then remove its weights, but for those that are to be kept."""
     log = run.log.read_text(errors="replace") if run.log.exists() else ""
     wall_minutes = sum(map(float, re.findall(r"^sweep: .* after ([\d.]+) minutes$", log, re.MULTILINE)))
     names = {"variant": run.variant, "seed": run.seed, "fingerprint": run.fingerprint}
     row = collect_run(run.folder, results, names, wall_minutes, order)
-    for name in () if keep_weights else ("final", "checkpoints"):
-        shutil.rmtree(run.folder / name, ignore_errors=True)
+    remove_weights(run.folder, run.keep_weights)
     reward = row["last_answer_reward"]
     print(f"finished: {run.folder.name}, {wall_minutes:.1f} minutes, answer reward {reward}", flush=True)
+
+
+def remove_weights(folder: Path, kept: str) -> None:
+    """Remove a finished run's weights, but for those that are to be kept: see `Sweep.keep_weights`.
+
+    The best checkpoint is the first with the best score of those that were both saved and evaluated. If there is none,
+    final/ stays.
+    """
+    removed = {"all": [], "last": ["checkpoints"]}.get(kept, ["checkpoints", "final"])
+    if kept == "best":
+        scores = {row["eval_step"]: row[EVAL_SCORE] for row in read_metrics(folder) if row.get(EVAL_SCORE) is not None}
+        saved = {int(path.name.removeprefix("step_")): path for path in list_checkpoints(folder)}
+        if evaluated := [step for step in saved if step in scores]:
+            (saved[max(evaluated, key=lambda step: scores[step])] / "model").rename(folder / "best")
+        else:
+            removed = ["checkpoints"]
+            print(f"{folder}: no checkpoint was both saved and evaluated, so that final/ is kept")
+    for name in removed:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def forget(run: Run, results: Path) -> None:
+    """Remove a run's rows in the results, its folder and its log.
+
+    Raises:
+        UserError: a process writes to the folder.
+    """
+    if run.folder.is_dir():
+        lock_folder(run.folder).close()
+        shutil.rmtree(run.folder)
+    run.log.unlink(missing_ok=True)
+    forget_run(results, run.variant, run.seed)
+
+
+def _kind_of_error(line: str, run: Run) -> str:
+    """Return a run's last line without what differs from run to run: its name, and numbers."""
+    return re.sub(r"\d+", "0", line.replace(run.folder.name, "RUN"))
 
 
 def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:

@@ -1,6 +1,10 @@
 """What a sweep file asks for: its variants and seeds, as runs of a script with valid settings.
 
 A sweep file names a script, seeds, settings of all runs, and variants. Each variant with each seed is one run.
+
+A fingerprint tells what a committed row was computed with. Its first half is a hash of script and settings, its second
+one of all values that differ from the schema's defaults: the preset's, and those of the warm start's preset. Rows of
+before the second half was there have the first alone.
 """
 
 import contextlib
@@ -12,18 +16,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from plainrl.changes import is_setting
+from plainrl.changes import is_setting, with_defaults
 from plainrl.checkpoint import fingerprint
-from plainrl.cli import choose_preset, load_config, read_yaml
+from plainrl.cli import choose_preset, load_config, read_yaml, resolve
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
+from plainrl.help import blocks_of
 from plainrl.records import UserError
+from plainrl.warm_start import YAML as WARM_START_YAML
 
 REPOSITORY = Path(__file__).parent.parent
 EVALUATION_SCRIPT = "policy_evaluation.py"
+KEPT_WEIGHTS = Literal["none", "last", "best", "all"]
 SET_BY_THE_SWEEP = {"seed", "run_name", "resume", "resume_with_changes", "config"}
 Scalar = bool | int | float | str
 Settings = dict[str, Scalar | list[Scalar]]
@@ -64,6 +71,11 @@ class Sweep(BaseModel):
         description="the seeds of each variant"
     )
     minutes: float | dict[str, float] = Field(description="estimate per run on the laptop preset, or one per variant")
+    keep_weights: KEPT_WEIGHTS = Field(
+        "none",
+        description="weights of a finished run that stay. none. last: final/. best: the checkpoint of the best "
+        "evaluation, as best/. all: final/ and checkpoints/",
+    )
     settings: Settings = Field({}, description="settings of all runs")
     laptop: Settings = Field({}, description="settings of all runs, with the laptop preset alone")
     variants: dict[str, Settings] = Field({}, description="name -> settings of the variant")
@@ -74,7 +86,10 @@ class Sweep(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One variant with one seed; `settings` are its overrides as the script's schema reads them."""
+    """One variant with one seed.
+
+    `settings` are its overrides as the script's schema reads them, `values` all that differ from the defaults.
+    """
 
     script: str
     variant: str
@@ -82,12 +97,22 @@ class Run:
     folder: Path
     arguments: Sequence[str]
     settings: Mapping[str, Any]
+    values: Mapping[str, Any]
     minutes: float
+    keep_weights: str
 
     @property
     def fingerprint(self) -> str:
-        """A hash of script and settings. Committed results carry it."""
-        return fingerprint([self.script, *sorted(self.settings.items())])[:12]
+        """Two hashes, see the module's docstring. Committed results carry them."""
+        of_settings = fingerprint([self.script, *sorted(self.settings.items())])[:12]
+        return f"{of_settings}-{fingerprint(sorted(self.values.items()))[:12]}"
+
+    def describe_difference(self, committed: str) -> str | None:
+        """Return what a row with another fingerprint was run with; None if it was run with the same."""
+        if committed in (self.fingerprint, self.fingerprint.partition("-")[0]):
+            return None
+        is_of_preset = committed.partition("-")[0] == self.fingerprint.partition("-")[0]
+        return "other values of its preset, or of a default" if is_of_preset else "other settings"
 
     @property
     def log(self) -> Path:
@@ -115,6 +140,9 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
     sweep = read_sweep(path)
     extra = dict(_split(override) for override in overrides)
     seeds = _parse_seeds(extra.pop("seeds", str(sweep.seeds)))
+    keep_weights = extra.pop("keep_weights", sweep.keep_weights)
+    if keep_weights not in get_args(KEPT_WEIGHTS):
+        raise UserError(f"keep_weights = {keep_weights}: use one of {', '.join(get_args(KEPT_WEIGHTS))}")
     preset = extra.get("preset") or str(sweep.settings.get("preset", preset))
     preset = choose_preset()[0] if preset == "auto" else preset
     if sweep.presets and preset not in sweep.presets:
@@ -130,11 +158,15 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
         arguments = [f"{key}={text}" for key, text in texts.items()]
         resolved = _resolve(sweep.script, arguments, f"{path}, {variant}")
         chosen = {key: resolved[key] for key in texts if is_setting(key)}
+        values = _other_than_defaults(sweep.script, resolved)
         minutes = sweep.minutes[variant] if isinstance(sweep.minutes, dict) else sweep.minutes
         for seed in seeds:
             folder = Path(resolved["runs_dir"]) / f"{name}-{variant}-seed{seed}"
             own_arguments = [f"seed={seed}", f"run_name={folder.name}", "resume=auto"]
-            runs.append(Run(sweep.script, variant, seed, folder, [*arguments, *own_arguments], chosen, minutes))
+            arguments_of_run = [*arguments, *own_arguments]
+            runs.append(
+                Run(sweep.script, variant, seed, folder, arguments_of_run, chosen, values, minutes, keep_weights)
+            )
     runs.sort(key=lambda run: seeds.index(run.seed))  # a session that ends early leaves whole seeds
     return Path("results") / name, runs
 
@@ -198,6 +230,21 @@ def _resolve(script: str, arguments: list[str], where: str) -> dict[str, Any]:
             return config.model_dump(mode="json")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def _other_than_defaults(script: str, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run computes with beside the defaults, so that a new key with its default changes nothing."""
+
+    def differing(schema: type[RunConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = with_defaults({}, schema)
+        return {key: value for key, value in values.items() if key != "seed" and defaults[key] != value}
+
+    found = differing(SCRIPTS[script].schema, {key: value for key, value in resolved.items() if is_setting(key)})
+    warm_start = resolved.get("warm_start")
+    if warm_start in blocks_of(read_yaml(WARM_START_YAML), "presets", WARM_START_YAML):
+        config = resolve(SFTConfig, WARM_START_YAML, [f"preset={warm_start}"]).config.model_dump(mode="json")
+        found["warm_start"] = differing(SFTConfig, {key: value for key, value in config.items() if is_setting(key)})
+    return found
 
 
 def _split(override: str) -> tuple[str, str]:

@@ -60,6 +60,17 @@ def collect_run(
     return summary
 
 
+def forget_run(results: Path, variant: str, seed: int) -> None:
+    """Remove a run's figures from a sweep's results, so that it is no longer finished."""
+    for name, columns in (
+        ("runs.csv", RUN_COLUMNS),
+        ("metrics.csv", METRIC_COLUMNS),
+    ):  # the row of a finished run first
+        if (results / name).exists():
+            rows = [row for row in read_table(results / name) if (row["variant"], row["seed"]) != (variant, str(seed))]
+            _write_rows(results / name, columns, rows)
+
+
 def summarize_run(folder: Path) -> dict[str, Any]:
     """Return a run's values for runs.csv, None where it logged nothing."""
     rows = read_metrics(folder)
@@ -123,11 +134,15 @@ def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str
     texts += [row for row in read_table(path) if (row["variant"], row["seed"]) not in replaced]
     places = {variant: place for place, variant in enumerate(order)}
     texts.sort(key=lambda row: (places.get(row["variant"], len(places)), row["variant"], int(row["seed"])))
+    _write_rows(path, columns, texts)
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(texts)
+        writer.writerows(rows)
     unfinished.replace(path)
 
 

@@ -13,7 +13,8 @@ def is_setting(key: str) -> bool:
     >>> is_setting("seed"), is_setting("run_name"), is_setting("max_rollout_seconds"), is_setting("wandb_mode")
     (True, False, False, False)
     """
-    return not re.fullmatch(r"run_name|runs_dir|resume|resume_with_changes|max_\w+_seconds|wandb_\w+", key)
+    names = r"run_name|runs_dir|resume|resume_with_changes|num_printed_examples|max_\w+_seconds|wandb_\w+"
+    return not re.fullmatch(names, key)
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -22,8 +23,16 @@ def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     >>> describe_changes({"seed": 0, "run_name": "a"}, {"seed": 1, "run_name": "b"})
     ['seed 0 -> 1']
     """
-    keys = [key for key in {**old, **new} if is_setting(key) and old.get(key) != new.get(key)]
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in keys]
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in changed_keys(old, new)]
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the settings that differ between two resolved configurations.
+
+    >>> changed_keys({"seed": 0, "run_name": "a"}, {"seed": 1, "run_name": "b"})
+    ['seed']
+    """
+    return [key for key in {**old, **new} if is_setting(key) and old.get(key) != new.get(key)]
 
 
 def with_defaults(values: Mapping[str, Any], schema: type[RunConfig]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """A script's command line: configuration, `--help`, signals, and errors in one line.
 
-The configuration comes from schema defaults -> YAML file -> preset -> recipe -> `key=value` arguments. Each later
-source overrides the earlier ones. The result is validated once, at the end. A resumed run reads its own configuration
-instead of the YAML file.
+The configuration comes from schema defaults -> YAML file -> preset -> recipe -> `config=` files -> `key=value`
+arguments. Each later source overrides the earlier ones: see plainrl/layers.py. The result is validated once, at the
+end. A resumed run reads its own configuration instead of the YAML files.
 """
 
-import difflib
+import io
 import os
+import re
 import select
 import shlex
 import signal
@@ -14,98 +15,155 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Generic, NamedTuple
 
 from pydantic import ValidationError
 
 from plainrl.changes import describe_changes, with_defaults
-from plainrl.config import ConfigType, RunConfig
-from plainrl.devices import run_command
+from plainrl.config import ConfigType, RunConfig, SFTConfig
+from plainrl.devices import has_gpu_driver, run_command
 from plainrl.faults import describe_fault
-from plainrl.grading.rewards import RewardError
-from plainrl.help import SCHEMAS, TABLES, blocks_of, explain, help_text
+from plainrl.grading.own_rewards import RewardError
+from plainrl.help import SCHEMAS, TABLES, explain, help_text, show_text
+from plainrl.layers import (
+    check_block,
+    describe_problems,
+    layers_of,
+    named_last,
+    parse_arguments,
+    read_yaml,
+    validate,
+)
 from plainrl.records import Stopped, UserError, first_line
-from plainrl.yaml_files import YamlError, load_yaml
+from plainrl.sources import is_pipe
 
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
 SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold what AdamW on all weights of the presets' model takes
 RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 SECONDS_FOR_FIRST_RANK = 8.0  # to say an error, before another rank says its own
+EVALUATION_SCRIPT = "policy_evaluation.py"
+PROGRAMS = {command: (schema, path) for schema, (command, path) in SCHEMAS.items()}
+PROGRAMS[EVALUATION_SCRIPT] = (SFTConfig, SCHEMAS[SFTConfig][1])
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 
 def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list[str]) -> ConfigType:
-    """Return the validated configuration of a script.
+    """Return the validated configuration of a script, and print what was chosen for the user.
+
+    `--help` and `--show` print the keys, or the resolved configuration, and end the program.
+
+    Args: as for `resolve`.
+
+    Raises:
+        UserError: as there.
+    """
+    answer_questions(command_of(Path(sys.argv[0])), schema, Path(yaml_path), arguments)
+    resolved = resolve(schema, Path(yaml_path), arguments)
+    is_resumed = getattr(resolved.config, "resume", "") != ""
+    warnings = [] if is_resumed else resolved.config.warnings()  # a resumed run has had them
+    for line in [*resolved.notes, *(f"warning: {warning}" for warning in warnings)]:
+        print(line)
+    return resolved.config
+
+
+def answer_questions(command: str, schema: type[RunConfig], yaml_path: Path, arguments: Sequence[str]) -> None:
+    """Print what `--help` or `--show` asks of a command, and end the program. Without them, do nothing."""
+    questions = {"--help", "-h", "--show"} & set(arguments)
+    others = [argument for argument in arguments if argument not in questions]
+    chosen = [argument for argument in others if argument.startswith(("preset=", "recipe=", "config="))]
+    keys = [argument.partition("=")[0] for argument in others if argument not in chosen]
+    if questions == {"--show"}:
+        config, sources, notes = resolve(schema, yaml_path, others)
+        print("\n".join([*(f"# {line}" for line in notes), show_text(config, sources)]))
+    elif questions and keys:
+        print("\n".join(explain(schema, yaml_path, key, read_yaml(yaml_path)) for key in keys))
+    elif questions:
+        config = resolve(schema, yaml_path, chosen, guess_preset).config
+        print(help_text(schema, yaml_path, command, config.model_dump(mode="json")))
+    if questions:
+        raise SystemExit(0)
+
+
+class Resolved(NamedTuple, Generic[ConfigType]):
+    """A configuration, where each value that is no default comes from, and what to say of how it was found."""
+
+    config: ConfigType
+    sources: dict[str, str]
+    notes: list[str]
+
+
+def resolve(
+    schema: type[ConfigType],
+    yaml_path: Path,
+    arguments: Sequence[str],
+    choose: Callable[[], tuple[str, str]] | None = None,
+) -> Resolved[ConfigType]:
+    """Return the validated configuration of a script, without printing it.
 
     Args:
         schema: the typed configuration to fill.
-        yaml_path: the script's YAML file. `config=path` among the arguments names another one.
+        yaml_path: the script's YAML file. Each `config=path` among the arguments names one that overlays it.
         arguments: the command line after the script's name, each `key=value` (value in YAML syntax).
+        choose: what `preset: auto` means, with the reason; by default `choose_preset`.
 
-    With `resume`, the resolved configuration of that run replaces the YAML file; see `resumed_config`.
+    With `resume`, the resolved configuration of that run replaces the YAML files; see `resumed_config`.
 
     Raises:
         UserError: an argument, key or value is wrong. The message names it, where it stands and what to do.
     """
-    for argument in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in argument):  # bytes that Python could not decode
-            raise UserError(f"argument {argument!r}: not UTF-8 text; name it in UTF-8")
-    if {"--help", "-h"} & set(arguments):
-        keys = [argument.partition("=")[0] for argument in arguments if argument not in ("--help", "-h")]
-        print_help(schema, Path(yaml_path), keys)
-        raise SystemExit(0)
-    overrides = _parse_arguments(arguments, schema)
+    overrides = parse_arguments(arguments, schema)
     if overrides.get("resume", "auto") not in ("", "auto"):
         return resumed_config(schema, Path(overrides["resume"]), overrides)
-    yaml_path = Path(overrides.get("config", yaml_path))
-    yaml_values = read_yaml(yaml_path)
-    presets, recipes = blocks_of(yaml_values, "presets", yaml_path), blocks_of(yaml_values, "recipes", yaml_path)
-    yaml_values = {key: value for key, value in yaml_values.items() if key not in ("presets", "recipes")}
-    preset = str(overrides.get("preset", yaml_values.get("preset", "auto")))
+    files = {path: read_yaml(path) for path in [yaml_path, *map(Path, overrides.get("config", ()))]}
+    given = {key: value for key, value in overrides.items() if key != "config"}
+    preset, notes = named_last("preset", [*files.values(), given], default="auto"), []
     if preset == "auto":
-        preset, reason = choose_preset()
-        print(f"preset: {preset} ({reason})")
-    elif not presets:
-        raise UserError(f"preset = {preset}: {yaml_path} has no presets; leave preset out, or add the block")
-    if presets and preset not in presets:
-        raise UserError(f"preset = {preset}: {yaml_path} has {', '.join(map(str, presets))}")
-    preset_values = presets.get(preset, {})
-    recipe = str(overrides.get("recipe", preset_values.get("recipe", yaml_values.get("recipe", ""))))
-    if recipe and recipe not in recipes:
-        raise UserError(f"recipe = {recipe}: {yaml_path} has {', '.join(map(str, recipes)) or 'none'}")
-    if yaml_values.get("resume") or preset_values.get("resume"):
-        raise UserError(f"resume ({yaml_path}): it is read from the command line alone; give it there")
-
-    config = _validate(
-        schema,
-        {
-            str(yaml_path): yaml_values,
-            f"{yaml_path}, preset {preset}": preset_values,
-            f"{yaml_path}, recipe {recipe}": recipes.get(recipe, {}),
-            "command line": {key: value for key, value in overrides.items() if key != "config"},
-        },
-        {"preset": preset, "resume": ""},
-    )
+        preset, reason = (choose or choose_preset)()
+        notes = [f"preset: {preset} ({reason})"]
+        check_block("preset", preset, files, needs_blocks=False)
+    else:
+        check_block("preset", preset, files, needs_blocks=True)
+    layers = {**layers_of(files, preset, given), "command line": given}
+    config, sources = validate(schema, layers, {"preset": preset, "resume": ""})
     if overrides.get("resume") == "auto":
-        folder = newest_unfinished_run(schema, config)
-        if folder is not None:
+        if folder := newest_unfinished_run(schema, config):
             return resumed_config(schema, folder, overrides)
-        print("resume = auto: there is no unfinished run with a checkpoint, so this is a new one")
-    for warning in config.warnings():
-        print(f"warning: {warning}")
-    return config
+        notes.append("resume = auto: there is no unfinished run with a checkpoint, so this is a new one")
+    return Resolved(config, sources, notes)
 
 
-def print_help(schema: type[RunConfig], yaml_path: Path, keys: Sequence[str]) -> None:
-    """Print all keys by group, or explain the named ones."""
-    for key in keys:
-        print(explain(schema, yaml_path, key, read_yaml(yaml_path)))
-    if not keys:
-        print(help_text(schema, yaml_path, command_of(Path(sys.argv[0]))))
+def check_arguments(command: str, arguments: Sequence[str]) -> None:
+    """Answer the questions of a script's command line and find its mistakes, before anything large is imported.
+
+    The script itself reads the arguments again, and prints what is to be said of them. A configuration file that is a
+    pipe can be read only once, so that then nothing is checked here.
+
+    Args:
+        command: how the script is started, after `python`. Programs that are not in `PROGRAMS` are left alone.
+        arguments: what follows it.
+    """
+    files = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
+    if command not in PROGRAMS or any(map(is_pipe, files)):
+        return
+    schema, yaml_path = PROGRAMS[command]
+    arguments = with_data_key(arguments) if command == EVALUATION_SCRIPT else arguments
+    yaml_path = Path(__file__).parent.parent / yaml_path
+
+    def check(_: list[str]) -> None:
+        answer_questions(command, schema, yaml_path, arguments)
+        with redirect_stdout(io.StringIO()):  # the script says it
+            resolve(schema, yaml_path, arguments)
+
+    run_main(check)
+
+
+def with_data_key(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of policy_evaluation.py, where `data` is another name of `validation_data`."""
+    return [re.sub(r"^data(?==|$)", "validation_data", argument) for argument in arguments]
 
 
 def command_of(script: Path) -> str:
@@ -127,7 +185,7 @@ def resume_command(folder: Path) -> str:
     return run_command(f"{program} {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
 
 
-def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> ConfigType:
+def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> Resolved[ConfigType]:
     """Return the configuration that a run's folder holds, with the changes of the command line if they are allowed.
 
     Args:
@@ -141,8 +199,8 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
     """
     if "config" in overrides:
         raise UserError(
-            f"config = {overrides['config']}: {folder} goes on with its own config.yaml; leave config out, and name "
-            "the keys that are to change"
+            f"config = {', '.join(overrides['config'])}: {folder} goes on with its own config.yaml; leave config out, "
+            "and name the keys that are to change"
         )
     if folder.name in ("", ".."):  # `resume=.`: its name is the run's
         folder = folder.resolve()
@@ -167,15 +225,15 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
         )
     overrides = {key: value for key, value in overrides.items() if key != "preset"}
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
-    config = _validate(schema, {str(path): saved, "command line": overrides}, fixed)
+    config, sources = validate(schema, {str(path): saved, "command line": overrides}, fixed)
     changes = describe_changes(with_defaults(saved, schema), config.model_dump(mode="json"))
     if changes and not getattr(config, "resume_with_changes", False):
         raise UserError(
             f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
             "them with resume_with_changes=true"
         )
-    print(f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}")
-    return config
+    note = f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}"
+    return Resolved(config, sources, [note])
 
 
 def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | None:
@@ -204,7 +262,10 @@ def choose_preset() -> tuple[str, str]:
     """Return the preset for this machine, and the reason.
 
     Only where there is a CUDA device, CUDA is started to read how much memory it has. Nothing is allocated on it.
+    Without a driver torch is not even imported.
     """
+    if "torch" not in sys.modules and not has_gpu_driver():
+        return "laptop", "0 CUDA devices present"
     import torch
 
     num_devices = torch.cuda.device_count()
@@ -221,32 +282,9 @@ def choose_preset() -> tuple[str, str]:
     return preset, reason
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file: see plainrl/yaml_files.py.
-
-    Raises:
-        UserError: the file is missing, is not UTF-8, is not YAML (the message names the line) or is not a mapping.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"config = {path}: {error.strerror or error}; name a YAML file that can be read") from None
-    try:
-        values = load_yaml(content.decode("utf-8"), text_keys(*SCHEMAS))
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
-    except YamlError as error:
-        raise UserError(f"{path}, line {error.line}: {error}") from None
-    if not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
-        raise UserError(f"{path}, line 1: expected `key: value` lines, found {found}; write them, or name another file")
-    return values
-
-
-def text_keys(*schemas: type[RunConfig]) -> set[str]:
-    """Return the keys that take any text, which is then taken as it is written."""
-    return {key for schema in schemas for key, field in schema.model_fields.items() if field.annotation is str}
+def guess_preset() -> tuple[str, str]:
+    """Return a preset for `--help` to show, without asking torch for GPUs. The text names it."""
+    return ("one-gpu", "a GPU driver is installed") if has_gpu_driver() else choose_preset()
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:
@@ -367,21 +405,6 @@ def _flush_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
-def _validate(
-    schema: type[ConfigType], layers: Mapping[str, Mapping[str, Any]], fixed: Mapping[str, Any]
-) -> ConfigType:
-    """Return the validated configuration. Each layer is named by its source, and later layers override earlier ones."""
-    merged: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for source, values in layers.items():
-        merged |= values
-        sources |= dict.fromkeys(values, source)
-    try:
-        return schema.model_validate(merged | dict(fixed))
-    except ValidationError as error:
-        raise UserError(_describe(error, schema, sources)) from None
-
-
 def _is_of_schema(schema: type[RunConfig], path: Path) -> bool:
     """Whether a configuration is one of this schema. A user's own function is not looked up: that executes a file."""
     try:
@@ -394,46 +417,7 @@ def _is_of_schema(schema: type[RunConfig], path: Path) -> bool:
         schema.model_validate({key: value for key, value in values.items() if key not in own})
     except (UserError, ValidationError) as error:
         if values.keys() <= schema.model_fields.keys():  # of this script, whose keys no other has all
-            reason = _describe(error, schema, {}) if isinstance(error, ValidationError) else error
+            reason = describe_problems(error, schema, {}) if isinstance(error, ValidationError) else error
             print(f"resume = auto: {path.parent} is passed over ({reason})")
         return False
     return True
-
-
-def _parse_arguments(arguments: list[str], schema: type[RunConfig]) -> dict[str, Any]:
-    as_written = {"config"} | text_keys(schema)
-    overrides: dict[str, Any] = {}
-    for argument in arguments:
-        key, separator, text = argument.partition("=")
-        if not separator or not key.isidentifier():
-            raise UserError(f"argument {argument!r}: write key=value; --help lists the keys")
-        if key in overrides:
-            raise UserError(f"{key} is given twice on the command line: keep one")
-        try:
-            overrides[key] = text if key in as_written else load_yaml(text)
-        except YamlError as error:
-            raise UserError(f"{key} = {text!r} (command line): {error}") from None
-    return overrides
-
-
-def _describe(error: ValidationError, schema: type[RunConfig], sources: dict[str, str]) -> str:
-    problems: dict[str, str] = {}
-    for item in error.errors():
-        if not item["loc"]:
-            problems[item["msg"]] = item["msg"].removeprefix("Value error, ")
-            continue
-        key = str(item["loc"][0])
-        where = f" ({sources[key]})" if key in sources else ""
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.5)
-            fix = f"did you mean {near[0]}?" if near else "--help lists the keys"
-            problems[key] = f"unknown key {key}{where}: {fix}"
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            if message.startswith(f"{key} = "):  # ours, which names the value already
-                problems[key] = f"{message}{where}"
-                continue
-            message = message[0].lower() + message[1:]
-            previous = f"{problems[key]}, or " if key in problems else f"{key} = {item['input']!r}{where}: "
-            problems[key] = previous + message
-    return "; ".join(problems.values())

@@ -6,16 +6,24 @@ other keys are properties. `--help` and docs/configuration.md are generated from
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-import SFT_helper
-from GRPO_helper import ADVANTAGE_SCALES, LENGTH_NORMALIZATIONS, LOSSES, Loss, group_mean
-from plainrl.corrections import ENGINE_CORRECTIONS, KL_ESTIMATORS, RATIO_LEVELS, k1
-from plainrl.lookup import look_up
+from plainrl.lookup import TableOf, look_up
 from plainrl.shared_config import EMBEDDED_DATA, RunConfig, TrainConfig
 
+if TYPE_CHECKING:
+    from GRPO_helper import Loss
+
+# The choices of the keys. Their modules import torch, which reading the command line does not wait for.
+LOSSES = TableOf("GRPO_helper", "LOSSES")
+LENGTH_NORMALIZATIONS = TableOf("GRPO_helper", "LENGTH_NORMALIZATIONS")
+ADVANTAGE_SCALES = TableOf("GRPO_helper", "ADVANTAGE_SCALES")
+SFT_LENGTH_NORMALIZATIONS = TableOf("SFT_helper", "LENGTH_NORMALIZATIONS")
+ENGINE_CORRECTIONS = TableOf("plainrl.corrections", "ENGINE_CORRECTIONS")
+KL_ESTIMATORS = TableOf("plainrl.corrections", "KL_ESTIMATORS")
+RATIO_LEVELS = TableOf("plainrl.corrections", "RATIO_LEVELS")
 NAMED_SCALES = tuple(name for name in ADVANTAGE_SCALES if isinstance(name, str))  # beside true and false
 # A switch of GRPO, and the keys that have no effect without it.
 SWITCHED_KEYS = {
@@ -28,7 +36,7 @@ SWITCHED_KEYS = {
 class ImitationConfig(TrainConfig):
     """The keys that training on given responses shares: SFT and expert iteration."""
 
-    length_normalization: Literal[tuple(SFT_helper.LENGTH_NORMALIZATIONS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
+    length_normalization: Literal[tuple(SFT_LENGTH_NORMALIZATIONS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
         "sum",
         description="how token losses become one number. sum: sum divided by normalize_constant, mean per response. "
         "token_mean: mean over all response tokens of the optimizer step",
@@ -38,7 +46,7 @@ class ImitationConfig(TrainConfig):
     def warnings(self) -> list[str]:
         """Return the shared warnings, and one if normalize_constant has no effect."""
         found = super().warnings()
-        needs_constant = SFT_helper.LENGTH_NORMALIZATIONS[self.length_normalization].needs_constant
+        needs_constant = SFT_LENGTH_NORMALIZATIONS[self.length_normalization].needs_constant
         if self.normalize_constant != type(self).model_fields["normalize_constant"].default and not needs_constant:
             found.append(
                 f"normalize_constant = {self.normalize_constant:g} has no effect with length_normalization = "
@@ -229,7 +237,8 @@ class GRPOConfig(RolloutConfig):
     @field_validator("loss_type")
     @classmethod
     def _check_loss_type(cls, value: str) -> str:
-        look_up(value, LOSSES, "loss_type")
+        if value not in LOSSES:  # a name of the table needs no import yet
+            look_up(value, LOSSES, "loss_type")
         return value
 
     @model_validator(mode="after")
@@ -245,17 +254,20 @@ class GRPOConfig(RolloutConfig):
                 f"cliprange_dual = {self.cliprange_dual:g} would clip where the policy has not moved: use more than 1, "
                 "often 3, or 0 for none"
             )
-        if ENGINE_CORRECTIONS[self.engine_correction] and not self.rollouts_check_sync:
+        if self._is_changed("engine_correction") and not self.rollouts_check_sync:
             raise ValueError(
                 f"engine_correction = {self.engine_correction} compares log-probs of the same distribution: use "
                 f"sampling_top_p = 1 (now {self.sampling_top_p:g}) and sampling_min_tokens (now "
                 f"{self.sampling_min_tokens}) below sampling_max_tokens, or engine_correction = none"
             )
-        if self.overlong_cache_tokens and ADVANTAGE_SCALES[self.use_std_normalization] is group_mean:
-            raise ValueError(
-                f"use_std_normalization = {self.use_std_normalization} needs rewards of 0 or more, and "
-                f"overlong_cache_tokens = {self.overlong_cache_tokens} lowers them: leave one of the two out"
-            )
+        if self.overlong_cache_tokens:
+            from GRPO_helper import group_mean
+
+            if ADVANTAGE_SCALES[self.use_std_normalization] is group_mean:
+                raise ValueError(
+                    f"use_std_normalization = {self.use_std_normalization} needs rewards of 0 or more, and "
+                    f"overlong_cache_tokens = {self.overlong_cache_tokens} lowers them: leave one of the two out"
+                )
         return self
 
     @model_validator(mode="after")
@@ -308,11 +320,16 @@ class GRPOConfig(RolloutConfig):
         for switch, keys in SWITCHED_KEYS.items():
             if not getattr(self, switch):
                 found += self._without_effect(keys, f"without {switch}")
-        if not ENGINE_CORRECTIONS[self.engine_correction]:
+        if not self._is_changed("engine_correction"):
             reason = f"with engine_correction = {self.engine_correction}"
             found += self._without_effect(["engine_correction_cap"], reason)
-        if self.kl_coefficient and KL_ESTIMATORS[self.kl_estimator] is k1:
-            found.append(f"kl_estimator = {self.kl_estimator} has a gradient of mean zero, which pulls nowhere; use k2")
+        if self.kl_coefficient:
+            from plainrl.corrections import k1
+
+            if KL_ESTIMATORS[self.kl_estimator] is k1:
+                found.append(
+                    f"kl_estimator = {self.kl_estimator} has a gradient of mean zero, which pulls nowhere; use k2"
+                )
         if not self.samples_from_policy:
             found.append(
                 f"sampling_top_p = {self.sampling_top_p:g}: responses come from the likeliest tokens alone, which the "
@@ -321,11 +338,13 @@ class GRPOConfig(RolloutConfig):
         return found
 
     @property
-    def loss(self) -> Loss:
+    def loss(self) -> "Loss":
         """Return the loss of that name, or the user's own. A plain function gets every input and skips no rows.
 
         Nor does any loss with a term that every row has: KL or entropy.
         """
+        from GRPO_helper import Loss
+
         found = look_up(self.loss_type, LOSSES, "loss_type")
         loss = found if isinstance(found, Loss) else Loss(found)
         return replace(loss, zero_with=None) if self.kl_coefficient or self.entropy_coefficient else loss

@@ -1,34 +1,26 @@
 """Turn records into examples: prompts, splits, held-out questions, the order of training, seeds."""
 
+import contextlib
 import hashlib
-import json
+import io
 import random
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from plainrl.config import RolloutConfig, RunConfig, SFTConfig, TrainConfig
-from plainrl.grading.rewards import Reward, clean_ground_truth, is_gradable
-from plainrl.records import Example, UserError
+from plainrl.layouts import FieldNames, Record, parse_record
+from plainrl.prompting import fill_prompt, format_response, load_prompt_template, read_answers
+from plainrl.records import Example, Fields, UserError
 from plainrl.shared_config import EMBEDDED_DATA
-from plainrl.sources import (
-    Record,
-    arithmetic_records,
-    corrupt_some,
-    decode_text,
-    is_pipe,
-    parse_record,
-    path_exists,
-    read_records,
-)
+from plainrl.sources import arithmetic_records, corrupt_some, is_pipe, read_records
 from SFT_helper import encode_prompt
 
 DataKey = Literal["train_data", "validation_data"]
-EXAMPLES_OF: dict[DataKey, str] = {"train_data": "training examples", "validation_data": "validation questions"}
-PROMPTS_FOLDER = Path(__file__).parent / "prompts"
+VALIDATION: DataKey = "validation_data"
+EXAMPLES_OF: dict[DataKey, str] = {"train_data": "training examples", VALIDATION: "validation questions"}
 VALIDATION_SUBSET_SEED = 20250
 
 
@@ -46,11 +38,56 @@ def load_sft_examples(config: SFTConfig) -> list[Example]:
 def load_validation_set(config: RunConfig) -> list[Example]:
     """Return the validation questions that have an answer. The others could never be answered.
 
+    They are those of `validation_data`, or of `validation_fraction` of the training data, then those of each set of
+    `extra_validation_data`, which carry its name.
+
+    Raises:
+        UserError: the data cannot be read, or no question of a set has an answer.
+    """
+    if config.validation_fraction:
+        everything = split_validation(config)
+    else:
+        everything = keep_answered(load_examples(config.validation_data, config, "validation"), config, VALIDATION)
+    for name, source in config.extra_validation_data.items():
+        of_set = config.model_copy(update={VALIDATION: source})
+        examples = keep_answered(load_examples(source, of_set, "validation"), of_set, VALIDATION)
+        everything += [example._replace(dataset=name) for example in examples]
+    require_reward_fields(everything, config)
+    return everything
+
+
+def split_validation(config: RunConfig) -> list[Example]:
+    """Return the questions of `train_data` that `validation_fraction` holds out, each once.
+
+    Which they are depends on the questions and on `validation_seed` alone.
+
     Raises:
         UserError: the data cannot be read, or no question has an answer.
     """
-    examples = load_examples(config.validation_data, config, split="validation")
-    return keep_answered(examples, config, "validation_data")
+    if is_pipe(config.train_data):
+        raise UserError(f"validation_fraction: train_data = {config.train_data} is a pipe, read only once; name a file")
+    with contextlib.redirect_stdout(io.StringIO()):  # the training questions say it
+        examples = keep_answered(load_examples(config.train_data, config, "train"), config)
+    by_question = {example.question: example for example in reversed(examples)}
+    order = sorted(by_question, key=lambda question: derive_seed(config.validation_seed, "validation", question))
+    chosen = set(order[: max(1, round(config.validation_fraction * len(order)))])
+    print(
+        f"validation: {len(chosen)} of {len(order)} questions of {config.train_data} (validation_fraction = "
+        f"{config.validation_fraction:g}, validation_seed = {config.validation_seed}); validation_data is not read"
+    )
+    return [example for question, example in by_question.items() if question in chosen][::-1]
+
+
+def require_reward_fields(examples: Sequence[Example], config: RunConfig) -> None:
+    """Raise a UserError if the reward function asks for a field that a question does not have."""
+    wanted = config.reward_function.wanted.required
+    for example in examples:
+        if missing := sorted(wanted - example.reward_fields.keys()):
+            has = ", ".join(sorted(example.reward_fields))
+            raise UserError(
+                f"reward = {config.reward}: it asks for {missing[0]}, which {example.source} does not have; it has "
+                f"{has}; add the column, or give the parameter a default"
+            )
 
 
 class ValidationData(NamedTuple):
@@ -77,24 +114,28 @@ def load_validation(config: TrainConfig) -> ValidationData:
 def validation_subset(validation_set: list[Example], config: RunConfig) -> list[Example]:
     """Return the fixed subset for evaluations during training. It does not depend on the run's seed.
 
-    Raises:
-        UserError: the validation set has fewer questions than `num_eval_examples`.
+    Of each set it has `num_eval_examples` questions. A smaller set is returned whole, and that is said.
     """
-    if config.num_eval_examples == "all":
-        return validation_set
-    if config.num_eval_examples > len(validation_set):
-        raise UserError(
-            f"num_eval_examples = {config.num_eval_examples}: {config.validation_data} has {len(validation_set)} "
-            f"questions; ask for at most that, or all"
-        )
-    return _draw_subset(validation_set, config.num_eval_examples)
+    for name, examples in by_dataset(validation_set).items():
+        if config.num_eval_examples != "all" and len(examples) < config.num_eval_examples:
+            print(
+                f"evaluations ask all {len(examples)} validation questions{f' of {name}' if name else ''}, fewer than "
+                f"num_eval_examples = {config.num_eval_examples}"
+            )
+    return _draw_subsets(validation_set, config.num_eval_examples)
+
+
+def by_dataset(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Return the examples of each validation set by its name. That of `validation_data` has none, and comes first."""
+    found: dict[str, list[Example]] = {}
+    for example in examples:
+        found.setdefault(example.dataset, []).append(example)
+    return found
 
 
 def final_validation_subset(validation_set: list[Example], config: TrainConfig) -> list[Example]:
     """Return the fixed subset for the evaluation at the end of training. A smaller set is returned whole."""
-    if config.num_final_eval_examples == "all":
-        return validation_set
-    return _draw_subset(validation_set, min(config.num_final_eval_examples, len(validation_set)))
+    return _draw_subsets(validation_set, config.num_final_eval_examples)
 
 
 def load_questions(validation_set: Sequence[Example], config: RolloutConfig) -> list[Example]:
@@ -105,6 +146,7 @@ def load_questions(validation_set: Sequence[Example], config: RolloutConfig) -> 
     """
     questions = keep_answered(load_examples(config.train_data, config, split="train"), config)
     questions = hold_out(questions, validation_set, config)
+    require_reward_fields(questions, config)
     _require_enough(questions, config)
     return questions
 
@@ -145,7 +187,7 @@ def hold_out(examples: list[Example], validation_set: Sequence[Example], config:
     return keep(
         examples,
         lambda example: not {example.question, example.prompt} & held_out,
-        f"have their question in {config.validation_data}",
+        "have their question in " + ("the validation set" if config.validation_fraction else config.validation_data),
         config,
     )
 
@@ -181,10 +223,13 @@ def load_examples(
         records = arithmetic_records(split, config.arithmetic_terms, config.arithmetic_max_term)
         records = corrupt_some(records, corrupt_fraction)
     else:
-        records = [parse_record(values, where) for values, where in read_records(source)]
+        records = read_layout(source, config, is_strict=split == "train")
     if not records:
         raise UserError(f"{source} has no records; give a file with at least one")
+    if num_with_system := sum(record.has_system_message for record in records):
+        print(f"left out: the system messages of {num_with_system} records of {source}; the prompt takes their place")
     template, reward = load_prompt_template(config.prompt), config.reward_function
+    wanted = reward.wanted
     return [
         Example(
             question=record.question,
@@ -192,76 +237,24 @@ def load_examples(
             ground_truth=truth,
             response=record.response or format_response(record.reasoning, record.wrong_answer or answer, reward),
             source=record.source,
+            fields=Fields({k: v for k, v in record.columns.items() if wanted.takes_all or k in wanted.names}),
         )
         for record, (truth, answer) in zip(records, read_answers(records, reward, source), strict=True)
     ]
 
 
-def read_answers(records: Sequence[Record], reward: Reward, source: str) -> list[tuple[str | None, str | None]]:
-    r"""Return of each record what responses are graded against, and the answer that a response to imitate gives.
-
-    The first is the text of the data, which the grader reads: `\boxed{5}`. The second is the bare answer: `5`. Both are
-    None if no response can equal it. Several right answers are a JSON list of texts.
+def read_layout(source: str, config: RunConfig, is_strict: bool) -> list[Record]:
+    """Return the records of a file or a hub data set.
 
     Args:
-        records: of a data set.
-        reward: the reward function. If it is the user's own, it gets the answers as they are.
-        source: the data set, for the message that counts what no response can equal, and shows three.
+        source: where they are.
+        config: names their fields, and the reward, which may ask for others.
+        is_strict: whether the fields that are named must be there; see `parse_record`.
     """
-
-    @cache
-    def bare(truth: str) -> str | None:
-        answer = truth if reward.extract is None else clean_ground_truth(truth)
-        return answer if is_gradable(answer, reward) else None
-
-    found: list[tuple[str | None, str | None]] = []
-    failing: list[Record] = []
-    for record in records:
-        truths = [record.ground_truth, *record.alternatives] if record.ground_truth else []
-        answers = [answer for truth in truths if (answer := bare(truth))]
-        text = json.dumps(answers, ensure_ascii=False) if record.alternatives else record.ground_truth
-        found.append((text, answers[0]) if answers else (None, None))
-        if len(answers) < len(truths):  # some of the alternatives, or all
-            failing.append(record)
-    if failing:
-        shown = "; ".join(f"{record.source}: {(record.ground_truth or '')[:60]!r}" for record in failing[:3])
-        print(f"no response can equal answers in {len(failing)} of {len(records)} records of {source}, such as {shown}")
-    return found
-
-
-def load_prompt_template(name_or_path: str) -> str:
-    """Return a prompt template: prompts/<name>.prompt, or the file at a path. A line ends in a newline alone.
-
-    Raises:
-        UserError: there is no such template, it is not UTF-8, or it lacks the place holder `{question}`.
-    """
-    path = PROMPTS_FOLDER / f"{name_or_path}.prompt"
-    if not path_exists(path):
-        path = Path(name_or_path)
-    if not path_exists(path) or not path.is_file():
-        names = ", ".join(sorted(file.stem for file in PROMPTS_FOLDER.glob("*.prompt")))
-        raise UserError(f"prompt = {name_or_path}: no such template; use {names}, or the path of a file")
-    try:
-        template = decode_text(path.read_bytes(), f"prompt = {name_or_path}: {path}")
-    except OSError as error:
-        raise UserError(f"prompt = {name_or_path}: {path} cannot be read ({error.strerror})") from None
-    if "{question}" not in template:
-        raise UserError(f"prompt = {name_or_path}: {path} lacks the place holder {{question}}; add it")
-    return template
-
-
-def fill_prompt(template: str, question: str) -> str:
-    r"""Put a question into a template. Other braces in template and question stay as they are.
-
-    >>> fill_prompt("User: {question}", r"What is \frac{1}{2}?")
-    'User: What is \\frac{1}{2}?'
-    """
-    return template.replace("{question}", question)
-
-
-def format_response(reasoning: str | None, answer: str | None, reward: Reward) -> str | None:
-    """Write reasoning and answer in the format that a reward function wants. If one is missing, return None."""
-    return None if reasoning is None or answer is None else reward.write_response(reasoning, answer)
+    names = FieldNames(config.question_field, config.answer_field, config.trace_field)
+    wanted = config.reward_function.wanted
+    also = None if wanted.takes_all else {*names, *wanted.names}
+    return [parse_record(values, where, names, is_strict) for values, where in read_records(source, also)]
 
 
 def epoch_order(num_examples: int, num_draws: int, seed: int) -> list[int]:
@@ -360,7 +353,7 @@ def fit_validation(
         return validation
     during, final = ([e for e in part if e in fitting] for part in (validation.during, validation.final))
     print(f"evaluations ask {len(during)} questions during training, and {len(final)} at the end")
-    if not during or not final:
+    if not all("" in by_dataset(part) for part in (during, final)):
         raise UserError(f"validation_data = {config.validation_data}: no question is left; raise max_context_tokens")
     return validation._replace(during=during, final=final)
 
@@ -404,6 +397,11 @@ def _require_enough(questions: Sequence[Example], config: RolloutConfig) -> None
         )
 
 
-def _draw_subset(validation_set: list[Example], num_examples: int) -> list[Example]:
-    chosen = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(validation_set)), num_examples)
-    return [validation_set[index] for index in sorted(chosen)]
+def _draw_subsets(validation_set: list[Example], most: int | Literal["all"]) -> list[Example]:
+    """Return a fixed random subset of each set, in its order. A set with no more than `most` questions stays whole."""
+    subsets: list[Example] = []
+    for examples in by_dataset(validation_set).values():
+        size = len(examples) if most == "all" else min(most, len(examples))
+        chosen = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(examples)), size)
+        subsets += [examples[index] for index in sorted(chosen)]
+    return subsets

@@ -1,6 +1,7 @@
 """What this machine has: GPUs, a compiler, a build of vLLM, memory, disk space."""
 
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -8,8 +9,6 @@ import resource
 import shutil
 import sysconfig
 from pathlib import Path
-
-import torch
 
 from plainrl.config import RunConfig
 from plainrl.records import UserError
@@ -20,6 +19,8 @@ SYNC, GPU_SYNC = "uv sync", "uv sync --no-group cpu --group gpu"
 
 def check_devices(config: RunConfig) -> None:
     """Raise a UserError if the machine lacks a device of the configuration. Scripts call this before any long work."""
+    import torch  # here, because reading the command line must not wait for it
+
     num_devices = torch.cuda.device_count()
     needs_gpu = {config.policy_device, config.evaluator_device} != {"cpu"}
     if needs_gpu and num_devices and not torch.cuda.is_available():
@@ -65,6 +66,8 @@ def check_engine_device(device: str) -> None:
             )
         if not has_vllm:
             raise UserError(f"evaluator_device = {device}: vLLM is not installed; run `{GPU_SYNC}`")
+        import torch
+
         if torch.cuda.device_count() == 0:
             raise UserError(f"evaluator_device = {device}: no CUDA device is visible; use preset=laptop")
 
@@ -95,6 +98,8 @@ def peak_memory_gib(device: str) -> float:
     If policy and engine share a GPU, it may include memory that the sleeping engine has already freed.
     """
     if device != "cpu":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / 2**20
@@ -107,6 +112,15 @@ def free_bytes(folder: Path) -> int | None:
     except OSError:
         return None
     return usage.free if usage.total else None  # some network file systems answer with zeros
+
+
+def has_gpu_driver() -> bool:
+    """Return whether NVIDIA's driver is installed. Without it there is no CUDA device, and torch need not be asked."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def has_module(name: str) -> bool:

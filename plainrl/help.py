@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 
-from GRPO_helper import LOSSES
-from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
+from plainrl.config import LOSSES, ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
 from plainrl.devices import run_command
-from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.records import UserError
+from plainrl.reward_names import REWARD_FUNCTIONS
 
 # The algorithm's own keys first. Every key of every schema stands in exactly one group.
 GROUPS = {
@@ -40,15 +39,16 @@ GROUPS = {
         *("lora_rank", "lora_alpha"),
     ),
     "model, prompt, reward, data": (
-        *("model", "prompt", "reward", "train_data", "validation_data", "arithmetic_terms", "arithmetic_max_term"),
-        *("max_context_tokens", "drop_long_examples"),
+        *("model", "prompt", "reward", "train_data", "validation_data", "extra_validation_data"),
+        *("validation_fraction", "validation_seed", "question_field", "answer_field", "trace_field"),
+        *("arithmetic_terms", "arithmetic_max_term", "max_context_tokens", "drop_long_examples"),
     ),
     "sampling": (
         *("sampling_temperature", "sampling_top_p", "sampling_min_tokens", "sampling_max_tokens", "stop_string"),
     ),
     "evaluation": (
         *("eval_interval", "num_eval_examples", "num_final_eval_examples", "num_eval_samples"),
-        *("eval_sampling_temperature", "num_entropy_responses"),
+        *("eval_sampling_temperature", "num_entropy_responses", "num_printed_examples"),
     ),
     "devices and precision": (
         *("policy_device", "evaluator_device", "compute_dtype", "engine_dtype", "attn_implementation"),
@@ -60,7 +60,15 @@ GROUPS = {
         *("resume_with_changes", "wandb_mode", "wandb_project"),
     ),
     "time limits": (
-        *("max_rollout_seconds", "max_grade_seconds", "max_train_seconds", "max_evaluate_seconds", "max_save_seconds"),
+        "max_training_hours",
+        *(
+            "max_rollout_seconds",
+            "max_grade_seconds",
+            "max_reward_seconds",
+            "max_train_seconds",
+            "max_evaluate_seconds",
+            "max_save_seconds",
+        ),
     ),
 }
 # Keys that take a name of a table. The names are printed by `--help`, so that a new one needs no other change.
@@ -72,23 +80,50 @@ SCHEMAS = {  # schema -> command, YAML file
 }
 
 
-def help_text(schema: type[RunConfig], yaml_path: str | Path, command: str) -> str:
-    """Return every key of a schema with its default and meaning, by group."""
+def help_text(
+    schema: type[RunConfig], yaml_path: str | Path, command: str, values: Mapping[str, Any] | None = None
+) -> str:
+    """Return every key of a schema with its value, choices and meaning, by group.
+
+    Args:
+        schema: the script's configuration.
+        yaml_path: its YAML file.
+        command: how the script is started, after `python`.
+        values: the values of the preset that would be taken. Without them the defaults are shown alone.
+    """
+    program = f"{run_command('python')} {command}"
     lines = [
-        f"usage: {run_command('python')} {command} [key=value ...]",
-        f"       {run_command('python')} {command} --help KEY        explains one key",
+        f"usage: {program} [key=value ...]",
+        f"       {program} --help KEY        explains one key",
+        f"       {program} --show [key=value ...]        prints where each value comes from",
         "",
-        f"Values come from the defaults below, then {Path(yaml_path).name}, its preset, its recipe, the command line.",
-        f"config=FILE reads another YAML file than {Path(yaml_path).name}.",
+        f"Values come from the defaults, then {Path(yaml_path).name}, its preset, its recipe, each config=FILE,",
+        "the command line. The last counts.",
     ]
+    if values:
+        lines.append(f"Below are those of preset {values['preset']}; --help preset=NAME shows another's.")
     for group, keys in keys_by_group(schema).items():
         lines += ["", f"{group}:"]
         for key in keys:
-            names = f" (names: {', '.join(TABLES[key])})" if key in TABLES else ""
+            default, choices = default_of(schema, key), choices_of(schema, key)
+            shown = as_yaml((values or {}).get(key, schema.model_fields[key].default))
             lines += [
-                f"  {key}={default_of(schema, key)}",
-                _indented(f"{schema.model_fields[key].description}{names}", 6),
+                f"  {key}={shown}" + (f"   (default {default or 'empty'})" if shown != default else ""),
+                _indented(f"{schema.model_fields[key].description}{f' (choices: {choices})' if choices else ''}", 6),
             ]
+    return "\n".join(lines)
+
+
+def show_text(config: RunConfig, sources: Mapping[str, str]) -> str:
+    """Return a resolved configuration as YAML, by group. A comment says where each value comes from."""
+    values, here = config.model_dump(mode="json"), f"{Path.cwd()}/"
+    lines = []
+    for group, keys in keys_by_group(type(config)).items():
+        lines += ["", f"# {group}"] if lines else [f"# {group}"]
+        lines += [
+            f"{f'{key}: {as_yaml(values[key])}':<50}  # {sources.get(key, 'default').removeprefix(here)}"
+            for key in keys
+        ]
     return "\n".join(lines)
 
 
@@ -111,7 +146,7 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
         f"  default   {default_of(schema, key)}",
     ]
     if key in TABLES:
-        lines.append(f"  names     {', '.join(TABLES[key])}")
+        lines.append(f"  names     {choices_of(schema, key)}")
     if key in yaml_values:
         lines.append(f"  {Path(yaml_path).name}   {as_yaml(yaml_values[key])}")
     for kind in ("presets", "recipes"):
@@ -190,10 +225,26 @@ def type_of(schema: type[RunConfig], key: str) -> str:
     if key in TABLES:
         return "a name below, or file.py:function"
     annotation = schema.model_fields[key].annotation
-    if typing.get_origin(annotation) is typing.Literal:
-        *choices, last = map(str, typing.get_args(annotation))
-        return f"{', '.join(choices)} or {last}"
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    plain = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    return choices_of(schema, key) or plain
+
+
+def choices_of(schema: type[RunConfig], key: str) -> str:
+    """Return the names that a key takes, in words. It is empty if the key takes more than names.
+
+    >>> choices_of(GRPOConfig, "use_std_normalization"), choices_of(GRPOConfig, "num_eval_examples")
+    ('true, false, batch or mean', '')
+    """
+    if key in TABLES:
+        return ", ".join(TABLES[key])
+    annotation = schema.model_fields[key].annotation
+    parts = [annotation] if typing.get_origin(annotation) is typing.Literal else typing.get_args(annotation)
+    choices: list[typing.Any] = [
+        choice for part in parts for choice in (("true", "false") if part is bool else typing.get_args(part) or [None])
+    ]
+    if not choices or not all(isinstance(choice, str) for choice in choices):
+        return ""
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def as_yaml(value: Any) -> str:

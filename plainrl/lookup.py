@@ -6,8 +6,12 @@
 
 A file is executed once in a process, however often it is looked up. One that the program has imported is not executed
 again. One that failed is not kept, as with Python's own `import`.
+
+`TableOf` stands for a table of a module that is not imported yet. Its names are read from the module's source, so that
+the command line can be checked before torch is imported.
 """
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -15,7 +19,8 @@ import inspect
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +32,33 @@ T = TypeVar("T")
 PATH_FORMS = "file.py:function or package.module:function"
 _loaded: dict[Path, ModuleType] = {}
 _lock = threading.RLock()  # a file is half executed while another thread looks it up
+
+
+class TableOf(Mapping[Any, Any]):
+    """A table that a module holds. The module is imported when a value is asked for, not when a name is.
+
+    >>> losses = TableOf("GRPO_helper", "LOSSES")
+    >>> list(losses)[:2], "grpo_clip" in losses
+    (['no_baseline', 'reinforce_with_baseline'], True)
+    """
+
+    def __init__(self, module: str, table: str) -> None:
+        """Note where the table is: the module's name, and the name of its dictionary."""
+        self._module, self._table = module, table
+
+    def __getitem__(self, name: Any) -> Any:
+        return getattr(importlib.import_module(self._module), self._table)[name]
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._module in sys.modules:
+            return iter(getattr(sys.modules[self._module], self._table))
+        return iter(_names_in_source(self._module, self._table))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def look_up(name: str, table: Mapping[str, T], kind: str) -> T | Callable[..., Any]:
@@ -59,6 +91,19 @@ def look_up(name: str, table: Mapping[str, T], kind: str) -> T | Callable[..., A
     with _lock:
         module = load(place, setting)
     return _get_function(module, function_name, setting)
+
+
+@cache
+def _names_in_source(module: str, table: str) -> tuple[Any, ...]:
+    """Return the keys of a dictionary that is written out in a module's source."""
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin, f"{module} has no source"
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if table in names and isinstance(value := getattr(node, "value", None), ast.Dict):
+            return tuple(ast.literal_eval(key) for key in value.keys if key)
+    raise LookupError(f"{module} has no dictionary {table} that is written out")
 
 
 def _describe_unknown(name: str, table: Mapping[str, Any], kind: str) -> str:

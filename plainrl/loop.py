@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import Resumable, TrainingState, fingerprint
+from plainrl.clock import is_out_of_time
 from plainrl.config import TrainConfig
 from plainrl.distributed import rank
 from plainrl.guard import StopGuard
@@ -93,6 +94,7 @@ class TrainingLoop:
     def __iter__(self) -> Iterator[int]:
         print(f"evaluating before step {self._state.step + 1}", flush=True)
         self._save_and_evaluate()
+        self._end_if_out_of_time(self._state.step)
         steps = range(self._state.step + 1, self._num_steps + 1)
         self._progress = tqdm(
             steps, self._name, self._num_steps, unit="step", initial=self._state.step, disable=bool(rank())
@@ -103,8 +105,18 @@ class TrainingLoop:
             yield step
             self._run.complete_step(self._state, step)
             self._guard.stop_if_requested()
+            self._end_if_out_of_time(step)
             self._save_and_evaluate()
+            if step == self._num_steps:
+                break
         self._guard.stop_if_requested()
+
+    def _end_if_out_of_time(self, step: int) -> None:
+        """Make a step the last one if no further one fits into `max_training_hours`."""
+        max_hours = self._config.max_training_hours
+        if step < self._num_steps and max_hours and is_out_of_time(self._run.read_metrics(), max_hours):
+            tqdm.write(f"step {step} is the last: max_training_hours = {max_hours:g}", file=sys.stdout)
+            self._num_steps = step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -150,6 +162,7 @@ class TrainingLoop:
         if is_evaluated:
             metrics = self._evaluator.evaluate(state.policy, state.step)
             tqdm.write(describe_evaluation(metrics, state.step), file=sys.stdout)
+            self._run.show_evaluation(state.step, config.num_printed_examples)
             if state.step < self._num_steps:
                 with self._run.watched("evaluate"):
                     self._evaluator.sleep()

@@ -9,20 +9,40 @@ Rollout            a response with its rewards and its advantage
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # reading records should not wait for torch
     from torch import Tensor
 
 
+class Fields(dict[str, Any]):
+    """Columns of a record by name. Examples stand in sets, and so these have a hash: that of the names."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(frozenset(self))
+
+
+NO_FIELDS = Fields()
+
+
 class Example(NamedTuple):
-    """A question, the prompt that asks it, its ground truth, and the response to imitate where there is one."""
+    """A question, the prompt that asks it, its ground truth, and the response to imitate where there is one.
+
+    `fields` are the columns of the record that the reward asks for. `dataset` is the name of a further validation set.
+    """
 
     question: str
     prompt: str
     ground_truth: str | None
     response: str | None
     source: str
+    fields: Fields = NO_FIELDS
+    dataset: str = ""
+
+    @property
+    def reward_fields(self) -> dict[str, Any]:
+        """Return what a reward function may ask for, by name."""
+        return {**self.fields, "question": self.question, "prompt": self.prompt}
 
 
 class TokenizedExample(NamedTuple):

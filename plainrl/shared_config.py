@@ -1,12 +1,15 @@
 """The keys that all scripts or all training share. plainrl/config.py has the rest, and says how the schema is used."""
 
 import os
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from plainrl.grading.rewards import REWARD_FUNCTIONS, Reward, as_reward
-from plainrl.lookup import look_up
+from plainrl.reward_names import REWARD_FUNCTIONS, check_names, find_reward
+
+if TYPE_CHECKING:
+    from plainrl.grading.rewards import Reward
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DATA = "arithmetic"
@@ -62,14 +65,29 @@ class RunConfig(BaseModel):
     )
 
     prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
-    reward: str = Field(
-        "r1_zero", description="reward function: a name in REWARD_FUNCTIONS, or your own as file.py:function"
+    reward: str | tuple[str, ...] = Field(
+        "r1_zero",
+        description="reward function: a name in REWARD_FUNCTIONS, or your own as file.py:function. A weighted sum of "
+        "several is written as r1_zero*0.9+file.py:function*0.1, or as a list",
     )
     train_data: str = Field(
         EMBEDDED_DATA,
-        description=f"{EMBEDDED_DATA} (embedded), a JSON/JSONL/Parquet file, or hub owner/name[/configuration]:split",
+        description=f"{EMBEDDED_DATA} (embedded), a JSON, JSONL, CSV or Parquet file, or hub "
+        "owner/name[/configuration]:split",
     )
     validation_data: str = Field(EMBEDDED_DATA, description="held-out data, named like train_data")
+    extra_validation_data: dict[str, str] = Field(
+        {},
+        description="further held-out data by name, such as {gsm8k: test.jsonl}. Each set has its own metrics, "
+        "eval/NAME/*, on as many questions",
+    )
+    validation_fraction: float = Field(
+        0.0, ge=0, lt=1, description="share of train_data's questions to hold out instead of validation_data (0: none)"
+    )
+    validation_seed: int = Field(0, ge=0, description="seed that draws validation_fraction's questions")
+    question_field: str = Field("", description="field of the data that holds the question (empty: by its layout)")
+    answer_field: str = Field("", description="field that holds the right answer (empty: by its layout)")
+    trace_field: str = Field("", description="field that holds a worked response for SFT (empty: by its layout)")
     arithmetic_terms: tuple[int, int] = Field(
         (2, 4), description="fewest and most terms of an embedded arithmetic question"
     )
@@ -115,6 +133,9 @@ class RunConfig(BaseModel):
 
     max_rollout_seconds: float = Field(1800, gt=0, description="limit for a weight sync or a rollout phase, in seconds")
     max_grade_seconds: float = Field(900, gt=0, description="limit for the grading of a rollout batch, in seconds")
+    max_reward_seconds: float = Field(
+        30, gt=0, description="limit for one call of a reward function of your own, in seconds"
+    )
     max_train_seconds: float = Field(
         1800, gt=0, description="limit for scoring one batch, or for all optimizer steps on it, in seconds"
     )
@@ -146,10 +167,17 @@ class RunConfig(BaseModel):
             raise ValueError(f"{num_bytes} bytes are too many for the name of a folder: use at most {MOST_NAME_BYTES}")
         return value
 
+    @field_validator("extra_validation_data")
+    @classmethod
+    def _check_set_names(cls, value: dict[str, str]) -> dict[str, str]:
+        if wrong := [name for name in value if not re.fullmatch(r"[\w.-]*[A-Za-z][\w.-]*", name)]:
+            raise ValueError(f"extra_validation_data = {value}: call {wrong[0]!r} by letters, digits, ., _ and -")
+        return value
+
     @field_validator("reward")
     @classmethod
-    def _check_reward(cls, value: str) -> str:
-        look_up(value, REWARD_FUNCTIONS, "reward")
+    def _check_reward(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        check_names(value)
         return value
 
     @field_validator("sampling_temperature", "eval_sampling_temperature", check_fields=False)
@@ -195,16 +223,17 @@ class RunConfig(BaseModel):
             found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
         if self.float32_output_layer and self.compute_dtype == self.engine_dtype == "float32":
             found.append("float32_output_layer has no effect: compute_dtype and engine_dtype are float32 already")
-        if self.train_data != EMBEDDED_DATA == self.validation_data:
+        if self.train_data != EMBEDDED_DATA == self.validation_data and not self.validation_fraction:
             found.append(
-                f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data"
+                f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data, "
+                "or validation_fraction"
             )
         return found
 
     @property
-    def reward_function(self) -> Reward:
-        """Return the reward function of that name, or the user's own."""
-        return as_reward(look_up(self.reward, REWARD_FUNCTIONS, "reward"))
+    def reward_function(self) -> "Reward":
+        """Return the reward function of that name, the user's own, or the sum of several."""
+        return find_reward(self.reward, self.max_reward_seconds)
 
     @property
     def shares_gpu(self) -> bool:
@@ -251,10 +280,18 @@ class TrainConfig(RunConfig):
         le=MOST_EVAL_SAMPLES,
         description="responses per question in evaluations. With several, pass@k and maj@k are measured too",
     )
+    num_printed_examples: int = Field(
+        1, ge=0, description="right responses, and wrong ones, that are printed at each evaluation (0: none)"
+    )
     eval_sampling_temperature: float | None = Field(
         None, ge=0, le=2, description="softmax temperature in evaluations (0: greedy; null: sampling_temperature)"
     )
 
+    max_training_hours: float = Field(
+        0.0,
+        ge=0,
+        description="hours of steps and evaluations after which the run ends, its last step evaluated (0: no limit)",
+    )
     checkpoint_interval: int = Field(
         50, ge=1, description="steps between checkpoints, from which a run can be resumed. The last step has one, too"
     )

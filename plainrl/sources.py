@@ -1,81 +1,44 @@
-"""Read or make questions: from files, hub data sets, and the embedded arithmetic.
+"""Read or make records: from files, hub data sets, and the embedded arithmetic.
 
-A file or pipe holds JSON lines, one JSON array, or Parquet. Its content decides which, not its name. It is read once.
-Each record has one of these layouts.
-
-    {"problem", "reasoning_trace", "expected_answer", ...}   SFT traces (already end in </answer>)
-    {"problem", "expected_answer"}                           MATH validation
-    {"problem", "answer"[, "solution"], ...}                 MATH
-    {"prompt", "response"[, "ground_truth"]}                 SFT, prompt already written out
-    {"question", "answer": "... #### 72"}                    GSM8K
-
-A missing, empty, NaN or infinite answer is no answer. A list of answers holds alternatives, each of them right.
+A file or pipe holds JSON lines, one JSON array, CSV, or Parquet, perhaps compressed by gzip. Its content decides which,
+not its name. It is read once. plainrl/layouts.py says which fields a record may have.
 """
 
 import codecs
+import csv
+import gzip
 import hashlib
+import io
 import json
-import math
 import random
 import re
-import reprlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from decimal import Decimal
+import zlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from plainrl.devices import run_command
+from plainrl.layouts import FIELDS, Record
 from plainrl.records import UserError, first_line
 from plainrl.shared_config import EMBEDDED_DATA
 
 if TYPE_CHECKING:
     import pyarrow
 
-LAYOUTS = (
-    ("problem", "reasoning_trace", "expected_answer"),
-    ("problem", "expected_answer"),
-    ("problem", "answer"),
-    ("prompt", "response"),
-    ("question", "answer"),
-)
-FIELDS = {"ground_truth", "solution"}.union(*LAYOUTS)  # all that are ever looked at
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
+DELIMITERS = ",;\t"  # of CSV
 NUM_ARITHMETIC_TRAIN = 8192
 NUM_ARITHMETIC_VALIDATION = 1024
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record of a data set, before prompt and answer format are applied.
-
-    Args:
-        source: where the record stands, for messages.
-        question: the question alone.
-        ground_truth: the right answer, if known.
-        prompt: the prompt, already written out. If it is None, a template is filled in.
-        reasoning: a solution that still lacks the final answer.
-        wrong_answer: the final answer to write after `reasoning`. If it is None, the ground truth is used.
-        response: a complete response.
-        alternatives: further answers that are right.
-    """
-
-    source: str
-    question: str
-    ground_truth: str | None
-    prompt: str | None = None
-    reasoning: str | None = None
-    wrong_answer: str | None = None
-    response: str | None = None
-    alternatives: tuple[str, ...] = ()
-
-
-def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
+def read_records(source: str, also: Collection[str] | None = ()) -> Iterable[tuple[dict[str, Any], str]]:
     """Yield the records of a file, pipe or hub data set, each with the place where it stands (file and line).
 
     Args:
         source: path of a file or pipe, or `owner/name[/configuration]:split` of a hub data set.
+        also: columns of a table that are converted beside those of the layouts (None: all).
 
     Raises:
         UserError: the file is missing, empty or damaged (the message names the line or record), or a record is not an
@@ -84,11 +47,11 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
     path = Path(source)
     if not path_exists(path):
         if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?:[\w.-]+", source):
-            yield from _read_hub(source)
+            yield from _read_hub(source, also)
             return
         raise UserError(
-            f"data file {source} does not exist; docs/data.md says where to get data; or name a JSON, JSON lines or "
-            f"Parquet file, a hub data set as owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
+            f"data file {source} does not exist; docs/data.md says where to get data; or name a JSON, JSON lines, CSV "
+            f"or Parquet file, a hub data set as owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
         )
     if path.is_dir():
         raise UserError(f"data file {source} is a folder; name one file in it")
@@ -98,48 +61,19 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
         data = path.read_bytes()  # at once, because a pipe cannot be opened a second time
     except OSError as error:
         raise UserError(f"data file {source} cannot be read ({error.strerror})") from None
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"data file {source} is a damaged gzip file ({error}); compress it again") from None
     if data.startswith(b"PAR1"):
-        yield from _read_parquet(data, source)
+        yield from _read_parquet(data, source, also)
         return
-    for item, where in _read_json(decode_text(data, f"data file {source}"), source):
+    text = decode_text(data, f"data file {source}")
+    for item, where in (_read_csv if _is_csv(text) else _read_json)(text, source):
         if not isinstance(item, dict):
             raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
         yield item, where
-
-
-def parse_record(values: dict[str, Any], where: str) -> Record:
-    """Return a record in any of the layouts above.
-
-    Raises:
-        UserError: the fields fit no layout, or a required field is not text.
-    """
-    layout = next((layout for layout in LAYOUTS if all(name in values for name in layout)), None)
-    if layout is None:
-        raise UserError(
-            f"{where}: fields {sorted(values)} fit no known layout; needed is one of "
-            + ", ".join("+".join(layout) for layout in LAYOUTS)
-        )
-    answer_name = {"problem": layout[-1], "prompt": "ground_truth", "question": "answer"}[layout[0]]
-    answers = _answers(values.get(answer_name), answer_name, where)  # empty in two of MATH's 7,500 training records
-    answer, alternatives = (answers[0], tuple(answers[1:])) if answers else (None, ())
-    fields = {name: _text(values[name], name, where) for name in layout if name != answer_name}
-    if layout[0] == "question" and answer is not None:
-        solution, separator, answer = answer.rpartition("####")
-        if not separator or alternatives:
-            raise UserError(f"{where}: answer has no '#### <number>' at its end, as in GSM8K; add it")
-        reasoning = " ".join(re.sub(r"<<[^<>]*>>", "", solution).split())
-        return Record(where, fields["question"], answer.strip().replace(",", "") or None, reasoning=reasoning)
-    solution = values.get("solution") if layout[0] == "problem" else None
-    has_solution = isinstance(solution, str) and solution.strip()
-    return Record(
-        source=where,
-        question=fields[layout[0]],
-        ground_truth=answer,
-        prompt=fields.get("prompt"),
-        reasoning=_text(solution, "solution", where) if has_solution else None,
-        response=fields.get("reasoning_trace", fields.get("response")),
-        alternatives=alternatives,
-    )
 
 
 @cache
@@ -308,17 +242,51 @@ def _explain(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error).partition(";")[0]
 
 
-def _read_parquet(data: bytes, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _is_csv(text: str) -> bool:
+    """Return whether a text begins with a line of column names. JSON begins with a brace or a bracket."""
+    header = text.lstrip().partition("\n")[0]
+    return not header.startswith(("{", "[")) and any(mark in header for mark in DELIMITERS)
+
+
+def _read_csv(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the rows of a CSV file. All values are text. Commas, semicolons or tabs separate them."""
+    header = text.lstrip().partition("\n")[0]
+    reader = csv.reader(
+        io.StringIO(text.lstrip(), newline=""), delimiter=max(DELIMITERS, key=header.count), strict=True
+    )
+    first_line = text[: len(text) - len(text.lstrip())].count("\n")
+    names: list[str] = []
+    csv.field_size_limit(len(text) + 1)
+    try:
+        for row in reader:
+            where = f"{source}, line {first_line + reader.line_num}"
+            if not names:
+                names = [name.strip() for name in row]
+                if len(set(names)) < len(names):
+                    raise UserError(f"{where}: two columns have one name; rename one of {', '.join(names)}")
+            elif row and len(row) != len(names):
+                raise UserError(
+                    f"{where}: {len(row)} values, but the first line names {len(names)} columns; put values that hold "
+                    "a separator or a line break into double quotes"
+                )
+            elif row:
+                yield dict(zip(names, row, strict=True)), where
+    except csv.Error as error:
+        raise UserError(f"{source}, line {first_line + reader.line_num}: broken CSV ({error}); fix it") from None
+
+
+def _read_parquet(data: bytes, source: str, also: Collection[str] | None) -> Iterator[tuple[dict[str, Any], str]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(data))
         names = file.schema_arrow.names
-        doubled = {name for name in names if name in FIELDS and names.count(name) > 1}
+        chosen = [name for name in names if also is None or name.lower() in FIELDS or name in also]
+        doubled = {name for name in chosen if names.count(name) > 1}
         if doubled:
             raise UserError(f"data file {source} has several columns {doubled.pop()}; leave one")
-        table = file.read(columns=[name for name in names if name in FIELDS])
+        table = file.read(columns=chosen)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # all of them come of damaged files
         raise UserError(
             f"data file {source} starts like Parquet but cannot be read ({first_line(error)}); write it again"
@@ -326,7 +294,7 @@ def _read_parquet(data: bytes, source: str) -> Iterator[tuple[dict[str, Any], st
     yield from _read_table(table, names, file.metadata.num_rows, source)
 
 
-def _read_hub(source: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _read_hub(source: str, also: Collection[str] | None) -> Iterator[tuple[dict[str, Any], str]]:
     import datasets
 
     address, split = source.split(":")
@@ -339,14 +307,15 @@ def _read_hub(source: str) -> Iterator[tuple[dict[str, Any], str]]:
             f"`{run_command(f'hf download {owner}/{name} --repo-type=dataset')}` or name a local file"
         ) from error
     names = rows.column_names
-    table = rows.select_columns([name for name in names if name in FIELDS]).with_format("arrow")[:]
+    chosen = [name for name in names if also is None or name.lower() in FIELDS or name in also]
+    table = rows.select_columns(chosen).with_format("arrow")[:]
     yield from _read_table(table, names, len(rows), source)
 
 
 def _read_table(
     table: "pyarrow.Table", names: Sequence[str], num_rows: int, source: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the rows of a table. A column that no layout names is None, whatever it holds: it is not converted."""
+    """Yield the rows of a table. A column that was not chosen is None, whatever it holds: it is not converted."""
     columns = {name: _column_values(table.column(name), name, source) for name in table.column_names}
     for index in range(1, num_rows + 1):
         yield {name: next(columns[name]) if name in columns else None for name in names}, f"{source}, row {index}"
@@ -370,37 +339,3 @@ def _column_values(column: "pyarrow.ChunkedArray", name: str, source: str) -> It
                 f"{source}, row {index}: field {name} cannot be read as {column.type} ({first_line(error)}); "
                 "write it as text"
             ) from error
-
-
-def _is_missing(value: Any) -> bool:
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
-
-
-def _answers(value: Any, name: str, where: str) -> list[str]:
-    """Return the right answers as texts: one, those of a list, or none."""
-    values = value if isinstance(value, list) else [value]
-    return [_text(item, name, where) for item in values if not _is_missing(item)]
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    """Return a value as text: a text as it is, a finite number in digits, a whole one without a point.
-
-    pandas writes integers as 7.0 where some are missing.
-
-    Raises:
-        UserError: the value is something else, or the text holds what no tokenizer takes.
-    """
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, float | Decimal) and math.isfinite(value):
-        return format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: field {name} is {reprlib.repr(value)}; expected text")
-    strange = re.search("[\0\ud800-\udfff]", value)
-    if strange:
-        raise UserError(f"{where}: field {name} holds the character {strange[0]!r}, which is no text; remove it")
-    return value

@@ -1,8 +1,9 @@
 """What must happen before anything large is imported, if one of this project's scripts is the program.
 
-Importing torch and Transformers takes seconds. Until `run_main` handles signals, Ctrl-C ends the program at once and
-without a traceback, as it ends a program that is not in Python. A standard stream that the caller has closed
-(`>&-`) is opened again, for the next file to be opened would take its number, and be written to.
+Importing torch and Transformers takes seconds. A wrong argument, `--help` and `--show` are therefore answered before.
+Until `run_main` handles signals, Ctrl-C ends the program at once and without a traceback, as it ends a program that is
+not in Python. A standard stream that the caller has closed (`>&-`) is opened again, for the next file to be opened
+would take its number, and be written to.
 
 Of several ranks on a machine, each sees only its own GPU, and calls it cuda:0. What a GPU is called has to be settled
 before CUDA starts.
@@ -22,7 +23,8 @@ SCRIPTS = ("SFT_train.py", "GRPO_train.py", "policy_evaluation.py")
 
 def prepare_program() -> None:
     """Prepare the process if one of this project's scripts is the program; change nothing in any other."""
-    if not is_own_program(getattr(sys.modules.get("__main__"), "__file__", None), sys.orig_argv):
+    command = own_command(getattr(sys.modules.get("__main__"), "__file__", None), sys.orig_argv)
+    if not command:
         return
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -33,6 +35,10 @@ def prepare_program() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(own_gpu(os.environ))
+    if not command.startswith("-m plainrl."):  # such a module must not be imported before it is run
+        from plainrl.cli import check_arguments
+
+        check_arguments(command, sys.argv[1:])
 
 
 def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
@@ -54,17 +60,31 @@ def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
 def is_own_program(main_file: str | None, command: list[str]) -> bool:
     """Return whether a program is one of this project's.
 
-    Args:
-        main_file: the file of the module `__main__`. With `python -m` there is none while packages are imported.
-        command: what Python was started with.
+    Args: as for `own_command`.
 
     >>> is_own_program(str(REPOSITORY / "GRPO_train.py"), ["python", "GRPO_train.py"])
     True
     >>> is_own_program(None, ["python", "-m", "experiments.runs"]), is_own_program(None, ["python", "-m", "mine"])
     (True, False)
     """
+    return own_command(main_file, command) != ""
+
+
+def own_command(main_file: str | None, command: list[str]) -> str:
+    """Return how a program of this project is started, after `python`. Of any other program it is empty.
+
+    Args:
+        main_file: the file of the module `__main__`. With `python -m` there is none while packages are imported.
+        command: what Python was started with.
+
+    >>> own_command(str(REPOSITORY / "GRPO_train.py"), ["python", "GRPO_train.py"])
+    'GRPO_train.py'
+    >>> own_command(None, ["python", "-mexperiments.runs", "runs"]), own_command(None, ["python", "-m", "mine"])
+    ('-m experiments.runs', '')
+    """
     if main_file is not None:
         path = Path(main_file).resolve()
-        return path.parent == REPOSITORY.resolve() and path.name in SCRIPTS
+        return path.name if path.parent == REPOSITORY.resolve() and path.name in SCRIPTS else ""
     modules = (part[2:] or after for part, after in pairwise([*command, ""]) if part.startswith("-m"))
-    return next(modules, "").partition(".")[0] in ("experiments", "plainrl")
+    module = next(modules, "")
+    return f"-m {module}" if module.partition(".")[0] in ("experiments", "plainrl") else ""

@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 from plainrl.cli import PIPE_STATUS, command_of, load_config, read_yaml
 from plainrl.config import RolloutConfig, RunConfig, SFTConfig
-from plainrl.data import hold_out, load_sft_examples, load_validation_set
+from plainrl.data import hold_out, load_examples, load_sft_examples, load_validation_set
 from plainrl.devices import run_command
 from plainrl.distributed import environment_of_one_process, on_first
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
 from plainrl.records import Stopped, UserError
+from plainrl.shared_config import EMBEDDED_DATA
 from plainrl.sources import is_pipe, path_exists
 
 RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
@@ -31,9 +32,15 @@ SCRIPT = Path(__file__).parent.parent / "SFT_train.py"
 YAML = SCRIPT.with_name("config.yaml")
 # What the policy of a warm start depends on. A finished one is taken again if they are the same.
 DECISIVE = (
-    *("model", "prompt", "reward", "stop_string", "train_data", "validation_data"),
+    *("model", "prompt", "reward", "stop_string", "train_data", "validation_data", "extra_validation_data"),
+    *("validation_fraction", "validation_seed", "question_field", "answer_field", "trace_field"),
     *("arithmetic_terms", "arithmetic_max_term"),
 )
+# Of data without worked responses, the warm start takes none: it teaches the format on the embedded arithmetic.
+EMBEDDED = {"train_data": EMBEDDED_DATA, "validation_data": EMBEDDED_DATA} | {
+    key: RunConfig.model_fields[key].default
+    for key in ("extra_validation_data", "validation_fraction", "question_field", "answer_field", "trace_field")
+}
 # What the SFT run takes over: all but its name, its seed, and how it trains, which its preset says.
 INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"}
 
@@ -57,7 +64,7 @@ def apply_warm_start(config: RolloutConfigType, checkpoint: Path | None = None) 
     return config.model_copy(update={"model": str(model)})
 
 
-def reward_to_teach(config: RolloutConfig) -> str:
+def reward_to_teach(config: RolloutConfig) -> str | tuple[str, ...]:
     """Return the reward function whose format the warm start teaches: the first of the table with the same format."""
     write = config.reward_function.write_response
     return next((name for name, other in REWARD_FUNCTIONS.items() if other.write_response is write), config.reward)
@@ -80,7 +87,7 @@ def _find_model(config: RolloutConfig, presets: Mapping[str, Any]) -> Path:
 
 def _run_preset(config: RolloutConfig) -> Path:
     """Return the folder of the model that a preset of config.yaml trains. It is trained if it is not there."""
-    inherited = _inherited(config)
+    inherited = _inherited(config) | _data_to_teach(config)
     name = config.warm_start
     folder = Path(config.runs_dir) / name
     if different := _differences(folder, inherited):
@@ -116,6 +123,18 @@ def _run_preset(config: RolloutConfig) -> Path:
 def _inherited(config: RolloutConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", include=INHERITED)
     return values | {"reward": reward_to_teach(config)}
+
+
+def _data_to_teach(config: RolloutConfig) -> dict[str, Any]:
+    """Return what the SFT run takes instead of the run's own data, if that has no worked response; else nothing."""
+    if config.train_data == EMBEDDED_DATA or is_pipe(config.train_data):
+        return {}
+    with contextlib.redirect_stdout(io.StringIO()):  # it has been said
+        examples = load_examples(config.train_data, config, "train")
+    if any(example.response for example in examples):
+        return {}
+    print(f"warm start: {config.train_data} has no worked responses, so {EMBEDDED_DATA} teaches the format")
+    return EMBEDDED
 
 
 def _differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:

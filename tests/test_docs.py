@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,18 +23,19 @@ from tiny import REPOSITORY, expert_iteration_arguments, grpo_arguments, tiny_ar
 import GRPO_helper
 import GRPO_train
 import policy_evaluation
+import SFT_helper
 import SFT_train
-from experiments import expert_iteration
+from experiments import expert_iteration, sweep
 from GRPO_helper import LossInputs, compute_policy_gradient_loss
 from plainrl.cli import load_config
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
 from plainrl.data import fill_prompt, load_examples, load_prompt_template, load_questions, load_validation
 from plainrl.grading.rewards import grade_responses
-from plainrl.records import Example, Response, Rollout
+from plainrl.records import Example, Response, Rollout, mean
 
 DOCS = REPOSITORY / "docs"
 PAGES = ["grpo", "sft", "expert_iteration", "metrics", "how_to"]
-TEXTS = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *REPOSITORY.glob("results/*/README.md")])
+TEXTS = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *REPOSITORY.glob("results/**/README.md")])
 SCHEMAS = {
     "SFT_train.py": (SFTConfig, "config.yaml"),
     "policy_evaluation.py": (SFTConfig, "config.yaml"),
@@ -117,18 +119,21 @@ def test_metrics_page_names_functions_that_exist():
 def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder, tmp_path, monkeypatch):
     """Loss, reward function, prompt and data of how_to.md in one tiny run, which trains and logs their metrics."""
     monkeypatch.chdir(tmp_path)
-    for name in ("my_losses.py", "my_rewards.py"):
+    for name in ("my_losses.py", "my_level_reward.py"):
         Path(name).write_text(block(name))
     exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
+    hard = [{"question": f"What is 10 + {n}?", "answer": str(10 + n), "level": 2} for n in (20, 21, 22)]
+    Path("hard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hard))
     template = load_prompt_template("r1_zero")  # the tiny model answers in no other format
     Path("my.prompt").write_text(template)
     overrides = {
         "run_name": "mine",
         "loss_type": "my_losses.py:sapo",
-        "reward": "my_rewards.py:format_counts",
+        "reward": "my_level_reward.py:by_level",
         "prompt": "my.prompt",
-        "train_data": "my_train.jsonl",
-        "validation_data": "my_validation.jsonl",
+        "train_data": "my.csv",
+        "validation_fraction": 0.2,
+        "extra_validation_data": "{hard: hard.jsonl}",
         "rollout_batch_size": 32,
         "group_size": 8,
         "train_batch_size": 16,
@@ -142,8 +147,13 @@ def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder
     assert rows[0]["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert rows[1]["train/ratio_mean"] != rows[0]["train/ratio_mean"]
     batch = rows[-1]
-    partial = 0.1 * (batch["rollout/format_reward"] - batch["rollout/answer_reward"])
-    assert batch["rollout/reward"] == pytest.approx(batch["rollout/answer_reward"] + partial)
+    assert batch["rollout/answer_reward"] <= batch["rollout/reward"] <= 2 * batch["rollout/answer_reward"]
+    assert batch["reward/characters"] > 0 and batch["reward/errors"] == 0
+    evaluation = next(row for row in metrics_of(tmp_path / "mine") if "eval_step" in row)
+    assert evaluation["eval/num_examples"] == 8 and evaluation["eval/hard/num_examples"] == 3
+    rows = [json.loads(line) for line in (tmp_path / "mine/samples/hard/eval_000000.jsonl").read_text().splitlines()]
+    assert [row["ground_truth"] for row in rows] == ["30", "31", "32"]
+    assert evaluation["eval/hard/reward_characters"] == pytest.approx(mean([row["characters"] for row in rows]))
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------
@@ -187,6 +197,36 @@ def test_metrics_that_a_page_mentions_are_defined(page):
     assert set(mentioned) - defined - of_recipes == set()
 
 
+def test_the_first_screen_of_the_readme():
+    """At most 80 words before the first commands: a clone, and two; a figure and an answer that exist; 130 lines."""
+    text = (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    first = text.partition("```bash\n")
+    assert len(first[0].split()) <= 80
+    clone, *commands = first[2].partition("```")[0].splitlines()
+    assert clone.startswith("git clone ") and [command.partition("uv run ")[2].split()[1] for command in commands] == [
+        "SFT_train.py",
+        "GRPO_train.py",
+    ]
+    (figure,) = re.findall(r'<img src="([^"]+)"', text)
+    assert (REPOSITORY / figure).is_file()
+    answers = dict(row for row in rows_of(text) if len(row) == 2)
+    examples = (REPOSITORY / "results/warm-start/examples.txt").read_text().partition("What is 8 - 10 - 2?")[2]
+    before, after = examples.splitlines()[1:3]
+    assert (
+        answers["before training"] in before.replace("\\n", "") and answers["after 16 steps of SFT"].strip("`") in after
+    )
+    assert "## What it cannot do" in text
+
+
+def test_the_index_of_results_has_every_experiment():
+    """Each once, with its finding before it."""
+    rows = rows_of((REPOSITORY / "results/README.md").read_text())[2:]
+    linked = [name for row in rows for name in re.findall(r"\]\(([\w-]+)\)", row[1])]
+    assert sorted(linked) == sorted(path.parent.name for path in REPOSITORY.glob("results/*/README.md"))
+    assert all(len(row) == 3 and len(row[0]) > 20 for row in rows)
+
+
 def test_grpo_by_hand_learns():
     started = subprocess.run(
         [sys.executable, "docs/grpo_by_hand.py"],
@@ -209,13 +249,13 @@ def test_grpo_by_hand_learns():
 def test_every_command_is_accepted(tmp_path, monkeypatch):
     """Scripts with their keys, tests that exist; in a folder with the files that the page writes."""
     monkeypatch.chdir(tmp_path)
-    for name in ("my_losses.py", "my_rewards.py", "my_reward.py"):
+    for name in ("my_losses.py", "my_rewards.py", "my_reward.py", "my_level_reward.py"):
         Path(name).write_text(block(name))
     monkeypatch.setitem(GRPO_helper.LOSSES, "sapo", GRPO_helper.LOSSES["grpo_clip"])  # as if the recipe were done
     num_scripts = 0
     for code in blocks(HOW_TO, "bash"):
         for line in code.replace("\\\n", " ").splitlines():
-            words = line.split()
+            words = shlex.split(line, comments=True)
             if words[:3] == ["uv", "run", "pytest"]:
                 for file in [word for word in words if word.endswith(".py")]:
                     assert (REPOSITORY / file).is_file(), line
@@ -225,6 +265,71 @@ def test_every_command_is_accepted(tmp_path, monkeypatch):
                 load_config(schema, REPOSITORY / yaml_file, arguments)
                 num_scripts += 1
     assert num_scripts >= 7
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/assignment.md", "docs/data.md", "docs/running.md"])
+def test_commands_of_other_pages_are_accepted(page, tmp_path, monkeypatch):
+    """Also those inside tables; sweep files exist. What goes on with a run needs that run, and is left out."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_losses.py", "my_rewards.py"):
+        Path(name).write_text(block(name).replace("sapo", "my_loss").replace("format_counts", "my_reward"))
+    text = (REPOSITORY / page).read_text().replace("\\\n", " ")
+    commands = re.findall(r"uv run (?:--no-sync )?(python [^`\n]*)", text)
+    num_scripts = 0
+    for words in (shlex.split(command, comments=True)[1:] for command in commands if "resume=" not in command):
+        name = " ".join(words[: 2 if words[0] == "-m" else 1]).removeprefix("-m ")
+        arguments = words[2 if words[0] == "-m" else 1 :]
+        if name in SCHEMAS and not {"--help", "--show"} & set(arguments):
+            schema, yaml_file = SCHEMAS[name]
+            arguments = [re.sub("^data=", "validation_data=", argument) for argument in arguments]
+            preset = [] if any(argument.startswith("preset=") for argument in arguments) else ["preset=laptop"]
+            if "recipe=leaderboard" not in arguments:  # 1,024 tokens do not fit into the laptop's context
+                load_config(schema, REPOSITORY / yaml_file, [*preset, *arguments])
+            num_scripts += 1
+        elif name == "experiments.sweep" and not arguments[0].startswith("-"):
+            assert (REPOSITORY / arguments[0]).is_file() or "NAME" in arguments[0], arguments
+    assert num_scripts >= 2
+
+
+def test_the_page_of_the_assignment_has_every_problem_and_function():
+    """66 points in all, as the handout counts them."""
+    page = (DOCS / "assignment.md").read_text()
+    rows = [row for row in rows_of(page) if re.match(r"`\w+`", row[0]) and len(row) in (4, 6)]
+    assert sum(int(row[1]) for row in rows if row[1]) == 66
+    named = {re.findall(r"`(\w+)`", row[0])[0] for row in rows}
+    assert len(named) == 26
+    source = "".join(
+        (REPOSITORY / name).read_text() for name in ("SFT_helper.py", "GRPO_helper.py", "policy_evaluation.py")
+    )
+    for row in rows:
+        if len(row) == 4 and "helper" in row[2]:
+            assert f"def {row[0].strip('`')}(" in source, row
+
+
+def test_helpers_that_no_loop_calls_say_what_the_loops_call():
+    """What a student reads is what runs, or names it. The siblings exist, and are called."""
+    loops = "".join(path.read_text() for path in [*REPOSITORY.glob("*_train.py"), *REPOSITORY.glob("plainrl/*.py")])
+    siblings = {
+        SFT_helper.tokenize_prompt_and_output: "join_prompt_and_response_ids",
+        SFT_helper.get_response_log_probs: "get_masked_response_log_probs",
+        SFT_helper.sft_microbatch_train_step: "accumulate_gradients",
+        GRPO_helper.compute_group_normalized_rewards: "normalize_within_groups",
+        GRPO_helper.grpo_microbatch_train_step: "accumulate_gradients",
+    }
+    for function, sibling in siblings.items():
+        assert f"`{sibling}`" in (function.__doc__ or "")
+        assert re.search(rf"(?<!def )\b{sibling}[(,]", loops.replace("import", "")), sibling
+
+
+def test_the_recipe_of_the_leaderboard_keeps_the_rules():
+    for preset in ("one-gpu", "two-gpu"):
+        arguments = ["recipe=leaderboard", f"preset={preset}"]
+        config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", arguments)
+        assert (config.model, config.warm_start) == ("Qwen/Qwen2.5-Math-1.5B", "")
+        assert (config.prompt, config.reward, config.num_eval_examples) == ("r1_zero", "r1_zero", "all")
+        assert (config.evaluation_temperature, config.sampling_max_tokens, config.sampling_top_p) == (1, 1024, 1)
+        assert config.max_training_hours == 4 and config.n_grpo_steps * 1.0 > 4 * 3600  # steps of a second
+        assert config.warnings() == []
 
 
 def test_a_loss_of_ones_own_is_what_the_page_says(tmp_path, monkeypatch):
@@ -324,14 +429,42 @@ def test_a_reward_of_ones_own_is_what_the_page_says(tmp_path, monkeypatch):
 
 
 def test_data_of_ones_own_are_read(tmp_path, monkeypatch):
+    """144 sums; a fifth of them is 28.8."""
     monkeypatch.chdir(tmp_path)
     exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
-    keys = ["train_data=my_train.jsonl", "validation_data=my_validation.jsonl", "num_eval_examples=16"]
+    keys = ["train_data=my.csv", "validation_fraction=0.2"]
     config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *keys])
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
-    assert (len(questions), len(validation.everything)) == (48, 16)
-    assert questions[0].ground_truth == "3" and questions[0].question == "What is 1 + 2?"
+    assert (len(questions), len(validation.everything)) == (115, 29)
+    assert {example.question: example.ground_truth for example in questions + validation.everything} == {
+        f"What is {a} + {b}?": str(a + b) for a in range(1, 13) for b in range(1, 13)
+    }
+
+
+def test_a_reward_that_sees_a_column_is_what_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_level_reward.py").write_text(block("my_level_reward.py"))
+    exec(compile(block("make_my_data.py"), "make_my_data.py", "exec"), {})
+    keys = ["reward=my_level_reward.py:by_level", "train_data=my.csv", "validation_fraction=0.2"]
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", *keys])
+    levels = {example.question: example.fields for example in load_questions([], config)}
+    assert levels["What is 4 + 5?"] == {"level": "1"} and levels["What is 5 + 5?"] == {"level": "2"}
+    texts = [" </think> <answer> 10 </answer>", "9"]
+    fields = [levels["What is 5 + 5?"]] * 2
+    grades = grade_responses(texts, ["10"] * 2, config.reward_function, fields)
+    assert [grade.rewards["reward"] for grade in grades] == [2.0, 0.0]
+    assert [grade.rewards["characters"] for grade in grades] == [len(text) for text in texts]
+
+
+def test_a_sweep_of_ones_own_is_planned(tmp_path, monkeypatch, capsys):
+    """Four variants with two seeds each. tests/test_sweep.py runs one of one's own, and looks at its figure."""
+    monkeypatch.chdir(tmp_path)
+    (text,) = [code for code in blocks(HOW_TO, "yaml") if code.startswith("# my_sweep.yaml\n")]
+    Path("my_sweep.yaml").write_text(text)
+    sweep.main(["my_sweep.yaml", "--dry-run"])
+    planned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("to do")]
+    assert len(planned) == 8 and all("my_sweep-" in line for line in planned)
 
 
 def test_a_prompt_of_ones_own_is_filled(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from plainrl.grading import expressions
 from plainrl.grading.arithmetic import GradingError, Point
 from plainrl.grading.equality import NO_UNITS, UNITS, answers_match
 from plainrl.grading.expressions import constant, factor_between
+from plainrl.grading.own_rewards import RewardError
 from plainrl.grading.rewards import (
     REWARD_FUNCTIONS,
     Grade,
@@ -196,7 +198,7 @@ def test_a_function_of_ones_own_needs_to_return_its_reward_only():
 
 @pytest.mark.parametrize(
     "result",
-    [None, 1.0, [1.0], {}, {"answer_reward": 1.0}, {"reward": None}, {"reward": "1.0"}, {"reward": float("nan")},
+    [None, [1.0], {}, {"answer_reward": 1.0}, {"reward": None}, {"reward": "1.0"}, {"reward": float("nan")},
      {"reward": float("inf")}, {"reward": 1.0, "length": float("nan")}, {"reward": np.ones(2)}, {"reward": 10**400}],
     ids=lambda result: repr(result)[:30],
 )  # fmt: skip
@@ -204,12 +206,15 @@ def test_a_result_without_a_finite_reward_is_one_clear_error(result):
     def broken(response, truth):
         return result
 
-    for grade in (lambda: grade_response("a", "1", broken), lambda: grade_responses(["a"], ["1"], Reward(broken))):
-        with pytest.raises(ValueError, match=r"reward function \S*broken returned .*: return a dictionary of finite"):
-            grade()
+    message = r"reward function tests/test_grading.py:\S*broken returned .*: return a finite number, or a dictionary"
+    grade = grade_response("a", "1", broken)
+    assert grade.rewards == dict.fromkeys(("reward", "answer_reward", "format_reward"), 0.0)
+    assert grade.failure == "error" and re.search(message, grade.problem or "")
+    with pytest.raises(RewardError, match=message):
+        grade_responses(["a"], ["1"], Reward(broken))
 
 
-def test_a_function_of_ones_own_is_called_by_one_thread_at_a_time_and_its_errors_are_its_own():
+def test_a_function_of_ones_own_is_called_by_one_thread_at_a_time():
     running = []
 
     def slow(response, truth):
@@ -221,9 +226,7 @@ def test_a_function_of_ones_own_is_called_by_one_thread_at_a_time_and_its_errors
 
     with ThreadPoolExecutor(4) as threads:
         grades = list(threads.map(lambda response: grade_response(response, "1", slow), "abcdefgh"))
-    assert len(grades) == 8
-    with pytest.raises(ZeroDivisionError):
-        grade_responses(["a"], ["1"], lambda response, truth: {"reward": 1 / 0})
+    assert len(grades) == 8 and not any(grade.problem for grade in grades)
 
 
 def test_a_reward_with_an_extractor_of_ones_own_is_graded_by_equality():

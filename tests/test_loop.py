@@ -22,7 +22,7 @@ class FakeRun:
     """A run's folder that writes down what is asked of it, in order."""
 
     def __init__(self, path, events, step=0, train_step=0):
-        self.path, self.events, self.rows, self.saved = path, events, [], []
+        self.path, self.events, self.rows, self.saved, self.shown = path, events, [], [], []
         self._step, self._train_step = step, train_step
 
     def restore(self, state, num_steps):
@@ -34,6 +34,9 @@ class FakeRun:
 
     def log(self, row):
         self.rows.append(row)
+
+    def read_metrics(self):
+        return self.rows
 
     def watched(self, phase, seconds=None):
         self.events.append(phase)
@@ -48,6 +51,9 @@ class FakeRun:
         self.saved.append((state.step, state.policy.weight.item()))
         self.events.append(f"save {state.step}")
         return self.path / f"step_{state.step}"
+
+    def show_evaluation(self, step, num_printed):
+        self.shown.append(step)
 
     def prune_checkpoints(self, keep_last, keep_best):
         self.events.append(f"prune {keep_last} {keep_best}")
@@ -77,7 +83,14 @@ def make_loop(tmp_path):
         torch.nn.init.zeros_(policy.weight)
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         run = FakeRun(tmp_path, events, step, train_step)
-        values = {"checkpoint_interval": 100, "eval_interval": 100, "keep_last": 2, "keep_best": False}
+        values = {
+            "checkpoint_interval": 100,
+            "eval_interval": 100,
+            "keep_last": 2,
+            "keep_best": False,
+            "num_printed_examples": 1,
+        }
+        values["max_training_hours"] = 0.0
         loop = TrainingLoop(
             policy, None, optimizer, ["data"], num_steps, FakeEvaluator(events), run,
             SimpleNamespace(**(values | settings)), "test",
@@ -160,6 +173,7 @@ def test_saved_and_evaluated_at_the_intervals_and_after_the_last_step(make_loop)
         *("step 7 complete", "save 7", "evaluate 7", prune),
     ]
     assert loop.run.saved == [(2, 2.0), (4, 4.0), (6, 6.0), (7, 7.0)]  # the weights after the step
+    assert loop.run.shown == [0, 3, 6, 7]
 
 
 def test_an_evaluation_that_fails_loses_nothing(make_loop):
@@ -295,3 +309,19 @@ def test_a_stopped_and_resumed_run_in_a_real_folder_is_the_run_that_would_have_b
     for file in ("model/model.safetensors", "optimizer.safetensors"):
         path = f"checkpoints/step_000004/{file}"
         assert (stopped / path).read_bytes() == (straight / path).read_bytes()
+
+
+def test_a_run_ends_in_its_time_as_if_the_step_were_the_last(make_loop):
+    """Steps of 20 minutes, evaluations of 10, a limit of 1.6 hours = 96 minutes. After step 3 the clock stands at 70,
+    and a fourth step with an evaluation would end at 100."""
+    with make_loop(100, max_training_hours=1.6) as loop:
+        loop.run.rows.append({"eval_step": 0, "eval/seconds": 600.0})
+        steps = []
+        for step in loop:
+            steps.append(step)
+            loop.log([{}], {"time/step": 1200.0})
+    assert steps == [1, 2, 3]
+    assert loop.events[-4:] == ["step 3 complete", "save 3", "evaluate 3", "prune 2 False"]
+    with make_loop(100, step=3, max_training_hours=0.1) as loop:  # resumed when its time is over
+        loop.run.rows.append({"eval_step": 3, "eval/seconds": 600.0})
+        assert list(loop) == []

@@ -214,8 +214,8 @@ def test_another_configuration_file_is_not_ignored_on_resume(stopped_run):
         resumed(stopped_run, "config=config.yaml")
     arguments = ["resume=auto", f"runs_dir={stopped_run.path.parent}", f"config={REPOSITORY / 'config.yaml'}"]
     with pytest.raises(UserError, match="mine goes on with its own config.yaml; leave config out"):
-        load_config(SFTConfig, "unused.yaml", arguments)
-    assert load_config(SFTConfig, "unused.yaml", [*arguments, "run_name=new"]).run_name == "new"
+        load_config(SFTConfig, REPOSITORY / "config.yaml", arguments)
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, "run_name=new"]).run_name == "new"
 
 
 def test_a_torn_newest_checkpoint_is_reported_and_passed_over(stopped_run, tiny_model, tokenizer, capsys):

@@ -618,10 +618,20 @@ def documented_commands():
 
 ARGUMENTS = {  # of what is no script with a configuration
     "tests/kill_and_resume.py": {"--kills", "20", "--soak", "200"},
-    "experiments.sweep": {"--dry-run", "--gpus", "0,1", "--keep-weights", "seeds", "--variant"},
+    "experiments.sweep": {
+        "--dry-run",
+        "--gpus",
+        "0,1",
+        "keep_weights",
+        "seeds",
+        "--variant",
+        "--rerun",
+        "my_sweep.yaml",
+    },
+    "experiments.chat": {"question", "answer", "num_samples"},
     "experiments.benchmark": {*TURNS, "all", "gpu", "results_dir"},
     "experiments.pass_at_k": {"warm start", "GRPO"},
-    "experiments.runs": {"compare", "runs/A", "runs/B", "other_runs"},
+    "experiments.runs": {"compare", "report", "runs/A", "runs/B", "other_runs"},
     "tests/grader_report.py": {"pairs.tsv", "--math-verify"},
     "tests/grading_pairs.py": {"answers.jsonl"},
 }
@@ -639,7 +649,7 @@ def test_readme_commands_exist():
             assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
         else:
             assert (REPOSITORY / script).is_file() or "my_" in script, command  # one of the user's own
-        keys = {"data", "config", "--help"}.union(*(schema.model_fields for schema in schemas))
+        keys = {"data", "config", "--help", "--show"}.union(*(schema.model_fields for schema in schemas))
         keys |= ARGUMENTS.get(script, set())
         for argument in arguments:
             key = argument.partition("=")[0]

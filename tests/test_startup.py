@@ -71,7 +71,7 @@ def test_ctrl_c_stays_as_it_is_in_a_program_of_somebody_else(slow_torch, tmp_pat
     environment = slow_torch | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
     status, error = start_and_interrupt(["mine.py"], environment, cwd=tmp_path)
     assert (status, error.splitlines()[-1]) == (-signal.SIGINT, "KeyboardInterrupt")
-    program = "import signal, plainrl.startup as s; s.is_own_program = lambda *_: True; s.prepare_program(); "
+    program = "import signal, plainrl.startup as s; s.own_command = lambda *_: '-m mine'; s.prepare_program(); "
     program += "print(signal.getsignal(signal.SIGINT).name)"
     ignoring = (
         f"import os, signal, sys; signal.signal(2, signal.SIG_IGN); os.execv(sys.executable, ['p', '-c', {program!r}])"

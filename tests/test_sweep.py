@@ -14,10 +14,13 @@ import yaml
 from tiny import REPOSITORY
 
 from experiments import sweep, sweep_plan
+from experiments.curves import Curve
+from experiments.sweep_figures import own_figure, write_figures_and_table
 from experiments.sweep_plan import plan
 from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
 from plainrl.devices import run_command
 from plainrl.records import UserError
+from plainrl.run_folder import lock_folder
 
 # token_mean fails, masked_normalize waits for a signal in its first session, the others end well
 FAKE_SCRIPT = """
@@ -50,7 +53,11 @@ rows = [
     {"eval_step": 2, "eval_all/answer_reward": 0.375, "eval_all/num_examples": 16, "eval_all/seconds": 30.0},
 ]
 (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+for step in (1, 2):  # that of step 1 scored best
+    (folder / f"checkpoints/step_00000{step}/model").mkdir(parents=True)
+    (folder / f"checkpoints/step_00000{step}/model/weights").write_text(str(step))
 (folder / "final").mkdir()
+(folder / "final/weights").write_text("2")
 """
 VARIANTS = {"b": {"epochs_per_rollout_batch": 2}, "a": {"use_std_normalization": False}}
 
@@ -63,6 +70,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep_plan, "REPOSITORY", tmp_path)
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "write_figures_and_table", lambda *_: None)  # it takes seconds
     write_sweep()
     return tmp_path
 
@@ -83,7 +91,7 @@ def test_a_sweep_runs_collects_and_is_then_finished_without_its_runs(workplace, 
     first = rows[0]
     assert tuple(first) == RUN_COLUMNS
     assert 0 < float(first.pop("wall_minutes")) < 0.5
-    assert len(first.pop("fingerprint")) == 12
+    assert re.fullmatch("[0-9a-f]{12}-[0-9a-f]{12}", first.pop("fingerprint"))
     assert first == {
         **{"variant": "b", "seed": "0", "minutes": "4", "train_steps": "3", "peak_memory_gib": "3.5"},  # 240 seconds
         **{"last_answer_reward": "0.25", "best_answer_reward": "0.5", "num_eval_examples": "8"},
@@ -127,22 +135,54 @@ def test_one_variant_alone_is_run(workplace, capsys):
         run_sweep("--variant", "c")
 
 
-def test_weights_are_kept_where_asked_for(workplace):
-    run_sweep("--keep-weights", "seeds=[0]")
-    assert len(list(Path("runs").glob("*/final"))) == len(list(Path("runs").glob("*/checkpoints"))) == 2
+def weights_in(folder):
+    return {str(path.parent.relative_to(folder)): path.read_text() for path in folder.rglob("weights")}
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        ("none", {}),
+        ("last", {"final": "2"}),
+        ("best", {"best": "1"}),
+        ("all", {"final": "2", "checkpoints/step_000001/model": "1", "checkpoints/step_000002/model": "2"}),
+    ],
+)
+def test_weights_are_kept_where_asked_for(workplace, capsys, kept, left):
+    run_sweep(f"keep_weights={kept}", "seeds=[0]", "--variant", "a")
+    assert weights_in(Path("runs/mine-a-seed0")) == left
+    assert f"weights of finished runs: {sweep.KEPT[kept]}" in capsys.readouterr().out
+
+
+def test_a_sweep_file_may_keep_weights_and_the_command_line_counts_more(workplace):
+    write_sweep(keep_weights="best")
+    assert plan(Path("mine.yaml"), ["preset=laptop"])[1][0].keep_weights == "best"
+    assert plan(Path("mine.yaml"), ["preset=laptop", "keep_weights=none"])[1][0].keep_weights == "none"
+    with pytest.raises(UserError, match="keep_weights = first: use one of none, last, best, all"):
+        run_sweep("keep_weights=first")
+
+
+def test_without_a_checkpoint_that_was_evaluated_final_is_kept_and_that_is_said(workplace, capsys):
+    script = Path("GRPO_train.py")
+    script.write_text(script.read_text().replace("for step in (1, 2)", "for step in ()"))
+    run_sweep("keep_weights=best", "seeds=[0]", "--variant", "a")
+    assert weights_in(Path("runs/mine-a-seed0")) == {"final": "2"}
+    assert "no checkpoint was both saved and evaluated, so that final/ is kept" in capsys.readouterr().out
 
 
 def test_a_run_that_ended_before_it_was_collected_is_collected_and_not_run_again(workplace, capsys):
-    run_sweep("--keep-weights", "seeds=[0]")
+    run_sweep("keep_weights=all", "seeds=[0]")
     shutil.rmtree("results")
     run_sweep("seeds=[0]")  # the script would fail: there is a final/
     assert len(read_table(Path("results/mine/runs.csv"))) == 2
 
 
 def test_changed_settings_are_not_taken_for_the_same(workplace):
-    run_sweep("seeds=[0]", "--keep-weights")
+    run_sweep("seeds=[0]", "keep_weights=all")
     write_sweep(VARIANTS | {"b": {"epochs_per_rollout_batch": 4}})
-    with pytest.raises(UserError, match=r"results/mine/runs.csv: b, seed 0 .* remove the row, and runs/mine-b-seed0,"):
+    with pytest.raises(
+        UserError, match=r"results/mine/runs.csv: b, seed 0 was run with other settings .* --rerun b runs"
+    ):
         run_sweep()
     shutil.rmtree("results")
     with pytest.raises(UserError, match="mine-b-seed0 was run with other settings: epochs_per_rollout_batch 2 -> 4"):
@@ -155,6 +195,120 @@ def test_a_fingerprint_follows_from_what_is_computed_alone(workplace):
 
     same = fingerprint("learning_rate=1e-5", "wandb_mode=offline", "max_rollout_seconds=7200")
     assert same == fingerprint("learning_rate=0.00001", "runs_dir=elsewhere") != fingerprint("learning_rate=2e-5")
+
+
+def test_a_changed_preset_is_found_but_a_row_of_before_presets_were_counted_is_taken(workplace):
+    run_sweep("seeds=[0]")
+    table = Path("results/mine/runs.csv")
+    old = re.sub("(,[0-9a-f]{12})-[0-9a-f]{12},", r"\1,", table.read_text())
+    presets = Path("grpo_train.yaml").read_text()
+    Path("grpo_train.yaml").write_text(presets.replace("n_grpo_steps: 24", "n_grpo_steps: 25"))
+    assert Path("grpo_train.yaml").read_text() != presets
+    with pytest.raises(UserError, match="b, seed 0 was run with other values of its preset, or of a default"):
+        run_sweep("seeds=[0]")
+    table.write_text(old)
+    run_sweep("seeds=[0]")  # nothing is left to do
+
+
+def test_the_values_of_a_warm_start_are_in_the_fingerprint(workplace, monkeypatch):
+    (run, *_) = plan(Path("mine.yaml"), ["preset=laptop"])[1]
+    assert run.values["warm_start"]["preset"] == "warm-start" and "seed" not in run.values
+    text = sweep_plan.WARM_START_YAML.read_text()
+    other = workplace / "other.yaml"
+    other.write_text(text.replace("    num_sft_examples: 256\n", "    num_sft_examples: 255\n", 1))
+    monkeypatch.setattr(sweep_plan, "WARM_START_YAML", other)
+    (changed, *_) = plan(Path("mine.yaml"), ["preset=laptop"])[1]
+    assert (run.values["warm_start"]["num_sft_examples"], changed.values["warm_start"]["num_sft_examples"]) == (
+        256,
+        255,
+    )
+    assert changed.fingerprint != run.fingerprint
+
+
+def test_a_variant_is_run_again(workplace, capsys):
+    """Its rows and folders go, those of the others stay; with another setting, too."""
+    run_sweep("seeds=[0]", "keep_weights=all")
+    other = Path("runs/mine-a-seed0/config.yaml").stat().st_mtime_ns
+    write_sweep(VARIANTS | {"b": {"epochs_per_rollout_batch": 4}})
+    before = read_table(Path("results/mine/runs.csv"))
+    capsys.readouterr()
+    run_sweep("seeds=[0]", "--rerun", "b", "--dry-run")
+    assert "1 of 1 runs to go" in capsys.readouterr().out
+    assert read_table(Path("results/mine/runs.csv")) == before
+    run_sweep("seeds=[0]", "--rerun", "b", "keep_weights=all")
+    after = read_table(Path("results/mine/runs.csv"))
+    assert [row["variant"] for row in after] == ["b", "a"] and after[1] == before[1]
+    assert after[0]["fingerprint"] != before[0]["fingerprint"]
+    assert yaml.safe_load(Path("runs/mine-b-seed0/config.yaml").read_text())["epochs_per_rollout_batch"] == 4
+    assert Path("runs/mine-a-seed0/config.yaml").stat().st_mtime_ns == other
+    with pytest.raises(UserError, match="--rerun c: mine.yaml has b a"):
+        run_sweep("--rerun", "c")
+    with lock_folder(Path("runs/mine-b-seed0")), pytest.raises(UserError, match="is being written by process"):
+        run_sweep("seeds=[0]", "--rerun", "b")
+
+
+def test_the_same_error_twice_in_a_row_stops_the_sweep(workplace, capsys):
+    script = Path("GRPO_train.py")
+    failing = 'print(f"error: {folder.name} at {time.time()} has no data")\nsys.exit(2)\n'
+    script.write_text(script.read_text().replace('print("a line of output")\n', failing))
+    with pytest.raises(SystemExit):
+        run_sweep()
+    error = capsys.readouterr().err
+    assert error.startswith("the same error twice in a row: 2 runs are not started\nfailed:\n")
+    assert error.count("has no data") == 2 and not Path("runs/mine-b-seed1").exists()
+
+
+def test_two_different_errors_do_not_stop_a_sweep(workplace, capsys):
+    script = Path("GRPO_train.py")
+    failing = 'sys.exit(f"error: {(folder.name, len(folder.name) * chr(120))[seed]}")\n'.replace(
+        "[seed]", "[int(values['seed'])]"
+    )
+    script.write_text(script.read_text().replace('print("a line of output")\n', failing))
+    write_sweep({"b": {"epochs_per_rollout_batch": 2}})
+    with pytest.raises(SystemExit):
+        run_sweep()
+    assert "twice in a row" not in capsys.readouterr().err
+
+
+def test_any_sweep_gets_its_figure_and_its_table(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "write_figures_and_table", write_figures_and_table)
+    run_sweep()
+    readme = Path("results/mine/README.md").read_text()
+    assert readme.startswith("# mine\n\n<!-- table -->\n| variant | last |") and "![curves](mine.png)" in readme
+    rows = [line.split(" | ") for line in readme.splitlines() if line.startswith(("| b", "| a"))]
+    assert [row[1] for row in rows] == ["0.250 +- 0.000"] * 2
+    assert Path("results/mine/mine.png").read_bytes().startswith(b"\x89PNG")
+    Path("results/mine/README.md").write_text(readme.replace("# mine", "# What I found"))
+    run_sweep("--rerun", "a")
+    assert Path("results/mine/README.md").read_text() == readme.replace("# mine", "# What I found")
+    assert "drawn: results/mine/mine.png" in capsys.readouterr().out
+
+
+def test_the_sweep_of_how_to_is_valid_and_gets_its_figure(workplace, monkeypatch):
+    page = (REPOSITORY / "docs/how_to.md").read_text()
+    Path("my_sweep.yaml").write_text(re.search(r"^```yaml\n(# my_sweep.yaml\n.*?)^```$", page, re.S | re.M)[1])
+    for name in ("SFT_train.py", "GRPO_train.py"):
+        (workplace / name).write_text(FAKE_SCRIPT)
+    shutil.copy(REPOSITORY / "config.yaml", workplace)
+    monkeypatch.setattr(sweep, "write_figures_and_table", write_figures_and_table)
+    sweep.main(["my_sweep.yaml", "preset=laptop"])
+    planned = plan(Path("my_sweep.yaml"), ["preset=laptop"])[1]
+    rows = read_table(Path("results/my_sweep/runs.csv"))
+    assert {(row["variant"], row["seed"]) for row in rows} == {(run.variant, str(run.seed)) for run in planned}
+    assert Path("results/my_sweep/my_sweep.png").exists() and Path("results/my_sweep/README.md").exists()
+
+
+def test_the_panels_of_a_figure_follow_from_what_was_logged(workplace, monkeypatch):
+    run_sweep("seeds=[0]")
+    curves = [Curve("mine", variant, variant) for variant in VARIANTS]
+    (groups,) = own_figure("mine", curves, Path("results"), "").values()
+    assert [panel.metric for panel in groups[0].panels] == ["eval/answer_reward"]  # over optimizer steps
+    metrics = Path("results/mine/metrics.csv")
+    rows = [row | {"rollout/reward": "0.5"} if row["train_step"] else row for row in read_table(metrics)]
+    monkeypatch.setattr("experiments.sweep_figures.rows_of", lambda *_: rows)
+    (groups,) = own_figure("mine", curves, Path("results"), "").values()
+    assert [panel.axis for panel in groups[0].panels] == ["rollout_batches", "minutes"]
+    assert own_figure("mine", [Curve("mine", "gone", "gone")], Path("results"), "") == {}
 
 
 def test_what_tells_the_variants_apart_is_not_overridden_for_all_of_them(workplace):

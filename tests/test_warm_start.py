@@ -174,13 +174,37 @@ def test_small_data_of_ones_own_works_as_it_is(
 
 
 def test_data_that_a_warm_start_cannot_use_is_one_line(tmp_path, process):
-    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), **own_data(tmp_path, 9, solution=None))
-    with pytest.raises(UserError, match="warm_start = warm-start: .*have no response to imitate.*warm_start=FOLDER"):
-        apply_warm_start(config)
+    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), **own_data(tmp_path, 9))
     pipe = through_pipe((tmp_path / "train.jsonl").read_bytes())
     with pytest.raises(UserError, match=f"train_data = {pipe} is a pipe, which the warm start cannot read a second"):
         apply_warm_start(config.model_copy(update={"train_data": pipe}))
     assert process.commands == []
+
+
+def test_data_without_worked_responses_takes_the_embedded_warm_start(tmp_path, process, capsys):
+    """Own questions in two keys: the format is taught on the arithmetic, whose warm start may be there already."""
+    path = tmp_path / "mine.csv"
+    path.write_text("ask,result\n" + "".join(f"What is {n} + 1?,{n + 1}\n" for n in range(40)))
+    arguments = ["preset=laptop", f"runs_dir={tmp_path}", f"train_data={path}", "validation_fraction=0.2"]
+    arguments += ["question_field=ask", "answer_field=result"]
+    config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", arguments)
+    apply_warm_start(config)
+    assert f"{path} has no worked responses, so arithmetic teaches the format" in capsys.readouterr().out
+    (command,) = process.commands
+    plain = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", f"runs_dir={tmp_path}"])
+    apply_warm_start(plain)
+    assert process.commands[1] == command  # the one that any other run on a laptop begins with
+
+
+def test_a_warm_start_takes_over_an_own_split_and_further_sets(tmp_path, process):
+    """What SFT_train.py is started with reads back as it was given here."""
+    data = own_data(tmp_path, 9)
+    settings = {"validation_fraction": 0.3, "extra_validation_data": {"other": data["validation_data"]}}
+    apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), **data, **settings))
+    (command,) = process.commands
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", command)
+    assert {key: getattr(config, key) for key in settings} == settings
+    assert config.train_data == data["train_data"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from plainrl.checkpoint import TrainingState, fingerprint
-from plainrl.data import PROMPTS_FOLDER, format_response
 from plainrl.grading.rewards import REWARD_FUNCTIONS
+from plainrl.prompting import PROMPTS_FOLDER, format_response
 from plainrl.sources import arithmetic_records
 from policy_evaluation import Evaluator
 

@@ -9,23 +9,23 @@ where the format is kept and the answer equals the ground truth mathematically (
 exceeds a limit is graded 0, and the grade names the reason.
 
 To add a reward function, write the function and add one line to `REWARD_FUNCTIONS`. A function in a file of your own
-needs no change here: `reward=my_rewards.py:my_reward`.
+needs no change here: `reward=my_rewards.py:my_reward`. own_rewards.py says how it is called. `weighted_sum` makes one
+reward of several.
 """
 
 import json
-import math
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple
 
 from plainrl.grading.arithmetic import GradingError
 from plainrl.grading.equality import answers_match
+from plainrl.grading.own_rewards import USUAL_KEYS, CallError, RewardError, Wanted, call_reward, say_once, wanted_fields
 from plainrl.grading.spelling import MAX_ANSWER_CHARS, RULES
 
-# (response, ground truth) -> {"reward": ...}, with "format_reward" and "answer_reward" as a rule
-RewardFunction = Callable[[str, str], dict[str, float]]
+# (response, ground truth) -> {"reward": ...}, with "format_reward" and "answer_reward" as a rule, or a number
+RewardFunction = Callable[..., Any]
 
 NUM_WORKERS = 2  # threads that grade while others sample
 MAX_WORDS = 60  # of a ground truth; a longer one is a solution rather than an answer
@@ -33,15 +33,16 @@ SENTENCES = re.compile(r"[a-z0-9)$}][.!?]\s+[A-Z][a-z]*\s+[a-z0-9\\$]|\n\s*\n|\n
 WORDS = re.compile(r"\b(?!(?:and|or|text)\b)[A-Za-z]{2}|\d")
 
 
-class RewardError(ValueError):
-    """A reward function returned something that is no reward: the user's mistake, shown as one line."""
-
-
 class Grade(NamedTuple):
-    """The rewards of a response and, where its answer could not be compared, why."""
+    """The rewards of a response and, where it could not be graded, why.
+
+    `failure` is the kind that `count_failures` counts. `problem` says in one line what a function of the user's own
+    did wrong.
+    """
 
     rewards: dict[str, float]
     failure: str | None = None
+    problem: str | None = None
 
 
 def write_r1_zero(reasoning: str, answer: str) -> str:
@@ -54,6 +55,9 @@ def write_question_only(reasoning: str, answer: str) -> str:
     return f" {reasoning} The answer is \\boxed{{{answer}}}."
 
 
+NOTHING = Wanted(frozenset(), frozenset(), takes_all=False)
+
+
 @dataclass(frozen=True)
 class Reward:
     """A reward function, and what belongs to it.
@@ -63,16 +67,32 @@ class Reward:
         extract: returns the answer in a response, None if the format is not kept; `grade_answer` then grades it.
         write_response: maps (reasoning, answer) to the text of an SFT response in the format that `function` asks for.
         prompt: name of the prompt template in plainrl/prompts that asks for this format, if there is one.
+        max_seconds: limit for one call of `function`, in seconds (None: no limit).
+        parts: the rewards of a weighted sum, by name, each with its weight. They grade in place of `function`.
     """
 
     function: RewardFunction
     extract: Callable[[str], str | None] | None = None
     write_response: Callable[[str, str], str] = write_r1_zero
     prompt: str | None = None
+    max_seconds: float | None = None
+    parts: tuple[tuple[str, float, "Reward"], ...] = ()
 
-    def __call__(self, response: str, ground_truth: str) -> dict[str, float]:
+    def __call__(self, response: str, ground_truth: str, **fields: Any) -> Any:
         """Return the rewards of a response."""
-        return self.function(response, ground_truth)
+        return self.function(response, ground_truth, **fields)
+
+    @property
+    def wanted(self) -> Wanted:
+        """Return the fields of a record that the reward asks for."""
+        if self.parts:
+            found = [part.wanted for _, _, part in self.parts]
+            return Wanted(
+                frozenset().union(*(wanted.names for wanted in found)),
+                frozenset().union(*(wanted.required for wanted in found)),
+                any(wanted.takes_all for wanted in found),
+            )
+        return wanted_fields(self.function) if self.extract is None else NOTHING
 
 
 AnyReward = str | Reward | RewardFunction  # a name in `REWARD_FUNCTIONS`, or what belongs to it, or the function alone
@@ -142,38 +162,88 @@ def as_reward(reward_fn: AnyReward) -> Reward:
     return next((reward for reward in REWARD_FUNCTIONS.values() if reward.function is found), Reward(found))
 
 
-def grade_responses(responses: Sequence[str], ground_truths: Sequence[str], reward_fn: AnyReward) -> list[Grade]:
-    """Grade a batch of responses, and return the grades in their order; see `grade_response`."""
+def weighted_sum(parts: Sequence[tuple[str, float, Reward]]) -> Reward:
+    """Return the reward sum_i w_i R_i of several rewards by name.
+
+    Each R_i is logged under its name, and what else a function of the user's own returns as `NAME_KEY`. Format and
+    answer are those of the first part that has a format, else of the first part. So is what depends on the format.
+
+    >>> half = Reward(lambda response, truth: 0.5)
+    >>> both = weighted_sum([("right", 1.0, REWARD_FUNCTIONS["question_only"]), ("half", 0.25, half)])
+    >>> grade_response("\\\\boxed{2}", "2", both).rewards["reward"]
+    1.125
+    """
+    leading = next((part for _, _, part in parts if part.extract), parts[0][2])
+    return Reward(leading.function, leading.extract, leading.write_response, leading.prompt, parts=tuple(parts))
+
+
+def grade_responses(
+    responses: Sequence[str],
+    ground_truths: Sequence[str],
+    reward_fn: AnyReward,
+    fields: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Grade]:
+    """Grade a batch of responses, and return the grades in their order; see `grade_response`.
+
+    Raises:
+        RewardError: a function of the user's own failed for every response.
+    """
     reward = as_reward(reward_fn)
-    return [grade_response(response, truth, reward) for response, truth in zip(responses, ground_truths, strict=True)]
+    rows = zip(responses, ground_truths, fields or [{}] * len(responses), strict=True)
+    grades = [grade_response(response, truth, reward, given) for response, truth, given in rows]
+    report_problems(grades)
+    return grades
 
 
-def grade_response(response: str, ground_truth: str, reward_fn: AnyReward) -> Grade:
-    """Grade one response; whatever text it holds, the grader itself raises nothing for it. Any thread may call this.
+def report_problems(grades: Sequence[Grade]) -> None:
+    """Say what a function of the user's own did wrong in a batch.
 
-    A function of your own needs to return `reward` only. `answer_reward` is then taken to equal it, and `format_reward`
-    to be 1. It is never called by two threads at once, and what it raises is not caught. A result that is no
-    dictionary of finite numbers with `reward` among them raises a ValueError.
+    Raises:
+        RewardError: it failed for every response.
+    """
+    problems = [grade.problem for grade in grades if grade.problem]
+    if problems and len(problems) == len(grades):
+        raise RewardError(f"{problems[0]} (so did each of {len(grades)} responses)" if grades[1:] else problems[0])
+    for problem in problems:
+        say_once(problem)
 
-    >>> grade_response("7", "8", lambda response, truth: {"reward": -abs(float(response) - float(truth))}).rewards
+
+def grade_response(
+    response: str, ground_truth: str, reward_fn: AnyReward, fields: Mapping[str, Any] | None = None
+) -> Grade:
+    """Grade one response; whatever text it holds, nothing is raised for it. Any thread may call this.
+
+    A function of your own may return a number, or a dictionary that needs `reward` only. `answer_reward` is then taken
+    to equal it, and `format_reward` to be 1. If it fails, the response has rewards of 0, and the grade says why.
+
+    Args:
+        response: the text that was sampled.
+        ground_truth: the right answer.
+        reward_fn: the reward.
+        fields: of the record, for functions that ask for some.
+
+    >>> grade_response("7", "8", lambda response, truth: -abs(float(response) - float(truth))).rewards
     {'reward': -1.0, 'answer_reward': -1.0, 'format_reward': 1.0}
     """
     reward = as_reward(reward_fn)
+    if reward.parts:
+        return _grade_sum(response, ground_truth, reward, fields or {})
     if reward.extract is not None:
         return grade_answer(reward.extract(response), ground_truth)
-    with _one_by_one:
-        result = reward.function(response, ground_truth)
-    return Grade(_complete_rewards(result, reward.function))
+    try:
+        return Grade(call_reward(reward.function, response, ground_truth, fields or {}, reward.max_seconds))
+    except CallError as error:
+        return Grade(dict.fromkeys(USUAL_KEYS, 0.0), error.kind, str(error))
 
 
 def grade_answer(answer: str | None, ground_truth: Any) -> Grade:
     """Grade an extracted answer; None means that the response does not keep the format.
 
     >>> grade_answer("0.5", r"\\frac{1}{2}")
-    Grade(rewards={'format_reward': 1.0, 'answer_reward': 1.0, 'reward': 1.0}, failure=None)
+    Grade(rewards={'format_reward': 1.0, 'answer_reward': 1.0, 'reward': 1.0}, failure=None, problem=None)
     """
     if answer is None:
-        return Grade(dict.fromkeys(("format_reward", "answer_reward", "reward"), 0.0))
+        return Grade(dict.fromkeys(USUAL_KEYS, 0.0))
     answer, truths = clean_ground_truth(answer), _alternatives(clean_ground_truth(ground_truth))
     try:
         correct, failure = float(any(answers_match(answer, truth) for truth in truths)), None
@@ -226,31 +296,36 @@ def is_gradable(ground_truth: str, reward: Reward) -> bool:
         and len(text) <= MAX_ANSWER_CHARS
         and len(text.split()) <= MAX_WORDS
         and not SENTENCES.search(text)
-        and grade_response(reward.write_response("", text), text, reward).rewards["answer_reward"] == 1
+        and grade_answer(reward.extract(reward.write_response("", text)), text).rewards["answer_reward"] == 1
         for text in _alternatives(ground_truth)
     )
 
 
-_one_by_one = threading.RLock()  # a user's function need not be safe to call from several threads
+def own_means(rewards: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each value that a reward returns beside the usual three, over the responses that have it.
+
+    >>> own_means([{"reward": 1.0, "short": 1.0}, {"reward": 0.0, "short": 0.5}, {"reward": 0.0}])
+    {'short': 0.75}
+    """
+    names = dict.fromkeys(name for of_response in rewards for name in of_response if name not in USUAL_KEYS)
+    values = {name: [of_response[name] for of_response in rewards if name in of_response] for name in names}
+    return {name: sum(of_name) / len(of_name) for name, of_name in values.items()}
 
 
-def _complete_rewards(result: Any, function: RewardFunction) -> dict[str, float]:
-    """Return what a user's function returned as floats, with the two keys that it may leave out."""
-    items = result.items() if isinstance(result, Mapping) else ()
-    try:  # numbers of numpy and torch are numbers too; text, an array of several and an integer too large are none
-        rewards = {key: float(value) if isinstance(value, SupportsFloat) else math.nan for key, value in items}
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        rewards = {}
-    if "reward" not in rewards or not all(map(math.isfinite, rewards.values())):
-        name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
-        shown = repr(result) if len(repr(result)) <= 100 else f"{repr(result)[:100]}..."
-        raise RewardError(
-            f"the reward function {name} returned {shown}: return a dictionary of finite numbers with the key "
-            "'reward', for example {'reward': 1.0}"
-        )
-    rewards.setdefault("answer_reward", rewards["reward"])
-    rewards.setdefault("format_reward", 1.0)
-    return rewards
+def _grade_sum(response: str, ground_truth: str, reward: Reward, fields: Mapping[str, Any]) -> Grade:
+    """Grade a response by each part of a weighted sum. If a part fails, the whole response does."""
+    grades = [grade_response(response, ground_truth, part, fields) for _, _, part in reward.parts]
+    if broken := next((grade for grade in grades if grade.problem), None):
+        return broken
+    leading = grades[next((index for index, (_, _, part) in enumerate(reward.parts) if part.extract), 0)].rewards
+    rewards = {"format_reward": leading["format_reward"], "answer_reward": leading["answer_reward"]}
+    rewards["reward"] = sum(
+        weight * grade.rewards["reward"] for (_, weight, _), grade in zip(reward.parts, grades, strict=True)
+    )
+    for (name, _, _), grade in zip(reward.parts, grades, strict=True):
+        rewards[name] = grade.rewards["reward"]
+        rewards |= {f"{name}_{key}": value for key, value in grade.rewards.items() if key not in USUAL_KEYS}
+    return Grade(rewards, next((grade.failure for grade in grades if grade.failure), None))
 
 
 def _alternatives(ground_truth: str) -> list[str]:

@@ -1,0 +1,199 @@
+"""Ask a model, or several side by side: `uv run python -m experiments.chat model=runs/NAME/final`.
+
+    model=FOLDER                    a run, a model in Transformers format, or a hub name; empty: the embedded model
+    model=BEFORE model=AFTER        several models of one architecture, in columns
+    question="What is 3 + 4?"       ask this alone; without it questions are read from the terminal until Ctrl-D
+    answer=7                        the right answer: responses are graded. In the terminal: question => answer
+    num_samples=4                   responses to each question
+
+Any key of config.yaml may follow, such as sampling_temperature=0. A run's model is asked as it was trained: prompt
+template, stop string, limits and reward are those of its config.yaml. There is one engine. With several models the
+weights of each are copied into it in turn, as in training.
+"""
+
+import itertools
+import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plainrl.cli import answer_questions, read_yaml, resolve, run_main
+from plainrl.config import SFTConfig
+from plainrl.data import derive_seed
+from plainrl.devices import check_devices
+from plainrl.engine import init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
+from plainrl.grading.rewards import grade_responses
+from plainrl.policy import load_policy
+from plainrl.prompting import fill_prompt, load_prompt_template
+from plainrl.records import Response, UserError
+from plainrl.report.samples import printable
+from SFT_helper import encode_prompt
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+COMMAND = "-m experiments.chat"
+YAML = Path(__file__).parent.parent / "config.yaml"
+# What a run's model is asked with, if the command line does not say otherwise.
+OF_THE_RUN = (
+    *("prompt", "reward", "stop_string", "sampling_temperature", "sampling_top_p", "sampling_min_tokens"),
+    *("sampling_max_tokens", "max_context_tokens"),
+)
+GAP, LEAST_WIDTH = " | ", 20  # between columns, and of one, in characters
+
+
+class ChatConfig(SFTConfig):
+    """The keys of a chat: those of config.yaml, and its own."""
+
+    question: str = Field("", description="the only question (empty: questions are read from the terminal)")
+    answer: str = Field("", description="its right answer, by which responses are graded (empty: they are not)")
+    num_samples: int = Field(1, ge=1, description="responses to each question, of each model")
+
+
+class Model(NamedTuple):
+    """A model that is asked: its name, how it is asked, its weights and tokenizer."""
+
+    name: str
+    config: ChatConfig
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def main(arguments: list[str]) -> None:
+    """Load the models, start the engine, answer questions."""
+    answer_questions(COMMAND, ChatConfig, YAML, arguments)
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
+    others = [argument for argument in arguments if not argument.startswith("model=")]
+    configs = [resolve(ChatConfig, YAML, arguments_for(name, others)).config for name in names or [""]]
+    check_devices(configs[0])
+    models = [load_model(name or config.model, config) for name, config in zip(names or [""], configs, strict=True)]
+    require_one_architecture(models)
+    llm = start_engine(models)
+    for number, (question, answer) in enumerate(read_questions(configs[0])):
+        ask(models, llm, number, question, answer)
+
+
+def arguments_for(model: str, others: Sequence[str]) -> list[str]:
+    """Return the arguments with which a model is asked: those of its run, and over them those of the user.
+
+    A run is represented by its final/.
+    """
+    folder = Path(model)
+    if model and (folder / "config.yaml").is_file() and (folder / "final").is_dir():
+        folder = folder / "final"
+    run = next((parent for parent in folder.parents if (parent / "config.yaml").is_file()), None) if model else None
+    settings = read_yaml(run / "config.yaml") if run and (run / "environment.json").is_file() else {}
+    texts = {key: settings[key] for key in OF_THE_RUN if key in settings}
+    of_run = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in texts.items()]
+    return [*of_run, *others, *([f"model={folder}"] if model else [])]
+
+
+def load_model(name: str, config: ChatConfig) -> Model:
+    """Load the weights of a model into the CPU's memory, and its tokenizer."""
+    return Model(name, config, *load_policy(config.model_copy(update={"policy_device": "cpu"}), for_training=False))
+
+
+def require_one_architecture(models: Sequence[Model]) -> None:
+    """Raise a UserError if the weights of one model do not fit into the engine of the first."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in m.policy.state_dict().items()} for m in models]
+    for model, of_model in zip(models, shapes, strict=True):
+        if of_model != shapes[0]:
+            raise UserError(
+                f"model = {model.name} has other weights than {models[0].name}, and both share one engine: ask each "
+                "by a command of its own"
+            )
+
+
+def start_engine(models: Sequence[Model]) -> "LLM":
+    """Start the engine that all models share, with the weights of the first."""
+    config = models[0].config
+    return init_vllm(
+        models[0].tokenizer.name_or_path,
+        config.evaluator_device,
+        config.seed,
+        config.gpu_memory_utilization,
+        dtype=config.engine_dtype,
+        max_model_len=max(model.config.max_context_tokens for model in models),
+        cpu_cache_gib=config.engine_cache_gib,
+        enforce_eager=config.engine_eager,
+        float32_output_layer=config.float32_output_layer,
+    )
+
+
+def read_questions(config: ChatConfig) -> Iterator[tuple[str, str]]:
+    """Yield each question with its answer, which is empty if none is given: the only one, or those of the terminal."""
+    if config.question:
+        yield config.question, config.answer
+        return
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("type a question, or question => answer; Ctrl-D ends")
+    while True:
+        try:
+            line = input("\n> " if is_terminal else "")
+        except EOFError:
+            return
+        question, arrow, answer = line.rpartition("=>")
+        if question.strip() or (not arrow and line.strip()):
+            yield (question.strip(), answer.strip()) if arrow else (line.strip(), "")
+
+
+def ask(models: Sequence[Model], llm: "LLM", number: int, question: str, answer: str) -> None:
+    """Sample the responses of every model to a question, and print them: of several models in columns."""
+    columns = []
+    for model in models:
+        config = model.config
+        prompt = fill_prompt(load_prompt_template(config.prompt), question)
+        ids = encode_prompt(prompt, model.tokenizer)
+        if len(ids) + config.sampling_max_tokens > config.max_context_tokens:
+            print(
+                f"the prompt has {len(ids)} tokens, at most {config.max_context_tokens - config.sampling_max_tokens} "
+                "fit: ask a shorter question, or raise max_context_tokens"
+            )
+            return
+        if len(models) > 1:
+            load_policy_into_vllm_instance(model.policy, llm)
+        seeds = [derive_seed(config.seed, "chat", number, sample) for sample in range(config.num_samples)]
+        responses = sample_responses(llm, [ids] * len(seeds), sampling_params(config), seeds, with_log_probs=False)
+        columns.append([describe_response(response, question, prompt, answer, config) for response in responses])
+    if len(models) > 1:
+        print(f"\n{side_by_side([model.name for model in models], shutil.get_terminal_size().columns)}")
+    for row in zip(*columns, strict=True):
+        print(f"\n{side_by_side(row, shutil.get_terminal_size().columns)}", flush=True)
+
+
+def describe_response(response: Response, question: str, prompt: str, answer: str, config: ChatConfig) -> str:
+    """Return a response as it is shown: its text, its length, and its grade if an answer is given."""
+    notes = [f"{len(response.token_ids)} tokens"]
+    notes += ["cut"] if response.finish_reason == "length" else []
+    if answer:
+        fields = [{"question": question, "prompt": prompt}]
+        (grade,) = grade_responses([response.text], [answer], config.reward_function, fields)
+        is_right = grade.rewards["answer_reward"] == 1
+        notes.insert(0, f"{'right' if is_right else 'wrong'}, reward {grade.rewards['reward']:g}")
+    return f"{printable(response.text.strip())}\n[{', '.join(notes)}]"
+
+
+def side_by_side(texts: Sequence[str], width: int) -> str:
+    """Return texts in columns of equal width, wrapped. A single text stays as it is.
+
+    >>> print(side_by_side(["one two three four five six", "seven"], width=45))
+    one two three four    | seven
+    five six              |
+    """
+    if len(texts) == 1:
+        return texts[0]
+    own = max(LEAST_WIDTH, (width - len(GAP) * (len(texts) - 1)) // len(texts))
+    columns = [[piece for line in text.splitlines() for piece in textwrap.wrap(line, own) or [""]] for text in texts]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(GAP.join(piece.ljust(own) for piece in row).rstrip() for row in rows)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,95 @@
+"""The chat: how a run's model is asked, and two models side by side with the engine of all tests."""
+
+import io
+import re
+
+import pytest
+import yaml
+from tiny import tiny_arguments
+
+from experiments import chat
+from experiments.chat import ChatConfig, arguments_for, describe_response, read_questions, side_by_side
+from plainrl.records import Response, UserError
+
+
+def make_run(folder, **settings):
+    """The folder of a finished run that was trained with some settings."""
+    (folder / "final").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "environment.json").write_text("{}")
+    return folder
+
+
+def test_a_model_is_asked_as_its_run_was_trained(tmp_path):
+    run = make_run(tmp_path / "mine", prompt="question_only", stop_string="", sampling_max_tokens=7, learning_rate=1.0)
+    own = ["prompt=question_only", "stop_string=", "sampling_max_tokens=7"]
+    for model in (run, run / "final"):  # the folder of a run stands for its final policy
+        assert arguments_for(str(model), ["seed=1"]) == [*own, "seed=1", f"model={run / 'final'}"]
+    checkpoint = run / "checkpoints/step_000001/model"
+    assert arguments_for(str(checkpoint), ["prompt=r1_zero"])[-2:] == ["prompt=r1_zero", f"model={checkpoint}"]
+    (run / "environment.json").unlink()  # another program's config.yaml says nothing
+    assert arguments_for(str(run / "final"), []) == [f"model={run / 'final'}"]
+    assert arguments_for("", ["seed=1"]) == ["seed=1"]
+
+
+def test_questions_are_read_with_their_answers(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is a => b? => 7\n\nWhat?\n => 3\n"))
+    assert list(read_questions(ChatConfig())) == [("What is a => b?", "7"), ("What?", "")]
+    assert list(read_questions(ChatConfig(question="x", answer="y"))) == [("x", "y")]
+
+
+def test_a_response_is_shown_with_its_grade_and_cannot_command_the_terminal():
+    response = Response([1], " 3. </think> <answer> 3 </answer>\x1b[2J", [5, 6], [], "length")
+    shown = describe_response(response, "What is 1 + 2?", "prompt", "3", ChatConfig())
+    assert shown == "3. </think> <answer> 3 </answer>\\x1b[2J\n[right, reward 1, 2 tokens, cut]"
+    assert describe_response(response, "q", "p", "", ChatConfig()).endswith("[2 tokens, cut]")
+
+
+def test_a_long_text_is_wrapped_in_its_column():
+    lines = side_by_side(["a" * 50, "b\n\nc"], width=63).splitlines()
+    assert lines == ["a" * 30 + " | b", "a" * 20 + " " * 10 + " |", " " * 30 + " | c"]
+
+
+@pytest.fixture
+def arguments(engine, monkeypatch, tiny_model_folder, answering_model_folder, tmp_path):
+    """Two models of one architecture, with the engine of all tests."""
+    monkeypatch.setattr(chat, "init_vllm", lambda *_, **__: engine)
+    monkeypatch.setenv("COLUMNS", "200")
+    shared = [argument for argument in tiny_arguments("", tmp_path) if not argument.startswith("model=")]
+    return [*shared, f"model={tiny_model_folder}", f"model={answering_model_folder}"]
+
+
+def test_two_models_are_asked_side_by_side(arguments, capsys):
+    """The second one keeps the format, and its own weights are in the engine. A question is sampled anew each time."""
+    chat.main([*arguments, "question=What is 1 + 2?", "answer=3", "num_samples=3"])
+    lines = capsys.readouterr().out.splitlines()
+    grades = [re.findall(r"\[(right|wrong), reward ([01]), \d+ tokens(?:, cut)?\]", line) for line in lines]
+    assert [len(found) for found in grades if found] in ([2, 2, 2], [1] * 6)  # columns may differ in height
+    columns = [line.partition(" | ")[::2] for line in lines if " | " in line]
+    assert sum("<answer>" in right for _, right in columns) == 3
+    assert sum("<answer>" in left for left, _ in columns[1:]) == 0
+
+
+def test_models_of_two_architectures_are_refused(arguments, tmp_path, tiny_model):
+    from transformers import AutoTokenizer
+
+    tiny_model.resize_token_embeddings(520)
+    tiny_model.save_pretrained(tmp_path / "other")
+    first = next(argument for argument in arguments if argument.startswith("model=")).removeprefix("model=")
+    AutoTokenizer.from_pretrained(first).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="has other weights than .*: ask each by a command of its own"):
+        chat.main([*arguments, f"model={tmp_path / 'other'}", "question=x"])
+
+
+def test_a_question_that_is_too_long_is_said_and_the_next_is_answered(arguments, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'1 + ' * 400}\nWhat is 1 + 2?\n"))
+    chat.main(arguments[:-1])
+    output = capsys.readouterr().out
+    assert "tokens, at most 368 fit: ask a shorter question" in output and re.search(r"\[\d+ tokens", output)
+
+
+def test_help_names_its_own_keys(capsys):
+    with pytest.raises(SystemExit):
+        chat.main(["--help"])
+    output = capsys.readouterr().out
+    assert "num_samples" in output and "responses to each question, of each model" in output

@@ -1,0 +1,178 @@
+"""Configuration as people expect it: files overlay, the last key wins, --show and --help say where values come from."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny import REPOSITORY
+
+from plainrl.cli import load_config
+from plainrl.config import GRPOConfig, SFTConfig
+from plainrl.help import choices_of
+from plainrl.lookup import TableOf
+from plainrl.records import UserError
+
+GRPO_YAML = REPOSITORY / "grpo_train.yaml"
+PROGRAMS = (["GRPO_train.py"], ["SFT_train.py"], ["policy_evaluation.py"], ["-m", "experiments.expert_iteration"])
+
+
+def write(path, text):
+    path.write_text(text)
+    return f"config={path}"
+
+
+def test_a_file_with_one_key_overlays_the_preset(tmp_path):
+    own = write(tmp_path / "mine.yaml", "learning_rate: 3.0e-5\n")
+    plain = load_config(GRPOConfig, GRPO_YAML, ["preset=laptop"]).model_dump()
+    changed = load_config(GRPOConfig, GRPO_YAML, ["preset=laptop", own]).model_dump()
+    assert {key for key in plain if plain[key] != changed[key]} == {"learning_rate"}
+    assert (plain["n_grpo_steps"], changed["n_grpo_steps"], changed["warm_start"]) == (24, 24, "warm-start")
+
+
+def test_later_files_and_the_command_line_win(tmp_path):
+    first = write(tmp_path / "a.yaml", "seed: 1\ncliprange: 0.1\ntrain_batch_size: 32\n")
+    second = write(tmp_path / "b.yaml", "seed: 2\ncliprange: 0.3\n")
+    config = load_config(GRPOConfig, GRPO_YAML, ["preset=laptop", first, "seed=3", second])
+    assert (config.seed, config.cliprange, config.train_batch_size) == (3, 0.3, 32)
+
+
+def test_a_file_may_bring_presets_and_recipes_of_its_own(tmp_path):
+    text = "preset: mine\nrecipe: short\npresets:\n  mine: {seed: 4}\n  laptop: {seed: 5}\n"
+    own = write(tmp_path / "mine.yaml", text + "recipes:\n  short: {sampling_max_tokens: 32}\n")
+    config = load_config(GRPOConfig, GRPO_YAML, [own])
+    assert (config.preset, config.seed, config.recipe, config.sampling_max_tokens) == ("mine", 4, "short", 32)
+    assert config.n_grpo_steps == GRPOConfig().n_grpo_steps  # of no preset of the script
+    config = load_config(GRPOConfig, GRPO_YAML, [own, "preset=laptop", "recipe=dapo"])
+    assert (config.seed, config.n_grpo_steps, config.dynamic_sampling, config.sampling_max_tokens) == (5, 24, True, 64)
+    with pytest.raises(UserError, match=r"^preset = two: .*grpo_train.yaml and .*mine.yaml have laptop, .*, mine$"):
+        load_config(GRPOConfig, GRPO_YAML, [own, "preset=two"])
+
+
+def test_a_mistake_in_an_overlay_names_its_file(tmp_path):
+    own = write(tmp_path / "mine.yaml", "sed: 1\n")
+    with pytest.raises(UserError, match=r"^unknown key sed \(.*mine.yaml\): did you mean seed\?$"):
+        load_config(GRPOConfig, GRPO_YAML, ["preset=laptop", own])
+
+
+def test_of_a_key_that_is_given_twice_the_last_counts():
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=laptop", "seed=1", "seed=2"])
+    assert config.seed == 2
+
+
+def shown_by(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(GRPOConfig, GRPO_YAML, arguments)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_show_prints_the_configuration_with_the_source_of_each_value(tmp_path, capsys):
+    own = write(tmp_path / "mine.yaml", "cliprange: 0.3\n")
+    arguments = ["preset=laptop", "recipe=dapo", own, "seed=7"]
+    text = shown_by(["--show", *arguments], capsys)
+    config = load_config(GRPOConfig, GRPO_YAML, arguments)
+    loaded = write(tmp_path / "shown.yaml", text)  # it can be given as a file
+    assert load_config(GRPOConfig, GRPO_YAML, [loaded]) == config
+    sources = {line.partition(":")[0]: line.partition("  # ")[2] for line in text.splitlines() if "  # " in line}
+    assert sources.keys() == GRPOConfig.model_fields.keys()
+    expected = {
+        "seed": "command line",
+        "cliprange": f"{tmp_path}/mine.yaml",
+        "dynamic_sampling": f"{GRPO_YAML}, recipe dapo",
+        "n_grpo_steps": f"{GRPO_YAML}, preset laptop",
+        "group_size": f"{GRPO_YAML}",
+        "kl_estimator": "default",
+    }
+    here = f"{os.getcwd()}/"
+    assert {key: sources[key] for key in expected} == {k: v.removeprefix(here) for k, v in expected.items()}
+
+
+def test_help_shows_choices_and_the_values_of_the_preset(capsys):
+    text = shown_by(["--help", "preset=one-gpu"], capsys)
+    lines = text.splitlines()
+    preset = yaml.safe_load(GRPO_YAML.read_text())["presets"]["one-gpu"]
+    assert preset["sampling_max_tokens"] == 1024 and preset["eval_interval"] == 5
+    assert "  eval_interval=5   (default 50)" in lines and "  sampling_max_tokens=1024" in lines
+    assert "Below are those of preset one-gpu; --help preset=NAME shows another's." in lines
+    words = " ".join(text.split())
+    for choices in (
+        "(choices: no_baseline, reinforce_with_baseline, grpo_clip, grpo_no_clip, cispo)",
+        "(choices: r1_zero, question_only)",
+        "(choices: masked_mean, masked_normalize or token_mean)",
+        "(choices: true, false, batch or mean)",
+    ):
+        assert choices in words
+    assert choices_of(SFTConfig, "lr_schedule") == "constant or cosine"
+
+
+def test_help_asks_no_gpu(monkeypatch, capsys):
+    """Else it would wait for torch; the preset that it shows is named."""
+    monkeypatch.setattr("plainrl.cli.has_gpu_driver", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: pytest.fail("asked"))
+    assert "Below are those of preset one-gpu;" in shown_by(["--help"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *(("GRPO_helper", name) for name in ("LOSSES", "LENGTH_NORMALIZATIONS", "ADVANTAGE_SCALES")),
+        *(("plainrl.corrections", name) for name in ("ENGINE_CORRECTIONS", "KL_ESTIMATORS", "RATIO_LEVELS")),
+        ("SFT_helper", "LENGTH_NORMALIZATIONS"),
+        ("plainrl.grading.rewards", "REWARD_FUNCTIONS"),
+    ],
+)
+def test_the_names_of_a_table_in_the_source_are_those_of_the_table(module, name, monkeypatch):
+    import importlib
+
+    table = getattr(importlib.import_module(module), name)
+    monkeypatch.delitem(sys.modules, module)
+    named = TableOf(module, name)
+    assert list(named) == list(table) and len(named) == len(table) and module not in sys.modules
+
+
+def run_without_torch(arguments, tmp_path, **options):
+    """Run a script where torch cannot be imported; return status, output, error and the seconds of CPU time."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    before = os.times()
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return result.returncode, result.stdout, result.stderr, used
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[-1])
+def test_a_typo_and_help_are_answered_in_under_a_second(program, tmp_path):
+    """Nothing large is imported before the arguments are read. CPU time counts, as other programs may run beside."""
+    answers = {
+        "lerning_rate=1e-5": (2, "error: unknown key lerning_rate (command line): did you mean learning_rate?\n"),
+        "learning_rate=fast": (2, "error: learning_rate = 'fast' (command line): input should be a valid number, "),
+        "--help": (0, ""),
+        "--show": (0, ""),
+    }
+    for argument, (status, message) in answers.items():
+        returned, output, error, seconds = run_without_torch([*program, argument], tmp_path)
+        assert returned == status and error.startswith(message), error
+        assert bool(output) == (status == 0)
+        assert seconds < 1, argument
+
+
+def test_a_configuration_from_a_pipe_is_left_to_the_script(tmp_path):
+    """It could not be read a second time."""
+    arguments = ["SFT_train.py", "config=/dev/stdin"]
+    assert run_without_torch(arguments, tmp_path, input="sed: 1")[:3] == (1, "", "torch was imported\n")
+
+
+def test_the_programs_of_others_are_left_alone(tmp_path):
+    """A program that is not in the list reads its own arguments."""
+    status, _, error, _ = run_without_torch(["-m", "experiments.runs", "lerning_rate=1"], tmp_path)
+    assert (status, error) == (1, "torch was imported\n")

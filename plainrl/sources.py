@@ -1,6 +1,7 @@
 """Read or make questions: from files, hub data sets, and the embedded arithmetic.
 
-A file or pipe holds JSON lines, one JSON array, or Parquet. Its content decides which, not its name. It is read once.
+A file or pipe holds JSON lines, one JSON array, or Parquet. Its content decides which, not its name. Gzipped, it is
+unpacked. It is read once.
 Each record has one of these layouts.
 
     {"problem", "reasoning_trace", "expected_answer", ...}   SFT traces (already end in </answer>)
@@ -13,12 +14,14 @@ A missing, empty, NaN or infinite answer is no answer. A list of answers holds a
 """
 
 import codecs
+import gzip
 import hashlib
 import json
 import math
 import random
 import re
 import reprlib
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -41,6 +44,7 @@ LAYOUTS = (
     ("question", "answer"),
 )
 FIELDS = {"ground_truth", "solution"}.union(*LAYOUTS)  # all that are ever looked at
+GZIP = b"\x1f\x8b"  # how gzipped data begin
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 NUM_ARITHMETIC_TRAIN = 8192
 NUM_ARITHMETIC_VALIDATION = 1024
@@ -90,6 +94,23 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
             f"data file {source} does not exist; docs/data.md says where to get data; or name a JSON, JSON lines or "
             f"Parquet file, a hub data set as owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
         )
+    data = read_data_file(source)
+    if data.startswith(b"PAR1"):
+        yield from _read_parquet(data, source)
+        return
+    for item, where in _read_json(decode_text(data, f"data file {source}"), source):
+        if not isinstance(item, dict):
+            raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
+        yield item, where
+
+
+def read_data_file(source: str) -> bytes:
+    """Return the content of a file or pipe. If it is gzipped, it is unpacked.
+
+    Raises:
+        UserError: it is a folder or a device, it cannot be read, or its gzip data are damaged.
+    """
+    path = Path(source)
     if path.is_dir():
         raise UserError(f"data file {source} is a folder; name one file in it")
     if not path.is_file() and not is_pipe(source):
@@ -98,13 +119,10 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
         data = path.read_bytes()  # at once, because a pipe cannot be opened a second time
     except OSError as error:
         raise UserError(f"data file {source} cannot be read ({error.strerror})") from None
-    if data.startswith(b"PAR1"):
-        yield from _read_parquet(data, source)
-        return
-    for item, where in _read_json(decode_text(data, f"data file {source}"), source):
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
-        yield item, where
+    try:
+        return gzip.decompress(data) if data.startswith(GZIP) else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data file {source} is damaged gzip data ({first_line(error)}); copy it again") from None
 
 
 def parse_record(values: dict[str, Any], where: str) -> Record:

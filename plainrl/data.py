@@ -188,7 +188,7 @@ def load_examples(
     return [
         Example(
             question=record.question,
-            prompt=record.prompt if record.prompt is not None else fill_prompt(template, record.question),
+            prompt=write_prompt(record, template, config),
             ground_truth=truth,
             response=record.response or format_response(record.reasoning, record.wrong_answer or answer, reward),
             source=record.source,
@@ -257,6 +257,13 @@ def fill_prompt(template: str, question: str) -> str:
     'User: What is \\frac{1}{2}?'
     """
     return template.replace("{question}", question)
+
+
+def write_prompt(record: Record, template: str, config: RunConfig) -> str:
+    """Return a record's own prompt, or its question in the template. `fill_prompts` takes the template for all."""
+    if record.prompt is None or config.fill_prompts:
+        return fill_prompt(template, record.question)
+    return record.prompt
 
 
 def format_response(reasoning: str | None, answer: str | None, reward: Reward) -> str | None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from plainrl.config import TrainConfig
 from plainrl.log_probs import GPU_BLOCK_NUMBERS, LOGIT_CHUNK_TOKENS
+from plainrl.optimizers import OPTIMIZERS
 from plainrl.records import UserError
 
 GIB = 2**30
@@ -64,7 +65,7 @@ def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict
 def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str, float]:
     """Return the peak of an optimizer step by parts, in GiB.
 
-        weights 4 n    gradients 4 m    moments 8 m    copies 2 m (the working copy in 16 bits)
+        weights 4 n    gradients 4 m    moments 8 m (rmsprop: 4 m)    copies 2 m (the working copy in 16 bits)
         with adapters: weights 4 m + 2 n (4 n in float32), no copies, but 6 w
         activations  t L (8 F + 48 d),  with gradient checkpointing  t (L 2 d + 8 F + 48 d)             bytes
         logits       c V 4 + 12 b,  with a float32 output layer  c V 8 + 8 V d + 12 b
@@ -105,7 +106,7 @@ def estimate_training_memory(model_config: Any, config: TrainConfig) -> dict[str
     sizes = {
         "weights": own + 4 * num_added,
         "gradients": 4 * num_trained,
-        "moments": 8 * num_trained,
+        "moments": 4 * OPTIMIZERS[config.optimizer].num_moments * num_trained,
         **copies,
         "activations": num_tokens * kept,
         "logits": logits,

@@ -3,6 +3,7 @@
 The division into microbatches changes speed and memory, but no gradient. Every mean is over the whole optimizer step.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +21,7 @@ def microbatches(
     padding_id: int,
     max_rows: int,
     max_tokens: int = 0,
+    rows_together: int = 1,
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Yield each microbatch: the indices of its rows, and their tensors on the policy's device.
 
@@ -29,7 +31,7 @@ def microbatches(
 
     Args:
         policy: the policy, on its device. If it shares prefixes, a shared prefix counts once.
-        prompt_ids, response_ids, max_rows, max_tokens: as in `plan_microbatches`.
+        prompt_ids, response_ids, max_rows, max_tokens, rows_together: as in `plan_microbatches`.
         padding_id: token id that fills rows up.
     """
     shares = shares_prefixes(policy)
@@ -41,7 +43,7 @@ def microbatches(
         tree = build_prefix_tree(tensors["input_ids"], tensors["response_mask"]) if shares else None
         return tensors | {"prefix_tree": tree}
 
-    plan = plan_microbatches(prompt_ids, response_ids, max_rows, max_tokens, shares)
+    plan = plan_microbatches(prompt_ids, response_ids, max_rows, max_tokens, shares, rows_together)
     with ThreadPoolExecutor(1) as thread:
         upcoming = [thread.submit(prepare, indices) for indices in plan[:1]]
         for number, indices in enumerate(plan, start=1):
@@ -56,6 +58,7 @@ def plan_microbatches(
     max_rows: int,
     max_tokens: int = 0,
     counts_prefixes_once: bool = True,
+    rows_together: int = 1,
 ) -> list[list[int]]:
     """Divide rows into microbatches. A new one begins if the next row would exceed one of the two limits.
 
@@ -65,9 +68,11 @@ def plan_microbatches(
     Args:
         prompt_ids, response_ids: token ids of each row.
         max_rows: most rows of a microbatch.
-        max_tokens: most tokens of a microbatch. 0 means no limit. A single row may have more.
+        max_tokens: most tokens of a microbatch. 0 means no limit. A single row, or those of a unit, may have more.
         counts_prefixes_once: whether a prefix that rows share counts once, as in a prefix tree. Else every row counts
             as much as the longest, to which it is padded.
+        rows_together: so many rows that follow each other form a unit, as the two of a preference pair, which is never
+            divided. They have the same prompt, and keep their order.
 
     Returns:
         The indices of the rows, microbatch by microbatch.
@@ -79,18 +84,30 @@ def plan_microbatches(
     longest: dict[tuple[int, ...], int] = {}
     for prompt, row in zip(prompt_ids, rows, strict=True):
         longest[tuple(prompt)] = max(len(row), longest.get(tuple(prompt), 0))
+
+    def place(unit: list[int]) -> tuple[int, list[int], int]:
+        prompt = prompt_ids[unit[0]]
+        return longest[tuple(prompt)], prompt, max(len(rows[index]) for index in unit)
+
+    def count_tokens(unit: list[int], previous: list[int]) -> int:
+        pairs = itertools.pairwise([previous, *(rows[index] for index in unit)])
+        return sum(len(row) - common_length(before, row) for before, row in pairs)
+
+    units = [list(range(start, start + rows_together)) for start in range(0, len(rows), rows_together)]
     plan: list[list[int]] = []
     num_tokens = longest_row = 0
     previous: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda i: (longest[tuple(prompt_ids[i])], prompt_ids[i], len(rows[i]))):
-        row, longest_row = rows[index], max(longest_row, len(rows[index]))
+    for unit in sorted(units, key=place):
+        longest_of_unit = max(len(rows[index]) for index in unit)
+        longest_row = max(longest_row, longest_of_unit)
         if counts_prefixes_once:
-            num_tokens += len(row) - common_length(previous, row)
+            num_tokens += count_tokens(unit, previous)
         else:
-            num_tokens = longest_row * (len(plan[-1]) + 1) if plan else 0
-        if not plan or len(plan[-1]) == max_rows or 0 < max_tokens < num_tokens:
+            num_tokens = longest_row * (len(plan[-1]) + len(unit)) if plan else 0
+        if not plan or len(plan[-1]) + len(unit) > max_rows or 0 < max_tokens < num_tokens:
             plan.append([])
-            num_tokens = longest_row = len(row)
-        plan[-1].append(index)
-        previous = row
+            num_tokens = count_tokens(unit, []) if counts_prefixes_once else longest_of_unit * len(unit)
+            longest_row = longest_of_unit
+        plan[-1] += unit
+        previous = rows[unit[-1]]
     return plan

@@ -46,7 +46,6 @@ from plainrl.faults import describe_fault
 from plainrl.guard import watched
 from plainrl.records import UserError, first_line
 from plainrl.run_records import (
-    EVAL_SCORE,
     Metrics,
     describe_environment,
     json_number,
@@ -284,9 +283,9 @@ class RunFolder:
 
     def prune_checkpoints(self, keep_last: int, keep_best: bool) -> None:
         """Remove all checkpoints but the newest `keep_last` and, with `keep_best`, the one with the best evaluation."""
-        saved = list_checkpoints(self.path)
+        saved, score = list_checkpoints(self.path), self.config.eval_score
         kept = saved[-keep_last:]
-        scores = {row["eval_step"]: row[EVAL_SCORE] for row in self.read_metrics() if row.get(EVAL_SCORE) is not None}
+        scores = {row["eval_step"]: row[score] for row in self.read_metrics() if row.get(score) is not None}
         evaluated = [path for path in saved if _step_of(path) in scores]
         if keep_best and evaluated:
             kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))

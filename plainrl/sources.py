@@ -43,8 +43,8 @@ LAYOUTS = (
     ("prompt", "response"),
     ("question", "answer"),
 )
-FIELDS = {"ground_truth", "solution"}.union(*LAYOUTS)  # all that are ever looked at
-GZIP = b"\x1f\x8b"  # how gzipped data begin
+FIELDS = {"ground_truth", "solution", "chosen", "rejected"}.union(*LAYOUTS)  # all that are ever looked at
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such data begin
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 NUM_ARITHMETIC_TRAIN = 8192
 NUM_ARITHMETIC_VALIDATION = 1024
@@ -94,8 +94,12 @@ def read_records(source: str) -> Iterable[tuple[dict[str, Any], str]]:
             f"data file {source} does not exist; docs/data.md says where to get data; or name a JSON, JSON lines or "
             f"Parquet file, a hub data set as owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
         )
-    data = read_data_file(source)
-    if data.startswith(b"PAR1"):
+    yield from records_in(read_data_file(source), source)
+
+
+def records_in(data: bytes, source: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the records in the content of a file, which was read before; see `read_records`."""
+    if data.startswith(PARQUET):
         yield from _read_parquet(data, source)
         return
     for item, where in _read_json(decode_text(data, f"data file {source}"), source):

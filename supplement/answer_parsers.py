@@ -12,13 +12,17 @@ from typing import Any
 
 MARKUP = re.compile(r"[*_`\"“”]+")  # **B**, `B`, "B"
 # One letter as an answer: B, (B), B), [B], \boxed{B}. A small letter counts only where a clause ends behind it.
-LETTER = r"(?:\\boxed\{|[(\[])?\s*(?:([A-D])(?![\w'’+-])|([a-d])(?=\s*(?:[.,;:!)\]}]|$)))[)\]}]?"
+LETTER = r"(?:\\boxed\{|[(\[])?\s*(?:([A-D])(?![\w'\u2019+-])|([a-d])(?=\s*(?:[.,;:!)\]}]|$)))[)\]}]?"
 # Behind these words "A" is the letter: "A because ...", "A, which ...". Before another small word it is the article.
 AFTER_ARTICLE = re.compile(r"\s+(?!(?:because|since|as|for|which|or|and|is)\b)[a-z]")
-MORE_LETTERS = re.compile(r"\s*(?:,\s*(?:or|and)?|/|&|or|and)\s*(?:option\s+|choice\s+)?[(\[]?[A-D](?![\w'’+-])[)\]]?")
+MORE_LETTERS = re.compile(
+    r"\s*(?:,\s*(?:or|and)?|/|&|or|and)\s*(?:option\s+|choice\s+)?[(\[]?[A-D](?![\w'\u2019+-])[)\]]?"
+)
 CHOICE = r"\s*(?:(?:most\s+)?(?:likely|probably|definitely|clearly)\s+)?(?:the\s+)?(?:letter\s+|option\s+|choice\s+)?"
 STATEMENTS = (  # the most explicit kind comes first, and the others are read only where it does not occur
-    re.compile(rf"(?i:(?:correct|right|best|final)\s+(?:answer|option|choice)(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"),
+    re.compile(
+        rf"(?i:(?:correct|right|best|final)\s+(?:answer|option|choice)(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"
+    ),
     re.compile(rf"(?i:answer(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"),
     re.compile(rf"\A\W*(?i:(?:option|choice)\s+)?{LETTER}(?=\s*(?:[.,;:)\]}}\n]|$|because\b|since\b|or\b|and\b))"),
     re.compile(rf"(?i:\b(?:option|choice|choose|pick|select|it\s+is|it's)\s+(?:option\s+)?){LETTER}"),
@@ -26,7 +30,7 @@ STATEMENTS = (  # the most explicit kind comes first, and the others are read on
 )
 # Digits in groups of three or plain, with decimals: 1,234.50 and 72 and .5
 NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+")
-SIGN = re.compile(r"(?:\A|[^\w)\]])[-−]\s?[$€£]?\Z")  # behind a word or a number it is a hyphen or a subtraction
+SIGN = re.compile(r"(?:\A|[^\w)\]])[-\u2212]\s?[$€£]?\Z")  # behind a word or a number it is a hyphen or a subtraction
 
 
 def parse_mmlu_response(mmlu_example: Mapping[str, Any], model_output: str) -> str | None:
@@ -68,10 +72,9 @@ def parse_gsm8k_response(model_output: str) -> str | None:
     >>> parse_gsm8k_response("It costs $1,234."), parse_gsm8k_response("so x = -3"), parse_gsm8k_response("72.")
     ('1234', '-3', '72')
     """
-    last = None
-    for last in NUMBER.finditer(model_output):
-        pass
-    if last is None:
+    numbers = list(NUMBER.finditer(model_output))
+    if not numbers:
         return None
+    last = numbers[-1]
     is_negative = SIGN.search(model_output[max(0, last.start() - 4) : last.start()])
     return ("-" if is_negative else "") + last[0].replace(",", "")

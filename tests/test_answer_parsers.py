@@ -14,19 +14,13 @@ MMLU = {
 
 
 def test_official_assertions():
-    output = (
-        "The correct answer is B. "
-        "There is only one human polyomavirus known at present, which is the BK virus."
-    )
+    output = "The correct answer is B. There is only one human polyomavirus known at present, which is the BK virus."
     assert run_parse_mmlu_response(mmlu_example=MMLU, model_output=output) == "B"
     output = "The correct answer is 10000 polyomaviruses."
     assert not run_parse_mmlu_response(mmlu_example=MMLU, model_output=output)
     output = "Natalia sold 48/2 = 24 clips in May. Natalia sold 48+24 = 72 clips altogether in April and May."
     assert run_parse_gsm8k_response(model_output=output) == "72"
-    output = (
-        "Natalia sold twenty-four clips in May. "
-        "Thus, Natalia sold seventy-two clips altogether in April and May."
-    )
+    output = "Natalia sold twenty-four clips in May. Thus, Natalia sold seventy-two clips altogether in April and May."
     assert not run_parse_gsm8k_response(model_output=output)
 
 
@@ -101,7 +95,7 @@ def test_a_letter_without_an_option_is_no_answer():
         ("48 - 24 = 24", "24"),
         ("a loss of -$5", "-5"),
         ("a loss of $-5", "-5"),
-        ("it is −7", "-7"),
+        ("it is \u22127", "-7"),
         ("(-3)", "-3"),
         ("between 3-4", "4"),
         ("(2)-3", "3"),

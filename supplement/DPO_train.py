@@ -148,13 +148,14 @@ def accumulate_gradients(
     ):
         scores = get_masked_response_log_probs(working_copy(policy), **tensors)
         log_probs = masked_normalize(scores["log_probs"], tensors["response_mask"], 1.0, dim=-1)
-        of_reference = reference[[index // 2 for index in indices[::2]]]
-        losses, metadata = compute_dpo_loss(log_probs[::2], log_probs[1::2], *of_reference.unbind(1), config.beta)
+        chosen, rejected = log_probs[::2], log_probs[1::2]
+        of_chosen, of_rejected = reference[[index // 2 for index in indices[::2]]].unbind(1)
+        losses, metadata = compute_dpo_loss(chosen, rejected, of_chosen, of_rejected, config.beta)
         # This microbatch's share of the step's loss: the divisor counts the whole batch.
         loss = losses.sum() / len(batch)
         (loss * loss_scale).backward()
 
-        metadata |= {"chosen_log_prob": log_probs[::2].detach(), "rejected_log_prob": log_probs[1::2].detach()}
+        metadata |= {"chosen_log_prob": chosen.detach(), "rejected_log_prob": rejected.detach()}
         sums["loss"] += loss.item() * len(batch)
         for name, values in metadata.items():
             sums[name] += values.sum().item()

@@ -176,10 +176,11 @@ def parse_pair(values: Any, where: str) -> Pair:
         (prompt, chosen), (other, rejected) = map(split_conversation, responses)
         if prompt != other:
             raise MalformedError("the two conversations begin differently")
-        responses = [chosen, rejected]
-    if not isinstance(prompt, str) or not all(text.strip() for text in (prompt, *responses)):
+    else:
+        chosen, rejected = responses
+    if not isinstance(prompt, str) or not all(text.strip() for text in (prompt, chosen, rejected)):
         raise MalformedError("an instruction or a response is empty")
-    return Pair(prompt, *responses, where)
+    return Pair(prompt, chosen, rejected, where)
 
 
 def split_conversation(text: str) -> tuple[str, str]:

@@ -131,11 +131,10 @@ def summarize_pairs(
     scores: Sequence[PairScore], references: Sequence[PairScore], beta: float
 ) -> dict[str, float | int]:
     """Return the metrics of pairs: means of loss and of the metadata of `compute_dpo_loss`, and of the log-probs."""
-    columns = [
-        torch.tensor(part, dtype=torch.float64) for rows in (scores, references) for part in zip(*rows, strict=True)
-    ]
-    losses, metadata = compute_dpo_loss(*columns, beta)
-    means = {"loss": losses, **metadata, "chosen_log_prob": columns[0], "rejected_log_prob": columns[1]}
+    of_policy, of_reference = (torch.tensor(rows, dtype=torch.float64) for rows in (scores, references))
+    (chosen, rejected), (reference_chosen, reference_rejected) = of_policy.unbind(1), of_reference.unbind(1)
+    losses, metadata = compute_dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta)
+    means = {"loss": losses, **metadata, "chosen_log_prob": chosen, "rejected_log_prob": rejected}
     return {name: values.mean().item() for name, values in means.items()} | {"num_pairs": len(scores)}
 
 

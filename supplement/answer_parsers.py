@@ -8,6 +8,7 @@ Source: Stanford CS336 (Spring 2025), supplement of Assignment 5, sections 2.1 a
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 MARKUP = re.compile(r"[*_`\"“”]+")  # **B**, `B`, "B"
@@ -78,3 +79,25 @@ def parse_gsm8k_response(model_output: str) -> str | None:
     last = numbers[-1]
     is_negative = SIGN.search(model_output[max(0, last.start() - 4) : last.start()])
     return ("-" if is_negative else "") + last[0].replace(",", "")
+
+
+def last_number_reward(response: str, ground_truth: str) -> dict[str, float]:
+    """Reward a response whose last number equals that of the ground truth: GSM8K's score as a reward function.
+
+    format_reward is 1 where the response has a number. Used as reward=supplement/answer_parsers.py:last_number_reward.
+
+    >>> last_number_reward("He pays $5.00.", "5")
+    {'reward': 1.0, 'format_reward': 1.0, 'answer_reward': 1.0}
+    """
+    answer, truth = parse_gsm8k_response(response), parse_gsm8k_response(ground_truth)
+    is_right = float(answer is not None and truth is not None and equals_number(answer, truth))
+    return {"reward": is_right, "format_reward": float(answer is not None), "answer_reward": is_right}
+
+
+def equals_number(answer: str, truth: str) -> bool:
+    """Return whether two numbers in digits are equal.
+
+    >>> equals_number("5.00", "5"), equals_number("72", "27")
+    (True, False)
+    """
+    return Decimal(answer) == Decimal(truth)

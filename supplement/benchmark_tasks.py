@@ -17,13 +17,12 @@ import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from plainrl.records import UserError
 from plainrl.sources import decode_text, read_data_file, read_records
-from supplement.answer_parsers import parse_gsm8k_response, parse_mmlu_response
+from supplement.answer_parsers import equals_number, parse_gsm8k_response, parse_mmlu_response
 
 LETTERS = "ABCD"
 MMLU_INSTRUCTION = """\
@@ -118,15 +117,6 @@ def load_simple_safety_tests(folder: Path) -> list[Question]:
         raise UserError(f"{path}: its first row names no column prompts_final; use the assignment's file")
     records = [dict(zip(header, row, strict=False)) for row in rows]
     return [Question(record["prompts_final"], record, subject=record.get("harm_area")) for record in records]
-
-
-def equals_number(answer: str, truth: str) -> bool:
-    """Return whether two numbers in digits are equal.
-
-    >>> equals_number("5.00", "5"), equals_number("72", "27")
-    (True, False)
-    """
-    return Decimal(answer) == Decimal(truth)
 
 
 def write_alpaca_eval(answered: Sequence[tuple[Question, str]], generator: str) -> str:

@@ -25,7 +25,7 @@ from supplement.DPO_helper import compute_dpo_loss
 from supplement.preference_data import TokenizedPair
 
 SCORES = "reference_log_probs.json"
-PAIRS_PER_PHASE = 1024  # how many pairs are scored under one time limit
+PAIRS_PER_PHASE = 256  # how many pairs are scored under one time limit
 
 
 class PairScore(NamedTuple):

@@ -9,8 +9,8 @@ from subprocess import DEVNULL
 
 import pytest
 import torch
-from kill_and_resume import _comparable_metrics
-from tiny import REPOSITORY, read_lines, run_python, tiny_arguments, train_rows, write_lines
+from kill_and_resume import comparable_metrics
+from tiny import REPOSITORY, read_lines, run_python, tiny_arguments, train_rows, without_sft_keys, write_lines
 from transformers import AutoTokenizer
 
 from plainrl.cli import load_config
@@ -51,8 +51,7 @@ def dpo_arguments(model, runs_dir, data, **overrides):
         "stop_string": "",
         "learning_rate": "3e-3",
     }
-    arguments = tiny_arguments(model, runs_dir, **(values | overrides))
-    return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
+    return without_sft_keys(tiny_arguments(model, runs_dir, **(values | overrides)))
 
 
 @pytest.fixture
@@ -226,7 +225,7 @@ def test_a_killed_run_goes_on_bit_for_bit(background):
         assert result.returncode == 0, result.stderr
     assert "going on after step" in results[1].stdout
     straight, killed = folder / "straight", folder / "killed"
-    assert _comparable_metrics(straight) == _comparable_metrics(killed)
+    assert comparable_metrics(straight) == comparable_metrics(killed)
     assert [row["train_step"] for row in train_rows(killed)] == list(range(1, 13))
     for name in ("final/model.safetensors", "checkpoints/step_000012/optimizer.safetensors", SCORES):
         assert (straight / name).read_bytes() == (killed / name).read_bytes(), name

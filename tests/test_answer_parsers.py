@@ -3,6 +3,8 @@
 import pytest
 from adapters import run_parse_gsm8k_response, run_parse_mmlu_response
 
+from plainrl.config import SFTConfig
+from plainrl.grading.rewards import grade_responses
 from supplement.answer_parsers import parse_mmlu_response
 
 MMLU = {
@@ -118,3 +120,13 @@ def test_a_letter_without_an_option_is_no_answer():
 )
 def test_numbers(output, number):
     assert run_parse_gsm8k_response(output) == number
+
+
+@pytest.mark.parametrize(
+    ("response", "rewards"),
+    [("so 72", (1.0, 1.0)), ("so 72.00 clips", (1.0, 1.0)), ("so 71", (0.0, 1.0)), ("so many", (0.0, 0.0))],
+)
+def test_the_score_of_gsm8k_as_a_reward(response, rewards):
+    config = SFTConfig(preset="laptop", reward="supplement/answer_parsers.py:last_number_reward")
+    (grade,) = grade_responses([response], ["72"], config.reward_function)
+    assert (grade.rewards["answer_reward"], grade.rewards["format_reward"]) == rewards

@@ -95,7 +95,7 @@ def find_forbidden_imports(name, source):
 
 
 def test_the_rule_of_imports():
-    """Helpers <- plainrl <- policy_evaluation <- scripts <- experiments and supplement; the grader needs itself alone."""
+    """Helpers <- plainrl <- policy_evaluation <- scripts <- experiments, supplement. The grader needs itself alone."""
     found = {module_name(path): find_forbidden_imports(module_name(path), path.read_text()) for path in OURS}
     assert {name: modules for name, modules in found.items() if modules} == {}
 

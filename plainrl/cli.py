@@ -56,8 +56,7 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
         print_help(schema, Path(yaml_path), keys)
         raise SystemExit(0)
     overrides = _parse_arguments(arguments, schema)
-    resume = str(overrides.get("resume", "")) if "resume" in schema.model_fields else ""  # not every script has it
-    if resume not in ("", "auto"):
+    if overrides.get("resume", "auto") not in ("", "auto"):
         return resumed_config(schema, Path(overrides["resume"]), overrides)
     yaml_path = Path(overrides.get("config", yaml_path))
     yaml_values = read_yaml(yaml_path)
@@ -86,9 +85,9 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
             f"{yaml_path}, recipe {recipe}": recipes.get(recipe, {}),
             "command line": {key: value for key, value in overrides.items() if key != "config"},
         },
-        {"preset": preset} | ({"resume": ""} if "resume" in schema.model_fields else {}),
+        {key: value for key, value in {"preset": preset, "resume": ""}.items() if key in schema.model_fields},
     )
-    if resume == "auto":
+    if overrides.get("resume") == "auto":
         folder = newest_unfinished_run(schema, config)
         if folder is not None:
             return resumed_config(schema, folder, overrides)

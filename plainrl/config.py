@@ -105,7 +105,7 @@ class SFTConfig(ImitationConfig, EpochsConfig):
         found = super().warnings()
         if self.arithmetic_corrupt_fraction and self.train_data != EMBEDDED_DATA:
             found.append(f"arithmetic_corrupt_fraction has no effect with train_data = {self.train_data}")
-        if self.seq_length != type(self).model_fields["seq_length"].default and self.packing == "none":
+        if self.seq_length != type(self).model_fields["seq_length"].default and self.packing != "fixed":
             found.append(f"seq_length = {self.seq_length} has no effect with packing = none")
         return found
 

@@ -54,6 +54,8 @@ class Answered(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Configuration, questions, engine; then task by task: sample, score, write, show."""
+    if any(argument.startswith("resume=") for argument in arguments):
+        raise UserError("resume: an evaluation is not gone on with; start it again")
     config = load_config(BenchmarkConfig, Path(__file__).with_name("evaluate_benchmark.yaml"), arguments)
     check_devices(config)
     questions = load_questions(config)

@@ -183,7 +183,7 @@ def test_a_subset_is_the_same_in_every_run(folder):
         ),
         ({"benchmark_data": "nowhere"}, r"nowhere/mmlu/test holds no \*_test.csv; get the assignment's data, and name"),
         ({"num_questions": 0}, "num_questions = 0: must be at least 1, or all"),
-        ({"resume": "auto"}, "unknown key resume"),
+        ({"resume": "auto"}, "resume: an evaluation is not gone on with; start it again"),
     ],
 )
 def test_mistakes_are_named(arguments, message, folder, tiny_model_folder, tmp_path):

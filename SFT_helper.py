@@ -101,6 +101,29 @@ def join_prompt_and_response_ids(
     }
 
 
+def pack_documents(documents: list[list[int]], seq_length: int) -> list[list[int]]:
+    """Join documents, and cut them into rows of seq_length inputs and as many labels.
+
+        row i = tokens i m ... (i + 1) m        m: seq_length; its labels are its inputs shifted by one
+
+    Each row has m + 1 tokens, the last of which is the first of the next row. So every token but the very first is a
+    label exactly once. What is left at the end and fills no row is dropped.
+
+    Args:
+        documents: token ids, each with the tokens that separate it from the next.
+        seq_length: m, at least 1.
+
+    Source: CS336 Assignment 5, supplement, problem data_loading.
+
+    >>> pack_documents([[0, 1, 2], [3, 4, 5, 6, 7, 8, 9, 10]], seq_length=4)
+    [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+    """
+    if seq_length < 1:
+        raise ValueError(f"seq_length = {seq_length}: must be at least 1")
+    tokens = [token for document in documents for token in document]
+    return [tokens[start : start + seq_length + 1] for start in range(0, len(tokens) - seq_length, seq_length)]
+
+
 def pad_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
     """Return the id to pad with: PAD, else EOS."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):

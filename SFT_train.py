@@ -25,7 +25,7 @@ from typing import cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.cli import load_config, run_main
-from plainrl.config import ExpertIterationConfig, SFTConfig
+from plainrl.config import EpochsConfig, ExpertIterationConfig, SFTConfig
 from plainrl.data import (
     describe_sources,
     epoch_order,
@@ -57,6 +57,7 @@ from SFT_helper import (
     encode_prompt,
     encode_response,
     masked_normalize,
+    pack_documents,
     pad_token_id,
 )
 
@@ -163,7 +164,7 @@ def accumulate_gradients(
     }
 
 
-def learning_rate_at(step: int, num_steps: int, config: SFTConfig) -> float:
+def learning_rate_at(step: int, num_steps: int, config: EpochsConfig) -> float:
     """Return the learning rate of a step, 1 <= step <= num_steps.
 
     constant: the peak. cosine: linear warm-up over `warmup_fraction` of the steps, then
@@ -215,20 +216,18 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: SFTConfig
 ) -> list[TokenizedExample]:
-    """Tokenize the training examples once; none is ever cut. A response that lacks both endings gets one EOS.
+    """Tokenize the training examples once. None is ever cut, except by packing.
 
     Raises:
         UserError: examples exceed `max_context_tokens` and `drop_long_examples` is off, or none is left.
     """
-    eos, eos_id = cast(str, tokenizer.eos_token), cast(int, tokenizer.eos_token_id)
+    stop_string = "" if config.packing == "fixed" else config.stop_string  # EOS ends each packed document
     tokenized = []
     for example in examples:
-        # An EOS at the end of the text is one token; further ones, and space after it, would never be sampled.
-        response = re.sub(rf"({re.escape(eos)}\s*)+\Z", lambda _: eos, example.response or "")
-        response_ids = encode_response(response, tokenizer)
-        if not (config.stop_string and response.endswith(config.stop_string)) and response_ids[-1:] != [eos_id]:
-            response_ids.append(eos_id)
+        response_ids = encode_whole_response(example.response or "", tokenizer, stop_string)
         tokenized.append(TokenizedExample(example, encode_prompt(example.prompt, tokenizer), response_ids))
+    if config.packing == "fixed":
+        return pack_examples(tokenized, config)
     lengths = [len(row.prompt_ids) + len(row.response_ids) for row in tokenized]
     are_longer = f"training examples exceed max_context_tokens = {config.max_context_tokens}"
     kept = keep_short(lengths, config.max_context_tokens, examples, are_longer, config)
@@ -239,7 +238,38 @@ def tokenize_examples(
             f"{num_over_limit} of {len(fitting)} training responses are longer than sampling_max_tokens = "
             f"{config.sampling_max_tokens}: a policy that writes as long will be cut, and counted as truncated"
         )
-    return fitting
+    return [train_on_all(row) for row in fitting] if config.loss_on == "all" else fitting
+
+
+def encode_whole_response(text: str, tokenizer: PreTrainedTokenizerBase, stop_string: str) -> list[int]:
+    """Return the token ids of a response to imitate. If it lacks both endings, stop string and EOS, it gets EOS."""
+    eos, eos_id = cast(str, tokenizer.eos_token), cast(int, tokenizer.eos_token_id)
+    # An EOS at the end of the text is one token; further ones, and space after it, would never be sampled.
+    response = re.sub(rf"({re.escape(eos)}\s*)+\Z", lambda _: eos, text)
+    response_ids = encode_response(response, tokenizer)
+    has_ended = (stop_string and response.endswith(stop_string)) or response_ids[-1:] == [eos_id]
+    return response_ids if has_ended else [*response_ids, eos_id]
+
+
+def train_on_all(row: TokenizedExample) -> TokenizedExample:
+    """Return an example whose every token but the first is trained: only the first has nothing before it."""
+    ids = row.prompt_ids + row.response_ids
+    return row._replace(prompt_ids=ids[:1], response_ids=ids[1:])
+
+
+def pack_examples(tokenized: Sequence[TokenizedExample], config: SFTConfig) -> list[TokenizedExample]:
+    """Join examples into rows of `seq_length` inputs and labels; see `SFT_helper.pack_documents`."""
+    documents = [row.prompt_ids + row.response_ids for row in tokenized]
+    rows, num_tokens = pack_documents(documents, config.seq_length), sum(map(len, documents))
+    if not rows:
+        raise UserError(f"seq_length = {config.seq_length}: all examples have {num_tokens} tokens; lower it below that")
+    print(f"packing: {len(documents)} examples of {num_tokens} tokens in {len(rows)} rows of {config.seq_length}")
+    blank = tokenized[0].example._replace(question="", prompt="", response=None, ground_truth=None)
+    sources = [f"packed row {number} of {config.train_data}" for number in range(1, len(rows) + 1)]
+    return [
+        TokenizedExample(blank._replace(source=source), row[:1], row[1:])
+        for source, row in zip(sources, rows, strict=True)
+    ]
 
 
 def report(run: RunFolder, config: SFTConfig) -> None:

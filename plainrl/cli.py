@@ -41,6 +41,7 @@ from plainrl.records import Stopped, UserError, first_line
 from plainrl.sources import is_pipe
 
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
+PACKAGES = ("experiments", "supplement")  # whose modules are run with -m
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
 SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold what AdamW on all weights of the presets' model takes
 RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
@@ -128,7 +129,11 @@ def resolve(
     else:
         check_block("preset", preset, files, needs_blocks=True)
     layers = {**layers_of(files, preset, given), "command line": given}
-    config, sources = validate(schema, layers, {"preset": preset, "resume": ""})
+    config, sources = validate(
+        schema,
+        layers,
+        {key: value for key, value in {"preset": preset, "resume": ""}.items() if key in schema.model_fields},
+    )
     if overrides.get("resume") == "auto":
         if folder := newest_unfinished_run(schema, config):
             return resumed_config(schema, folder, overrides)
@@ -172,10 +177,11 @@ def command_of(script: Path) -> str:
     >>> command_of(Path("GRPO_train.py")), command_of(Path("/a/experiments/benchmark/__main__.py"))
     ('GRPO_train.py', '-m experiments.benchmark')
     """
-    if "experiments" not in script.parts:
-        return script.name
     names = script.with_suffix("").parts
-    last = len(names) - 1 - names[::-1].index("experiments")  # a clone may lie below a folder of that name
+    package = next((name for name in reversed(names) if name in PACKAGES), None)
+    if package is None:
+        return script.name
+    last = len(names) - 1 - names[::-1].index(package)  # a clone may lie below a folder of that name
     return f"-m {'.'.join(name for name in names[last:] if name != '__main__')}"
 
 

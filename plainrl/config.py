@@ -1,7 +1,8 @@
 """Every key of the configuration, with its meaning, unit and default. Validation never changes a value.
 
-Here are the keys of each kind of training; those that all share are in plainrl/shared_config.py. Sizes that follow from
-other keys are properties. `--help` and docs/configuration.md are generated from this schema.
+Here are the keys of each kind of training. Those that all share are in plainrl/shared_config.py, and those of the
+supplement in plainrl/supplement_config.py. Sizes that follow from other keys are properties. `--help` and
+docs/configuration.md are generated from this schema.
 """
 
 from collections.abc import Sequence
@@ -55,7 +56,18 @@ class ImitationConfig(TrainConfig):
         return found
 
 
-class SFTConfig(ImitationConfig):
+class EpochsConfig(TrainConfig):
+    """The keys that training on a fixed data set shares: SFT and DPO."""
+
+    num_epochs: float = Field(1.0, gt=0, description="passes over the training data, if max_steps is 0")
+    max_steps: int = Field(0, ge=0, description="optimizer steps (0: as many as num_epochs needs)")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="constant, or a linear warm-up then a cosine down to a tenth"
+    )
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up (cosine only)")
+
+
+class SFTConfig(ImitationConfig, EpochsConfig):
     """Supervised fine-tuning (SFT_train.py)."""
 
     num_sft_examples: int | Literal["all"] = Field(
@@ -70,17 +82,30 @@ class SFTConfig(ImitationConfig):
     )
     filter_correct: bool = Field(False, description="keep only traces that the reward function accepts")
     dropout: bool = Field(False, description="train with the dropout that the model's config.json asks for")
-    num_epochs: float = Field(1.0, gt=0, description="passes over the training examples, if max_steps is 0")
-    max_steps: int = Field(0, ge=0, description="optimizer steps (0: as many as num_epochs needs)")
-    lr_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="constant, or a linear warm-up then a cosine down to a tenth"
+    loss_on: Literal["response", "all"] = Field(
+        "response", description="tokens that are trained: those of the response, or all but the first"
     )
-    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up (cosine only)")
+    packing: Literal["none", "fixed"] = Field(
+        "none",
+        description="fixed: all examples are joined, each with EOS at its end, and cut into rows of seq_length tokens. "
+        "It needs loss_on=all",
+    )
+    seq_length: int = Field(512, ge=1, description="tokens of a packed row (packing=fixed)")
 
     @model_validator(mode="after")
     def _check_sft_fields(self) -> Self:
         if isinstance(self.num_sft_examples, int) and self.num_sft_examples < 1:
             raise ValueError(f"num_sft_examples = {self.num_sft_examples}: must be at least 1, or all")
+        if self.packing == "fixed" and self.loss_on != "all":
+            raise ValueError(
+                f"packing = fixed with loss_on = {self.loss_on}: a packed row has no prompt of its own; use "
+                "loss_on = all, or packing = none, which computes no padding either"
+            )
+        if self.packing == "fixed" and self.seq_length >= self.max_context_tokens:
+            raise ValueError(
+                f"seq_length = {self.seq_length} is not below max_context_tokens = {self.max_context_tokens}: lower "
+                "the first or raise the second"
+            )
         return self
 
     def warnings(self) -> list[str]:
@@ -88,17 +113,29 @@ class SFTConfig(ImitationConfig):
         found = super().warnings()
         if self.arithmetic_corrupt_fraction and self.train_data != EMBEDDED_DATA:
             found.append(f"arithmetic_corrupt_fraction has no effect with train_data = {self.train_data}")
+        if self.seq_length != type(self).model_fields["seq_length"].default and self.packing != "fixed":
+            found.append(f"seq_length = {self.seq_length} has no effect with packing = none")
         return found
 
 
-class RolloutConfig(TrainConfig):
-    """The keys that training on the policy's own graded responses shares: first policy, groups of responses."""
+class WarmStartConfig(TrainConfig):
+    """The key that names the first policy, for training that begins after SFT."""
 
     warm_start: str = Field(
         "",
         description="first policy: a preset of config.yaml, whose SFT run is made if needed, or the folder of a run or "
         "of a model (empty: the model itself)",
     )
+
+    @property
+    def needs_first_policy(self) -> bool:
+        """Return whether a resumed run needs the weights that it began with: those beside adapters are not saved."""
+        return self.lora_rank > 0
+
+
+class RolloutConfig(WarmStartConfig):
+    """The keys that training on the policy's own graded responses shares: groups of responses."""
+
     group_size: int = Field(8, ge=1, description="responses sampled per question")
     num_logged_groups: int = Field(2, ge=0, description="groups of rollouts written to samples/ per step")
 
@@ -120,11 +157,6 @@ class RolloutConfig(TrainConfig):
     def rollouts_check_sync(self) -> bool:
         """Return whether the rollouts check the weight sync. Only then are their log-probs asked for."""
         return False
-
-    @property
-    def needs_first_policy(self) -> bool:
-        """Return whether a resumed run needs the weights that it began with: those beside adapters are not saved."""
-        return self.lora_rank > 0
 
 
 class ExpertIterationConfig(RolloutConfig, ImitationConfig):

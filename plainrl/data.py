@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plainrl.config import RolloutConfig, RunConfig, SFTConfig, TrainConfig
 from plainrl.layouts import FieldNames, Record, parse_record
-from plainrl.prompting import fill_prompt, format_response, load_prompt_template, read_answers
+from plainrl.prompting import format_response, load_prompt_template, read_answers, write_prompt
 from plainrl.records import Example, Fields, UserError
 from plainrl.shared_config import EMBEDDED_DATA
 from plainrl.sources import arithmetic_records, corrupt_some, is_pipe, read_records
@@ -233,7 +233,7 @@ def load_examples(
     return [
         Example(
             question=record.question,
-            prompt=record.prompt if record.prompt is not None else fill_prompt(template, record.question),
+            prompt=write_prompt(record, template, config),
             ground_truth=truth,
             response=record.response or format_response(record.reasoning, record.wrong_answer or answer, reward),
             source=record.source,

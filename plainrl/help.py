@@ -16,13 +16,17 @@ from plainrl.config import LOSSES, ExpertIterationConfig, GRPOConfig, RunConfig,
 from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.reward_names import REWARD_FUNCTIONS
+from plainrl.supplement_config import BenchmarkConfig, DPOConfig
 
 # The algorithm's own keys first. Every key of every schema stands in exactly one group.
 GROUPS = {
     "SFT": (
-        *("num_sft_examples", "examples_seed", "filter_correct", "num_epochs", "max_steps"),
-        *("lr_schedule", "warmup_fraction", "dropout", "arithmetic_corrupt_fraction"),
+        *("num_sft_examples", "examples_seed", "filter_correct", "loss_on", "packing", "seq_length"),
+        *("dropout", "arithmetic_corrupt_fraction"),
     ),
+    "DPO": ("beta", "num_pairs", "num_validation_pairs"),
+    "SFT and DPO": ("num_epochs", "max_steps", "lr_schedule", "warmup_fraction"),
+    "supplement's evaluations": ("tasks", "benchmark_data", "num_questions", "generator"),
     "GRPO": (
         *("n_grpo_steps", "rollout_batch_size", "epochs_per_rollout_batch"),
         *("recipe", "loss_type", "cliprange", "cliprange_high", "cliprange_dual", "ratio_cap", "ratio_level"),
@@ -31,15 +35,15 @@ GROUPS = {
         *("dynamic_sampling", "max_resampling_rounds", "drop_solved_questions", "solved_pass_rate", "solved_visits"),
     ),
     "expert iteration": ("n_ei_steps", "ei_batch_size", "ei_epochs", "keep_correct"),
-    "rollouts": ("warm_start", "group_size", "num_logged_groups"),
+    "first policy, rollouts": ("warm_start", "group_size", "num_logged_groups"),
     "batch and optimizer": (
         *("train_batch_size", "gradient_accumulation_steps", "microbatch_tokens"),
         *("length_normalization", "normalize_constant"),
-        *("learning_rate", "adam_betas", "weight_decay", "max_grad_norm", "loss_scale"),
+        *("optimizer", "learning_rate", "adam_betas", "weight_decay", "max_grad_norm", "loss_scale"),
         *("lora_rank", "lora_alpha"),
     ),
     "model, prompt, reward, data": (
-        *("model", "prompt", "reward", "train_data", "validation_data", "extra_validation_data"),
+        *("model", "prompt", "fill_prompts", "reward", "train_data", "validation_data", "extra_validation_data"),
         *("validation_fraction", "validation_seed", "question_field", "answer_field", "trace_field"),
         *("arithmetic_terms", "arithmetic_max_term", "max_context_tokens", "drop_long_examples"),
     ),
@@ -77,6 +81,8 @@ SCHEMAS = {  # schema -> command, YAML file
     SFTConfig: ("SFT_train.py", "config.yaml"),
     GRPOConfig: ("GRPO_train.py", "grpo_train.yaml"),
     ExpertIterationConfig: ("-m experiments.expert_iteration", "experiments/expert_iteration.yaml"),
+    DPOConfig: ("-m supplement.DPO_train", "supplement/dpo_train.yaml"),
+    BenchmarkConfig: ("-m supplement.evaluate_benchmark", "supplement/evaluate_benchmark.yaml"),
 }
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from plainrl.config import TrainConfig
 from plainrl.distributed import divided_blocks, num_ranks
 from plainrl.log_probs import GPU_BLOCK_NUMBERS, LOGIT_CHUNK_TOKENS
+from plainrl.optimizers import OPTIMIZERS
 from plainrl.records import UserError
 
 GIB = 2**30
@@ -71,7 +72,7 @@ def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict
 def estimate_training_memory(model_config: Any, config: TrainConfig, num_shards: int = 1) -> dict[str, float]:
     """Return the peak of an optimizer step by parts, in GiB.
 
-        weights 4 n    gradients 4 m    moments 8 m    copies 2 m (the working copy in 16 bits)
+        weights 4 n    gradients 4 m    moments 8 m (rmsprop: 4 m)    copies 2 m (the working copy in 16 bits)
         with adapters: weights 4 m + 2 n (4 n in float32), no copies, but 6 w
         activations  t L (8 F + 48 d),  with gradient checkpointing  t (L 2 d + 8 F + 48 d)             bytes
         several ranks: weights, gradients and moments are divided by their number, and instead of copies there are
@@ -120,7 +121,7 @@ def estimate_training_memory(model_config: Any, config: TrainConfig, num_shards:
     sizes = {
         "weights": (own + 4 * num_added) / num_shards,
         "gradients": 4 * num_trained / num_shards,
-        "moments": 8 * num_trained / num_shards,
+        "moments": 4 * OPTIMIZERS[config.optimizer].num_moments * num_trained / num_shards,
         **copies,
         "activations": num_tokens * kept,
         "logits": logits,

@@ -39,6 +39,7 @@ def microbatches(
     padding_id: int,
     max_rows: int,
     max_tokens: int = 0,
+    rows_together: int = 1,
 ) -> Iterator[Microbatch]:
     """Yield each microbatch of this rank.
 
@@ -48,7 +49,7 @@ def microbatches(
 
     Args:
         policy: the policy, on its device. If it shares prefixes, a shared prefix counts once.
-        prompt_ids, response_ids, max_rows, max_tokens: as in `plan_microbatches`.
+        prompt_ids, response_ids, max_rows, max_tokens, rows_together: as in `plan_microbatches`.
         padding_id: token id that fills rows up.
     """
     shares = shares_prefixes(policy)
@@ -60,7 +61,7 @@ def microbatches(
         tree = build_prefix_tree(tensors["input_ids"], tensors["response_mask"]) if shares else None
         return tensors | {"prefix_tree": tree}
 
-    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, shares, num_ranks())
+    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, shares, num_ranks(), rows_together)
     most = [max(part.num_tokens for part in planned[i : i + num_ranks()]) for i in range(0, len(planned), num_ranks())]
     plan = deal_microbatches(planned)
     with ThreadPoolExecutor(1) as thread:
@@ -79,6 +80,7 @@ def plan_microbatches(
     max_tokens: int = 0,
     counts_prefixes_once: bool = True,
     multiple_of: int = 1,
+    rows_together: int = 1,
 ) -> list[list[int]]:
     """Divide rows into microbatches. A new one begins if the next row would exceed one of the two limits.
 
@@ -88,12 +90,14 @@ def plan_microbatches(
     Args:
         prompt_ids, response_ids: token ids of each row.
         max_rows: most rows of a microbatch.
-        max_tokens: most tokens of a microbatch. 0 means no limit. A single row may have more.
+        max_tokens: most tokens of a microbatch. 0 means no limit. A single row, or those of a unit, may have more.
         counts_prefixes_once: whether a prefix that rows share counts once, as in a prefix tree. Else every row counts
             as much as the longest, to which it is padded.
         multiple_of: number of ranks. Above 1, the limit on tokens is lowered until the number of microbatches is a
             multiple of it, and they are ordered by size. Where that is not enough, the largest are halved. If there
             are fewer rows than ranks, each row is a microbatch.
+        rows_together: so many rows that follow each other form a unit, as the two of a preference pair, which is never
+            divided. They have the same prompt, and keep their order.
 
     Returns:
         The indices of the rows, microbatch by microbatch.
@@ -103,7 +107,7 @@ def plan_microbatches(
     >>> plan_microbatches([[1], [1], [1], [1]], [[5, 6, 7], [5, 6], [8], [9]], max_rows=4, multiple_of=2)
     [[1, 0], [2, 3]]
     """
-    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, counts_prefixes_once, multiple_of)
+    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, counts_prefixes_once, multiple_of, rows_together)
     return [part.indices for part in planned]
 
 
@@ -144,12 +148,19 @@ def _plan(
     max_tokens: int,
     counts_prefixes_once: bool,
     multiple_of: int,
+    rows_together: int,
 ) -> list[_Planned]:
     rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
     longest: dict[tuple[int, ...], int] = {}
     for prompt, row in zip(prompt_ids, rows, strict=True):
         longest[tuple(prompt)] = max(len(row), longest.get(tuple(prompt), 0))
-    order = sorted(range(len(rows)), key=lambda i: (longest[tuple(prompt_ids[i])], prompt_ids[i], len(rows[i])))
+
+    def key(unit: list[int]) -> tuple[int, list[int], int]:
+        prompt = prompt_ids[unit[0]]
+        return longest[tuple(prompt)], prompt, max(len(rows[index]) for index in unit)
+
+    units = [list(range(start, start + rows_together)) for start in range(0, len(rows), rows_together)]
+    order = [index for unit in sorted(units, key=key) for index in unit]
     lengths = [len(rows[index]) for index in order]
     shared = [
         common_length(rows[before], rows[index]) for before, index in zip([*order[:1], *order[:-1]], order, strict=True)
@@ -165,23 +176,27 @@ def _plan(
         """Return first row and end of each microbatch of at most so many tokens."""
         parts: list[tuple[int, int]] = []
         num_tokens = longest_row = 0
-        for place, length in enumerate(lengths):
-            longest_row = max(longest_row, length)
-            size = place - parts[-1][0] if parts else 0
-            num_tokens = num_tokens + length - shared[place] if counts_prefixes_once else longest_row * (size + 1)
-            if not parts or size == max_rows or 0 < limit < num_tokens:
+        for place in range(0, len(order), rows_together):
+            end = place + rows_together
+            longest_row = max(longest_row, *lengths[place:end])
+            size = end - parts[-1][0] if parts else 0
+            added = sum(lengths[place:end]) - sum(shared[place:end])
+            num_tokens = num_tokens + added if counts_prefixes_once else longest_row * size
+            if not parts or size > max_rows or 0 < limit < num_tokens:
                 parts.append((place, place))
-                num_tokens = longest_row = length
-            parts[-1] = (parts[-1][0], place + 1)
+                num_tokens, longest_row = num_tokens_of(place, end), max(lengths[place:end])
+            parts[-1] = (parts[-1][0], end)
         return parts
 
     parts = pack(max_tokens)
     if multiple_of > 1:
-        parts = _fit(parts, pack, num_tokens_of, multiple_of)
+        parts = _fit(parts, pack, num_tokens_of, multiple_of, rows_together)
     return [_Planned(order[first:end], num_tokens_of(first, end)) for first, end in parts]
 
 
-def _fit(parts: list[tuple[int, int]], pack: Any, num_tokens_of: Any, multiple_of: int) -> list[tuple[int, int]]:
+def _fit(
+    parts: list[tuple[int, int]], pack: Any, num_tokens_of: Any, multiple_of: int, rows_together: int
+) -> list[tuple[int, int]]:
     """Return microbatches whose number is a multiple of `multiple_of`, the largest first; see `plan_microbatches`."""
     num_wanted = -(-len(parts) // multiple_of) * multiple_of
     low, high = 1, sum(num_tokens_of(first, end) for first, end in parts)
@@ -190,8 +205,11 @@ def _fit(parts: list[tuple[int, int]], pack: Any, num_tokens_of: Any, multiple_o
         low, high = (low, middle) if len(pack(middle)) <= num_wanted else (middle + 1, high)
     if len(fitted := pack(low)) <= num_wanted:
         parts = fitted
-    while len(parts) % multiple_of and max((end - first for first, end in parts), default=1) > 1:
-        first, end = max((part for part in parts if part[1] - part[0] > 1), key=lambda part: num_tokens_of(*part))
-        middle = (first + end) // 2
+    while len(parts) % multiple_of:
+        divisible = [part for part in parts if part[1] - part[0] > rows_together]
+        if not divisible:
+            break
+        first, end = max(divisible, key=lambda part: num_tokens_of(*part))
+        middle = first + (end - first) // rows_together // 2 * rows_together
         parts = [part for part in parts if part != (first, end)] + [(first, middle), (middle, end)]
     return sorted(parts, key=lambda part: -num_tokens_of(*part))

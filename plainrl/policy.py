@@ -30,6 +30,7 @@ from plainrl.model_files import (
     resolve_model,
     set_dropout,
 )
+from plainrl.optimizers import OPTIMIZERS
 from plainrl.precision import add_working_copy, refresh_working_copy, working_copy
 from plainrl.prefix_tree import share_prefixes, why_not_shared
 from plainrl.records import Response, UserError
@@ -139,26 +140,20 @@ def compile_blocks(policy: PreTrainedModel) -> None:
 
 
 def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Put the policy into training mode, as configured, and return its AdamW optimizer."""
+    """Put the policy into training mode, as configured, and return its optimizer."""
     model = working_copy(policy)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.compile_policy:
         compile_blocks(model)
     model.train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(policy),
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    optimizer = OPTIMIZERS[config.optimizer].make(parameter_groups(policy), config)
     optimizer.register_step_post_hook(lambda *_: refresh_working_copy(policy))
     return optimizer
 
 
 def parameter_groups(policy: PreTrainedModel) -> list[dict[str, Any]]:
-    """Return the trained parameters for AdamW. Weight decay leaves those of one dimension alone.
+    """Return the trained parameters for the optimizer. Weight decay leaves those of one dimension alone.
 
     These are the weights of norms, and biases. Source: Radford et al. 2018 (GPT), section 4.1.
     """

@@ -17,6 +17,7 @@ from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import free_bytes
 from plainrl.distributed import num_ranks, on_first, whole
 from plainrl.log_probs import get_masked_response_log_probs
+from plainrl.optimizers import OPTIMIZERS
 from plainrl.policy import blocks_of
 from plainrl.precision import working_copy
 from plainrl.records import UserError
@@ -125,15 +126,18 @@ def _try_saving(
 def check_room(policy: PreTrainedModel, folder: Path, config: TrainConfig) -> None:
     """Raise a UserError if the disk has too little room for the checkpoints that will exist at a time.
 
-    Each holds the weights and AdamW's two moments of those that are trained, all float32. There are the kept ones and
-    the one being written. final/ takes no room, because it is linked. In SFT without
-    `max_steps` the number of steps is not known yet: then one must have room, and a lack for the others is only said.
+    Each holds the weights and the optimizer's moments of those that are trained, all float32. There are the kept ones
+    and the one being written. final/ takes no room, because it is linked. In SFT without `max_steps` the number of
+    steps is not known yet: then one must have room, and a lack for the others is only said.
     """
     free = free_bytes(folder)
     if free is None:
         return
     num_trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
-    size = 4 * sum(parameter.numel() for parameter in policy.parameters()) + 8 * num_trained + SPARE_BYTES
+    num_moment_bytes = 4 * OPTIMIZERS[config.optimizer].num_moments
+    size = (
+        4 * sum(parameter.numel() for parameter in policy.parameters()) + num_moment_bytes * num_trained + SPARE_BYTES
+    )
     most = config.keep_last + config.keep_best + 1
     num_steps = next((getattr(config, key) for key in NUM_STEPS_KEYS if getattr(config, key, 0)), 0)
     num_saved = -(-num_steps // config.checkpoint_interval) if num_steps else most

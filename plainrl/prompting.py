@@ -8,6 +8,7 @@ from pathlib import Path
 from plainrl.grading.rewards import Reward, clean_ground_truth, is_gradable
 from plainrl.layouts import Record
 from plainrl.records import UserError
+from plainrl.shared_config import RunConfig
 from plainrl.sources import decode_text, path_exists
 
 PROMPTS_FOLDER = Path(__file__).parent / "prompts"
@@ -73,6 +74,13 @@ def fill_prompt(template: str, question: str) -> str:
     'User: What is \\frac{1}{2}?'
     """
     return template.replace("{question}", question)
+
+
+def write_prompt(record: Record, template: str, config: RunConfig) -> str:
+    """Return a record's own prompt, or its question in the template. `fill_prompts` takes the template for all."""
+    if record.prompt is None or config.fill_prompts:
+        return fill_prompt(template, record.question)
+    return record.prompt
 
 
 def format_response(reasoning: str | None, answer: str | None, reward: Reward) -> str | None:

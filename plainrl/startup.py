@@ -19,6 +19,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ("SFT_train.py", "GRPO_train.py", "policy_evaluation.py")
+PACKAGES = ("experiments", "plainrl", "supplement")
 
 
 def prepare_program() -> None:
@@ -87,4 +88,4 @@ def own_command(main_file: str | None, command: list[str]) -> str:
         return path.name if path.parent == REPOSITORY.resolve() and path.name in SCRIPTS else ""
     modules = (part[2:] or after for part, after in pairwise([*command, ""]) if part.startswith("-m"))
     module = next(modules, "")
-    return f"-m {module}" if module.partition(".")[0] in ("experiments", "plainrl") else ""
+    return f"-m {module}" if module.partition(".")[0] in PACKAGES else ""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from plainrl.cli import PIPE_STATUS, command_of, load_config, read_yaml
-from plainrl.config import RolloutConfig, RunConfig, SFTConfig
+from plainrl.config import RunConfig, SFTConfig, WarmStartConfig
 from plainrl.data import hold_out, load_examples, load_sft_examples, load_validation_set
 from plainrl.devices import run_command
 from plainrl.distributed import environment_of_one_process, on_first
@@ -26,7 +26,7 @@ from plainrl.records import Stopped, UserError
 from plainrl.shared_config import EMBEDDED_DATA
 from plainrl.sources import is_pipe, path_exists
 
-RolloutConfigType = TypeVar("RolloutConfigType", bound=RolloutConfig)
+WarmStartConfigType = TypeVar("WarmStartConfigType", bound=WarmStartConfig)
 
 SCRIPT = Path(__file__).parent.parent / "SFT_train.py"
 YAML = SCRIPT.with_name("config.yaml")
@@ -45,7 +45,7 @@ EMBEDDED = {"train_data": EMBEDDED_DATA, "validation_data": EMBEDDED_DATA} | {
 INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"}
 
 
-def apply_warm_start(config: RolloutConfigType, checkpoint: Path | None = None) -> RolloutConfigType:
+def apply_warm_start(config: WarmStartConfigType, checkpoint: Path | None = None) -> WarmStartConfigType:
     """Return the configuration with the policy of the warm start as its model. Run SFT_train.py first if needed.
 
     The SFT run of a preset is in `runs_dir/<preset>`. If one with another model, prompt, reward or data is there, a
@@ -64,13 +64,13 @@ def apply_warm_start(config: RolloutConfigType, checkpoint: Path | None = None) 
     return config.model_copy(update={"model": str(model)})
 
 
-def reward_to_teach(config: RolloutConfig) -> str | tuple[str, ...]:
+def reward_to_teach(config: WarmStartConfig) -> str | tuple[str, ...]:
     """Return the reward function whose format the warm start teaches: the first of the table with the same format."""
     write = config.reward_function.write_response
     return next((name for name, other in REWARD_FUNCTIONS.items() if other.write_response is write), config.reward)
 
 
-def _find_model(config: RolloutConfig, presets: Mapping[str, Any]) -> Path:
+def _find_model(config: WarmStartConfig, presets: Mapping[str, Any]) -> Path:
     """Return the folder of the model that `warm_start` names, a path or the name of a run in `runs_dir`."""
     for folder in (Path(config.warm_start), Path(config.runs_dir) / config.warm_start):
         if path_exists(folder / "final") or path_exists(folder / "config.json"):
@@ -85,7 +85,7 @@ def _find_model(config: RolloutConfig, presets: Mapping[str, Any]) -> Path:
     )
 
 
-def _run_preset(config: RolloutConfig) -> Path:
+def _run_preset(config: WarmStartConfig) -> Path:
     """Return the folder of the model that a preset of config.yaml trains. It is trained if it is not there."""
     inherited = _inherited(config) | _data_to_teach(config)
     name = config.warm_start
@@ -120,12 +120,12 @@ def _run_preset(config: RolloutConfig) -> Path:
     return folder / "final"
 
 
-def _inherited(config: RolloutConfig) -> dict[str, Any]:
+def _inherited(config: WarmStartConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", include=INHERITED)
     return values | {"reward": reward_to_teach(config)}
 
 
-def _data_to_teach(config: RolloutConfig) -> dict[str, Any]:
+def _data_to_teach(config: WarmStartConfig) -> dict[str, Any]:
     """Return what the SFT run takes instead of the run's own data, if that has no worked response; else nothing."""
     if config.train_data == EMBEDDED_DATA or is_pipe(config.train_data):
         return {}
@@ -146,7 +146,7 @@ def _differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     return [f"{key} = {used[key]}, not {settings[key]}" for key in keys]
 
 
-def _limit_to_data(config: RolloutConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _limit_to_data(config: WarmStartConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return `num_sft_examples` for the SFT run, if its preset asks for more than the data has.
 
     Raises:

@@ -2,8 +2,7 @@
 
 import GRPO_helper
 import SFT_helper
-
-SUPPLEMENT = "the optional supplement of Assignment 5 is not built yet"
+from supplement import DPO_helper, answer_parsers, instruction_data
 
 
 def run_tokenize_prompt_and_output(prompt_strs, output_strs, tokenizer):
@@ -77,20 +76,22 @@ def run_masked_normalize(tensor, mask, dim=None, normalize_constant=1.0):
 
 
 def get_packed_sft_dataset(tokenizer, dataset_path, seq_length, shuffle):
-    raise NotImplementedError(SUPPLEMENT)
+    return instruction_data.PackedDataset(tokenizer, dataset_path, seq_length, shuffle)
 
 
 def run_iterate_batches(dataset, batch_size, shuffle):
-    raise NotImplementedError(SUPPLEMENT)
+    return instruction_data.iterate_batches(dataset, batch_size, shuffle)
 
 
 def run_parse_mmlu_response(mmlu_example, model_output):
-    raise NotImplementedError(SUPPLEMENT)
+    return answer_parsers.parse_mmlu_response(mmlu_example, model_output)
 
 
 def run_parse_gsm8k_response(model_output):
-    raise NotImplementedError(SUPPLEMENT)
+    return answer_parsers.parse_gsm8k_response(model_output)
 
 
 def run_compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_chosen, response_rejected):
-    raise NotImplementedError(SUPPLEMENT)
+    return DPO_helper.compute_per_instance_dpo_loss(
+        lm, lm_ref, tokenizer, beta, prompt, response_chosen, response_rejected
+    )

@@ -116,7 +116,7 @@ def find_torn(folder: Path) -> list[str]:
 def find_differences(one: Path, other: Path) -> list[str]:
     """Return in what two runs differ: metrics (times aside), samples, final weights, optimizer state."""
     found = []
-    first, second = (_comparable_metrics(folder) for folder in (one, other))
+    first, second = (comparable_metrics(folder) for folder in (one, other))
     if len(first) != len(second):
         found.append(f"{len(first)} and {len(second)} lines of metrics")
     for a, b in zip(first, second, strict=False):
@@ -132,7 +132,7 @@ def find_differences(one: Path, other: Path) -> list[str]:
 
 def steps_of(folder: Path) -> list[int]:
     """Return the training steps in metrics.jsonl, in the order in which they stand there."""
-    return [row["train_step"] for row in _comparable_metrics(folder) if "train_step" in row]
+    return [row["train_step"] for row in comparable_metrics(folder) if "train_step" in row]
 
 
 def kill_and_resume(
@@ -253,7 +253,9 @@ def main() -> None:
     sys.exit(1 if wrong else 0)
 
 
-def _comparable_metrics(folder: Path) -> list[dict]:
+def comparable_metrics(folder: Path) -> list[dict]:
+    """Return the rows of a run's metrics, without times and memory."""
+
     def is_time(name: str) -> bool:
         return name.startswith(("time/", "memory/")) or name.endswith(("seconds", "per_second"))
 

@@ -45,11 +45,6 @@ def test_every_official_name_is_a_short_call():
     assert functions == OFFICIAL_NAMES
 
 
-def test_supplement_is_announced_as_missing():
-    with pytest.raises(NotImplementedError, match="supplement"):
-        adapters.run_parse_gsm8k_response(model_output="72")
-
-
 def test_sft_adapters():
     logits = seeded(lambda: torch.randn(2, 10, 100))
     entropy = adapters.run_compute_entropy(logits)

@@ -6,12 +6,18 @@ from tiny import REPOSITORY
 
 from plainrl.cli import load_config
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
+from plainrl.supplement_config import BenchmarkConfig, DPOConfig
 
 SCHEMAS = {
     "config.yaml": SFTConfig,
     "grpo_train.yaml": GRPOConfig,
     "experiments/expert_iteration.yaml": ExpertIterationConfig,
+    "supplement/instruction_sft.yaml": SFTConfig,
+    "supplement/dpo_train.yaml": DPOConfig,
+    "supplement/evaluate_benchmark.yaml": BenchmarkConfig,
 }
+OF_MATH = list(SCHEMAS)[:3]  # trained and evaluated on MATH
+OF_TRAINING = list(SCHEMAS)[:-1]
 
 
 def presets_of(path):
@@ -40,7 +46,7 @@ def test_every_preset_is_valid(path, preset):
 
 
 def test_every_yaml_file_has_the_presets():
-    found = [*REPOSITORY.glob("*.yaml"), *REPOSITORY.glob("experiments/*.yaml")]
+    found = [path for folder in (".", "experiments", "supplement") for path in REPOSITORY.glob(f"{folder}/*.yaml")]
     assert {str(path.relative_to(REPOSITORY)) for path in found} == set(SCHEMAS)
     for path in SCHEMAS:
         assert {"laptop", "one-gpu", "two-gpu", "small-gpu", "eight-gpu", "two-nodes"} <= set(presets_of(path))
@@ -67,14 +73,14 @@ def test_gpu_presets_name_files_that_the_author_of_the_data_documents():
     traces, filtered, validation = (
         f"data/sft-reason/{name}.jsonl" for name in ("sft_gpt-oss-120b", "sft_gpt-oss-120b_filtered", "val")
     )
-    train_data = dict(zip(SCHEMAS, (filtered, traces, traces), strict=True))
-    for path, schema in SCHEMAS.items():
+    train_data = dict(zip(OF_MATH, (filtered, traces, traces), strict=True))
+    for path in OF_MATH:
         for preset in ("one-gpu", "two-gpu", "small-gpu"):
-            config = load_config(schema, REPOSITORY / path, [f"preset={preset}"])
+            config = load_config(SCHEMAS[path], REPOSITORY / path, [f"preset={preset}"])
             assert (config.train_data, config.validation_data) == (train_data[path], validation), (path, preset)
 
 
-@pytest.mark.parametrize("path", SCHEMAS)
+@pytest.mark.parametrize("path", OF_TRAINING)
 def test_the_preset_for_small_cards_trains_adapters_at_ten_times_the_learning_rate(path):
     small, one = (
         load_config(SCHEMAS[path], REPOSITORY / path, [f"preset={name}"]) for name in ("small-gpu", "one-gpu")
@@ -84,7 +90,7 @@ def test_the_preset_for_small_cards_trains_adapters_at_ten_times_the_learning_ra
     assert small.warnings() == one.warnings() == []
 
 
-@pytest.mark.parametrize("path", SCHEMAS)
+@pytest.mark.parametrize("path", OF_MATH)
 def test_every_prompt_of_math_fits_the_gpu_presets(path):
     """The longest of 12,500, in the r1_zero template: 1,747 tokens of Qwen2.5-Math, which has a context of 4,096."""
     config = load_config(SCHEMAS[path], REPOSITORY / path, ["preset=one-gpu"])

@@ -12,14 +12,12 @@ from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
 from plainrl.data import (
     encode_prompts,
     epoch_order,
-    fill_prompt,
     final_validation_subset,
     fit_questions,
     fit_validation,
     hold_out,
     keep_answered,
     load_examples,
-    load_prompt_template,
     load_questions,
     load_sft_examples,
     load_validation,
@@ -28,6 +26,7 @@ from plainrl.data import (
 )
 from plainrl.grading.rewards import REWARD_FUNCTIONS, r1_zero_reward_fn
 from plainrl.layouts import parse_record
+from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import UserError
 from SFT_train import select_examples
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import REPOSITORY, expert_iteration_arguments, grpo_arguments, tiny_arguments
+from tiny import REPOSITORY, expert_iteration_arguments, grpo_arguments, tiny_arguments, without_sft_keys
 
 import GRPO_helper
 import GRPO_train
@@ -29,18 +29,23 @@ from experiments import expert_iteration, sweep
 from GRPO_helper import LossInputs, compute_policy_gradient_loss
 from plainrl.cli import load_config
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
-from plainrl.data import fill_prompt, load_examples, load_prompt_template, load_questions, load_validation
+from plainrl.data import load_examples, load_questions, load_validation
 from plainrl.grading.rewards import grade_responses
+from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, Response, Rollout, mean
+from plainrl.supplement_config import BenchmarkConfig, DPOConfig
+from supplement import DPO_train
 
 DOCS = REPOSITORY / "docs"
-PAGES = ["grpo", "sft", "expert_iteration", "metrics", "how_to"]
-TEXTS = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *REPOSITORY.glob("results/**/README.md")])
+PAGES = ["grpo", "sft", "expert_iteration", "supplement", "metrics", "how_to"]
+TEXTS = sorted([*REPOSITORY.glob("*.md"), *DOCS.glob("*.md"), *REPOSITORY.glob("[rs]*/**/README.md")])
 SCHEMAS = {
     "SFT_train.py": (SFTConfig, "config.yaml"),
     "policy_evaluation.py": (SFTConfig, "config.yaml"),
     "GRPO_train.py": (GRPOConfig, "grpo_train.yaml"),
     "experiments.expert_iteration": (ExpertIterationConfig, "experiments/expert_iteration.yaml"),
+    "supplement.DPO_train": (DPOConfig, "supplement/dpo_train.yaml"),
+    "supplement.evaluate_benchmark": (BenchmarkConfig, "supplement/evaluate_benchmark.yaml"),
 }
 HOW_TO = (DOCS / "how_to.md").read_text()
 
@@ -88,9 +93,11 @@ def logged_keys(shared_engine, answering_model_folder, tmp_path_factory):
     GRPO_train.main(grpo)
     ei = {"run_name": "EI", "n_ei_steps": 1, "train_data": data, **several}
     expert_iteration.main(expert_iteration_arguments(model, folder, **ei))
+    dpo = {"run_name": "DPO", "warm_start": "", "max_steps": 1, "num_pairs": 8, "num_validation_pairs": 8, **several}
+    DPO_train.main(without_sft_keys(tiny_arguments(model, folder, **dpo)))
     return {  # eval/pass_at_2 is a line of its own in no table
         name: {re.sub(r"_at_\d+", "_at_k", key) for row in metrics_of(folder / name) for key in row}
-        for name in ("SFT", "GRPO", "EI")
+        for name in ("SFT", "GRPO", "EI", "DPO")
     }
 
 
@@ -98,13 +105,15 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("script", ["SFT", "GRPO", "EI"])
+@pytest.mark.parametrize("script", ["SFT", "GRPO", "EI", "DPO"])
 def test_metrics_page_has_what_is_logged_and_nothing_else(script, logged_keys):
     documented = set()
-    for metric, *_, scripts, _ in [row for row in rows_of((DOCS / "metrics.md").read_text()) if len(row) == 5]:
+    for metric, _, over, scripts, _ in [row for row in rows_of((DOCS / "metrics.md").read_text()) if len(row) == 5]:
         if metric.startswith("`") and script in scripts.split(", "):
             name = metric.strip("`")
-            documented |= {name, re.sub("^eval/", "eval_all/", name)}
+            documented.add(name)
+            if "held-out pairs" not in over:
+                documented.add(re.sub("^eval/", "eval_all/", name))
     assert sorted(documented - logged_keys[script]) == []
     assert sorted(logged_keys[script] - documented) == []
 
@@ -159,7 +168,7 @@ def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder
 # --- the pages --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", ["grpo", "sft", "expert_iteration"])
+@pytest.mark.parametrize("page", ["grpo", "sft", "expert_iteration", "supplement"])
 def test_worked_examples_give_what_they_show(page):
     code = "\n".join(blocks((DOCS / f"{page}.md").read_text(), "python"))
     test = doctest.DocTestParser().get_doctest(code, {}, page, None, 0)
@@ -170,7 +179,13 @@ def test_worked_examples_give_what_they_show(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "schema"), [("grpo", GRPOConfig), ("sft", SFTConfig), ("expert_iteration", ExpertIterationConfig)]
+    ("page", "schema"),
+    [
+        ("grpo", GRPOConfig),
+        ("sft", SFTConfig),
+        ("expert_iteration", ExpertIterationConfig),
+        ("supplement", DPOConfig),
+    ],
 )
 def test_key_tables_have_the_defaults(page, schema):
     text = (DOCS / f"{page}.md").read_text().partition("## The keys that matter")[2].partition("\n## ")[0]

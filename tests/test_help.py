@@ -26,7 +26,7 @@ def test_help_has_every_key_and_the_algorithms_own_first(schema):
     text = help_text(schema, SCHEMAS[schema][1], SCHEMAS[schema][0])
     keys = [line.strip().partition("=")[0] for line in text.splitlines() if line.startswith("  ") and line[2] != " "]
     assert sorted(keys) == sorted(schema.model_fields)
-    assert keys[0] in ("num_sft_examples", "n_grpo_steps", "n_ei_steps")
+    assert keys[0] in ("num_sft_examples", "n_grpo_steps", "n_ei_steps", "beta", "tasks")
     assert all(len(line) <= 120 for line in text.splitlines())
     assert text.startswith(f"usage: {run_command('python')} {SCHEMAS[schema][0]} [key=value ...]")
 

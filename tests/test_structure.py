@@ -18,11 +18,12 @@ from plainrl.corrections import ENGINE_CORRECTIONS, KL_ESTIMATORS, RATIO_LEVELS
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 
 HELPERS = ("SFT_helper", "GRPO_helper")
+SUPPLEMENT_HELPERS = ("supplement.DPO_helper",)  # mathematics, too: they import no machinery
 SCRIPTS = ("SFT_train", "GRPO_train")
 TOP_LEVEL = {
     *("SFT_helper.py", "GRPO_helper.py", "policy_evaluation.py", "SFT_train.py", "GRPO_train.py"),
     *("config.yaml", "grpo_train.yaml", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md"),
-    *("docs", "experiments", "plainrl", "results", "tests"),
+    *("docs", "experiments", "plainrl", "results", "supplement", "tests"),
 }
 NEEDS_TRL = {"experiments.benchmark.trl_side"}  # it runs in an environment of TRL's own
 
@@ -46,8 +47,9 @@ def tracked_files():
     return [path for line in result.stdout.splitlines() if (path := REPOSITORY / line).exists()]
 
 
-OURS = python_files("plainrl", "experiments", "docs")
-MODULES = [module_name(path) for path in python_files("plainrl", "experiments") if module_name(path) not in NEEDS_TRL]
+OURS = python_files("plainrl", "experiments", "supplement", "docs")
+PACKAGES = ("plainrl", "experiments", "supplement")
+MODULES = [module_name(path) for path in python_files(*PACKAGES) if module_name(path) not in NEEDS_TRL]
 
 
 def imports_of(tree, name):
@@ -67,6 +69,8 @@ def may_import(name):
     package = name.partition(".")[0]
     if name in HELPERS:
         return ()
+    if name in SUPPLEMENT_HELPERS:
+        return HELPERS
     if is_in(name, ["plainrl.grading"]):
         return ("plainrl.grading",)
     if package == "plainrl":
@@ -75,7 +79,7 @@ def may_import(name):
         return (*HELPERS, "plainrl")
     if name in SCRIPTS:
         return (*HELPERS, "plainrl", "policy_evaluation")
-    assert package in ("experiments", "docs"), f"{name}: say here what it may import"
+    assert package in ("experiments", "supplement", "docs"), f"{name}: say here what it may import"
     return (*HELPERS, *SCRIPTS, "plainrl", "policy_evaluation", package)
 
 
@@ -91,7 +95,7 @@ def find_forbidden_imports(name, source):
 
 
 def test_the_rule_of_imports():
-    """Helpers <- plainrl <- policy_evaluation <- scripts <- experiments; the grader needs nothing but itself."""
+    """Helpers <- plainrl <- policy_evaluation <- scripts <- experiments, supplement. The grader needs itself alone."""
     found = {module_name(path): find_forbidden_imports(module_name(path), path.read_text()) for path in OURS}
     assert {name: modules for name, modules in found.items() if modules} == {}
 
@@ -107,6 +111,10 @@ def test_the_rule_of_imports():
         ("plainrl.grading.rewards", "from .. import records"),
         ("policy_evaluation", "import SFT_train"),
         ("GRPO_train", "from SFT_train import report"),
+        ("SFT_train", "from supplement.instruction_data import iterate_batches"),
+        ("plainrl.data", "import supplement"),
+        ("supplement.DPO_train", "from experiments.curves import something"),
+        ("supplement.DPO_helper", "from plainrl.data import fill_prompt"),
     ],
 )
 def test_the_rule_of_imports_finds(name, source):

@@ -117,7 +117,7 @@ def grpo_arguments(model, runs_dir, **overrides):
         "eval_interval": 1,
         "num_logged_groups": 1,
     }
-    return _without_sft_keys(tiny_arguments(model, runs_dir, **(values | overrides)))
+    return without_sft_keys(tiny_arguments(model, runs_dir, **(values | overrides)))
 
 
 def expert_iteration_arguments(model, runs_dir, **overrides):
@@ -132,10 +132,11 @@ def expert_iteration_arguments(model, runs_dir, **overrides):
         "gradient_accumulation_steps": 2,
         "eval_interval": 1,
     }
-    return _without_sft_keys(tiny_arguments(model, runs_dir, **(values | overrides)))
+    return without_sft_keys(tiny_arguments(model, runs_dir, **(values | overrides)))
 
 
-def _without_sft_keys(arguments):
+def without_sft_keys(arguments):
+    """The arguments without those that SFT alone has."""
     return [argument for argument in arguments if not argument.startswith("num_sft_examples")]
 
 

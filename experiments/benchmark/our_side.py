@@ -191,11 +191,11 @@ def work_grade(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     truths = [example.ground_truth or "" for example in load_validation_set(config)][: config.rollout_batch_size]
     answers = [truth if index % 2 else f"{truth}1" for index, truth in enumerate(truths)]
     responses = [f" So it is {answer}. </think> <answer> {answer} </answer>" for answer in answers]
-    grades = grade_responses(responses, truths, config.reward)
+    grades = grade_responses(responses, truths, config.reward_function)
     assert [grade.rewards["reward"] for grade in grades] == [index % 2 for index in range(len(truths))]
 
     def grade() -> None:
-        grade_responses(responses, truths, config.reward)
+        grade_responses(responses, truths, config.reward_function)
 
     seconds = min(timed(grade, "cpu") for _ in range(NUM_GRADINGS))
     return {"ours": {"graded_responses_per_second": len(truths) / seconds}}

@@ -38,8 +38,7 @@ def compute_group_normalized_rewards(
 ) -> tuple[Float[Tensor, " rollouts"], Float[Tensor, " rollouts"], dict[str, float]]:
     """Grade the responses, and normalize the rewards as `normalize_within_groups` does.
 
-    GRPO_train.py grades responses while others are sampled. It then calls `normalize_within_groups` alone.
-
+    GRPO_train.py grades responses while others are sampled, and then calls `normalize_within_groups` alone.
     Args: group_size, advantage_eps, normalize_by_std: as there.
         reward_fn: maps (response, ground truth) to a dictionary with `reward`.
         rollout_responses: N responses. Those to the same question stand next to each other.

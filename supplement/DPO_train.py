@@ -41,9 +41,6 @@ from supplement.DPO_helper import compute_dpo_loss
 from supplement.preference_data import TokenizedPair, load_pairs, tokenize_pairs
 from supplement.preference_scores import PairScore, PreferenceEvaluator, reference_scores
 
-# What is said of a batch: means over its pairs, see `compute_dpo_loss`.
-PAIR_METRICS = ("accuracy", "reward_accuracy", "margin", "chosen_reward", "rejected_reward")
-
 
 def main(arguments: list[str]) -> None:
     """Configuration, pairs, warm start, policy, reference log-probs, evaluator, loop, results."""
@@ -141,7 +138,7 @@ def accumulate_gradients(
     prompts = [pair.prompt_ids for pair in batch for _ in range(2)]
     responses = [token_ids for pair in batch for token_ids in (pair.chosen_ids, pair.rejected_ids)]
     reference = torch.tensor(references, device=policy.device)
-    sums = dict.fromkeys(("loss", *PAIR_METRICS, "chosen_log_prob", "rejected_log_prob"), 0.0)
+    sums: dict[str, float] = {}
     num_tokens = 0
     for indices, tensors in microbatches(
         policy, prompts, responses, padding_id, 2 * config.microbatch_size, config.microbatch_tokens, rows_together=2
@@ -155,10 +152,9 @@ def accumulate_gradients(
         loss = losses.sum() / len(batch)
         (loss * loss_scale).backward()
 
-        metadata |= {"chosen_log_prob": chosen.detach(), "rejected_log_prob": rejected.detach()}
-        sums["loss"] += loss.item() * len(batch)
-        for name, values in metadata.items():
-            sums[name] += values.sum().item()
+        found = {"loss": losses, **metadata, "chosen_log_prob": chosen, "rejected_log_prob": rejected}
+        for name, values in found.items():
+            sums[name] = sums.get(name, 0.0) + values.detach().sum().item()
         num_tokens += int(tensors["response_mask"].sum())
     means = {f"train/{name}": value / len(batch) for name, value in sums.items()}
     return means | {"train/num_response_tokens": num_tokens}

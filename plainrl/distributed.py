@@ -306,7 +306,7 @@ def divide(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(parts.device), parts.device_mesh, parts.placements, src_data_rank=None)
 
 
-def is_lost_rank(error: BaseException) -> bool:
+def is_lost_rank(error: BaseException | None) -> bool:
     """Return whether an error only says that another rank has ended, or has not come in time."""
     signs = ("closed by peer", "connection reset", "timed out waiting", "broken pipe", "socket", "nccl")
     return num_ranks() > 1 and isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)

@@ -21,7 +21,7 @@ import torch
 
 from plainrl.checkpoint import TrainingState
 from plainrl.cli import handle_signals, restore_handlers, resume_command
-from plainrl.distributed import all_are_here, largest, num_ranks, rank
+from plainrl.distributed import all_are_here, is_lost_rank, largest, num_ranks, rank
 from plainrl.records import Stopped, first_line
 
 GRACE_SECONDS = 20.0  # how long a phase may go on after a signal; saving then ends within half a minute
@@ -76,7 +76,9 @@ class StopGuard:
         try:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()  # the run may be ending because memory ran out
-            if not all_are_here():  # an error of one rank leaves the others elsewhere, where they do not help to save
+            if (
+                is_lost_rank(sys.exception()) or not all_are_here()
+            ):  # an error of one rank leaves the others elsewhere, where they do not help to save
                 message = "a rank failed: the last checkpoint is the newest state"
             elif self._state.can_be_saved():
                 message = f"state after step {self._state.step} saved: {self._save(self._state)}"

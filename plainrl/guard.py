@@ -76,9 +76,8 @@ class StopGuard:
         try:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()  # the run may be ending because memory ran out
-            if (
-                is_lost_rank(sys.exception()) or not all_are_here()
-            ):  # an error of one rank leaves the others elsewhere, where they do not help to save
+            # An error of one rank leaves the others elsewhere, where they do not help to save.
+            if is_lost_rank(sys.exception()) or not all_are_here():
                 message = "a rank failed: the last checkpoint is the newest state"
             elif self._state.can_be_saved():
                 message = f"state after step {self._state.step} saved: {self._save(self._state)}"

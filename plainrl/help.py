@@ -59,6 +59,7 @@ GROUPS = {
         *("float32_output_layer", "gradient_checkpointing", "compile_policy", "scoring_batch_size"),
     ),
     "engine": ("gpu_memory_utilization", "engine_cache_gib", "engine_eager", "max_sync_error", "num_sync_tokens"),
+    "several ranks": ("num_replicas", "engine_tensor_parallel"),
     "run": (
         *("preset", "seed", "run_name", "runs_dir", "checkpoint_interval", "keep_last", "keep_best", "resume"),
         *("resume_with_changes", "wandb_mode", "wandb_project"),

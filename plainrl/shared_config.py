@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_o
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from plainrl.optimizers import OPTIMIZERS
+from plainrl.lookup import TableOf
 from plainrl.reward_names import REWARD_FUNCTIONS, check_names, find_reward
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ EVAL_SCORE = "eval/answer_reward"
 LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one to this
 MOST_EVAL_SAMPLES = 1000  # of more, the numbers of subsets exceed what a float holds
 MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
+OPTIMIZERS = TableOf("plainrl.optimizers", "OPTIMIZERS")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

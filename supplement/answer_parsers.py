@@ -25,7 +25,7 @@ STATEMENTS = (  # the most explicit kind comes first, and the others are read on
         rf"(?i:(?:correct|right|best|final)\s+(?:answer|option|choice)(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"
     ),
     re.compile(rf"(?i:answer(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"),
-    re.compile(rf"\A\W*(?i:(?:option|choice)\s+)?{LETTER}(?=\s*(?:[.,;:)\]}}\n]|$|because\b|since\b|or\b|and\b))"),
+    re.compile(rf"(?m:^)\W*(?i:(?:option|choice)\s+)?{LETTER}(?=\s*(?:[.,;:)\]}}\n]|$|because\b|since\b|or\b|and\b))"),
     re.compile(rf"(?i:\b(?:option|choice|choose|pick|select|it\s+is|it's)\s+(?:option\s+)?){LETTER}"),
     re.compile(r"[(\[]([A-D])[)\]]()"),
 )

@@ -60,6 +60,7 @@ def test_official_assertions():
         ("B.", "B"),
         (" B) 1", "B"),
         ("C. 10\nThe number of polyomaviruses", "C"),
+        ("A. 100\nB. 1\nC. 10\nD. unknown", None),  # it repeats the options
         ("A virus is small", None),
         ("I choose C.", "C"),
         ("It is D", "D"),

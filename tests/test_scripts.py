@@ -35,6 +35,7 @@ from plainrl.cli import load_config, run_main
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
 from plainrl.data import load_sft_examples
 from plainrl.records import UserError
+from plainrl.supplement_config import BenchmarkConfig, DPOConfig
 
 
 def run_sft(background):
@@ -640,7 +641,7 @@ ARGUMENTS = {  # of what is no script with a configuration
 def test_readme_commands_exist():
     commands = [re.split("[#>|]", command)[0].strip() for command in documented_commands()]
     assert "pip install -q uv && uv run python SFT_train.py" in commands
-    schemas = (SFTConfig, GRPOConfig, ExpertIterationConfig)
+    schemas = (SFTConfig, GRPOConfig, ExpertIterationConfig, DPOConfig, BenchmarkConfig)
     for command in commands:
         script, *arguments = shlex.split(command.partition("python ")[2])
         if script == "-m":

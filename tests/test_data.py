@@ -46,11 +46,7 @@ def test_prompt_by_path_needs_its_place_holder(tmp_path):
     path.write_text("Q:")
     with pytest.raises(UserError, match="place holder"):
         load_prompt_template(str(path))
-<<<<<<< HEAD
-    with pytest.raises(UserError, match="use alpaca, question_only, r1_zero"):
-=======
     with pytest.raises(UserError, match="use alpaca, question_only, r1_zero, zero_shot"):
->>>>>>> issue22
         load_prompt_template("r2")
 
 

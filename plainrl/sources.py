@@ -270,7 +270,7 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
     )
     first_line = text[: len(text) - len(text.lstrip())].count("\n")
     names: list[str] = []
-    csv.field_size_limit(len(text) + 1)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the whole process: only ever raised
     try:
         for row in reader:
             where = f"{source}, line {first_line + reader.line_num}"

@@ -28,7 +28,7 @@ def tiny_config(**overrides):
 class FakeProcess:
     """The SFT run that is not made: notes its arguments, and ends with `status` or is stopped by a signal."""
 
-    def __init__(self, command):
+    def __init__(self, command, env):
         self.commands.append(command[2:])
         self.signals = []
 

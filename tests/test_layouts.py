@@ -103,6 +103,18 @@ def test_a_csv_file_is_read_by_its_content(tmp_path, delimiter, is_compressed):
     assert parse_record(read[1][0], "f").ground_truth is None
 
 
+def test_a_small_csv_file_does_not_lower_the_limit_of_all_csv(tmp_path):
+    """The limit on a field belongs to the process. Python itself reads the list of installed packages as CSV."""
+    limit = csv.field_size_limit()
+    path = tmp_path / "data.csv"
+    path.write_text("question,answer\n1 + 1,2\n")
+    assert len(list(read_records(str(path)))) == 1
+    assert csv.field_size_limit() == limit
+    path.write_text(f"question,answer\n{'1' * (limit + 1)},2\n")  # one that is longer is read all the same
+    assert len(list(read_records(str(path)))) == 1
+    csv.field_size_limit(limit)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

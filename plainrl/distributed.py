@@ -43,6 +43,7 @@ Result = TypeVar("Result")
 SPARE_SECONDS = 120  # a rank waits for the others so much longer than a phase may last; the phase's limit ends it first
 # What torchrun puts into the environment of a rank. A child that is to run alone must not find it.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_TO_COME = 10.0
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 RANK_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
@@ -225,8 +226,8 @@ def together(call: Callable[[], Result]) -> Result:
     return result
 
 
-def all_are_here(seconds: float = 10.0) -> bool:
-    """Return whether every rank comes to this point within some seconds. If one does not, the run cannot go on.
+def all_are_here() -> bool:
+    """Return whether every rank comes to this point within SECONDS_TO_COME. If one does not, the run cannot go on.
 
     A rank that waits in a collective cannot be asked. Each therefore leaves a note in the store of torchrun.
     """
@@ -236,7 +237,7 @@ def all_are_here(seconds: float = 10.0) -> bool:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"plainrl/here/{rank()}", "")
         keys = [f"plainrl/here/{number}" for number in range(num_ranks())]
-        store.wait(keys, datetime.timedelta(seconds=seconds))
+        store.wait(keys, datetime.timedelta(seconds=SECONDS_TO_COME))
     except RuntimeError:  # not in time, or torchrun has ended
         return False
     return True

@@ -13,6 +13,7 @@ import torch
 from tiny import FakeEvaluator
 
 import SFT_train
+from plainrl import cli, distributed
 from plainrl.cli import run_main
 from plainrl.distributed import rank
 from plainrl.records import UserError
@@ -42,6 +43,7 @@ def main(arguments):
         return original(*args, **kwargs)
 
     SFT_train.accumulate_gradients, SFT_train.Evaluator = with_fault, FakeEvaluator
+    distributed.SECONDS_TO_COME = cli.SECONDS_FOR_FIRST_RANK = 4.0  # ranks wait for each other: here, not for long
     SFT_train.main(settings)
 
 

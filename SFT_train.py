@@ -38,7 +38,7 @@ from plainrl.data import (
     require_reward_fields,
 )
 from plainrl.devices import check_devices, peak_memory_gib
-from plainrl.distributed import add_up, join
+from plainrl.distributed import add_up, join, on_first
 from plainrl.grading.rewards import grade_responses
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
@@ -192,7 +192,8 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
         answered = keep_answered(examples, config)
         responses, truths = [e.response or "" for e in answered], [e.ground_truth or "" for e in answered]
         require_reward_fields(answered, config)
-        grades = grade_responses(responses, truths, config.reward_function, [e.reward_fields for e in answered])
+        fields = [e.reward_fields for e in answered]
+        grades = on_first(lambda: grade_responses(responses, truths, config.reward_function, fields))
         kept = [e for e, grade in zip(answered, grades, strict=True) if grade.rewards["answer_reward"] == 1]
         print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:

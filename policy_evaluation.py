@@ -394,7 +394,8 @@ def main(arguments: list[str]) -> None:
         evaluator = Evaluator(config, run, tokenizer, examples)
         metrics = evaluator.evaluate(policy, eval_step=0)
         path = evaluator.samples_path(0)
-        print_categories(examples, [json.loads(line) for line in path.read_text().splitlines()])
+        if rank() == 0:  # which wrote the file, and alone prints
+            print_categories(examples, [json.loads(line) for line in path.read_text().splitlines()])
         print(f"\n{config.model} on {config.validation_data}, prompt {config.prompt}:")
         print(metrics_table({name: value for name, value in metrics.items() if not is_of_several(name)}))
         if config.num_eval_samples > 1:

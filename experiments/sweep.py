@@ -32,6 +32,7 @@ from experiments.sweep_results import collect_run, forget_run, read_table
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main, say
 from plainrl.devices import run_command
+from plainrl.distributed import require_one_process
 from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints, lock_folder
 from plainrl.run_records import EVAL_SCORE, read_metrics
@@ -48,6 +49,7 @@ KEPT = {  # by keep_weights
 
 def main(arguments: list[str]) -> None:
     """Print the plan, then run what is left of it."""
+    require_one_process("a sweep")
     options = parse_arguments(arguments)
     gpus = re.findall(r"[^, ]+", options.gpus)
     results, runs = plan(options.sweep, options.overrides, "one-gpu" if gpus else "auto")

@@ -66,7 +66,7 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
     resolved = resolve(schema, Path(yaml_path), arguments)
     is_resumed = getattr(resolved.config, "resume", "") != ""
     warnings = [] if is_resumed else resolved.config.warnings()  # a resumed run has had them
-    for line in [*resolved.notes, *(f"warning: {warning}" for warning in warnings)]:
+    for line in [*resolved.notes, *(f"warning: {warning}" for warning in warnings)] if RANK == 0 else ():
         print(line)
     return resolved.config
 
@@ -187,7 +187,9 @@ def command_of(script: Path) -> str:
 
 def resume_command(folder: Path) -> str:
     """Return how the run in a folder is gone on with: its own script, with its own settings."""
-    program = "python" if NUM_RANKS == 1 else f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = f"--nnodes {NUM_RANKS // local} " if local < NUM_RANKS else ""
+    program = "python" if NUM_RANKS == 1 else f"torchrun {nodes}--nproc-per-node {local}"
     return run_command(f"{program} {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
 
 
@@ -326,7 +328,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         fault = describe_fault(error)
         if fault is None:
             raise
-        say(f"error: {_as_one_line(fault)}")
+        _let_first_rank_speak()
+        say(f"{_of_rank()}error: {_as_one_line(fault)}")
+        _end_rank(2)
         sys.exit(2)
     except Exception as error:
         if NUM_RANKS == 1:

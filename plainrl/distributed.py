@@ -69,9 +69,11 @@ def join(config: "RunConfig") -> None:
         UserError: several ranks cannot do what the configuration asks for.
     """
     num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_started == 1 or dist.is_initialized():
+    if dist.is_initialized():
         return
     _require_divisible(config, num_started)
+    if num_started == 1:
+        return
     _end_with_parent()
     uses_gpu = config.policy_device != "cpu"
     if uses_gpu:
@@ -79,7 +81,8 @@ def join(config: "RunConfig") -> None:
     longest = max(value for name, value in config if name.startswith("max_") and name.endswith("_seconds"))
     timeout = datetime.timedelta(seconds=longest + SPARE_SECONDS)
     dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpu else "gloo", timeout=timeout)
-    _world.objects = dist.new_group(backend="gloo", timeout=timeout)
+    # A warm start or a download by the first rank has no limit. Within a phase, its own limit ends what hangs.
+    _world.objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     _world.ranks_per_engine = config.engine_tensor_parallel
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
@@ -93,7 +96,16 @@ def _end_with_parent() -> None:
 
 
 def _require_divisible(config: "RunConfig", num_started: int) -> None:
-    """Raise a UserError for settings that several ranks do not support."""
+    """Raise a UserError for settings that this number of ranks does not support."""
+    for name in ("engine_tensor_parallel", "num_replicas"):
+        divisor = getattr(config, name)
+        if num_started % divisor:
+            raise UserError(
+                f"{name} = {divisor} does not divide the number of ranks, {num_started}: choose one that does, or "
+                "start more ranks by torchrun"
+            )
+    if num_started == 1:
+        return
     found = {
         "lora_rank": "adapters are trained in one process: leave it out, or start without torchrun",
         "dropout": "the ranks would draw the same noise: leave it out, or start without torchrun",
@@ -101,10 +113,6 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
     for name, advice in found.items():
         if getattr(config, name, 0):
             raise UserError(f"{name} = {getattr(config, name)} with {num_started} ranks: {advice}")
-    for name in ("engine_tensor_parallel", "num_replicas"):
-        divisor = getattr(config, name)
-        if num_started % divisor:
-            raise UserError(f"{name} = {divisor} does not divide the {num_started} ranks: choose one that does")
     if config.evaluator_device != config.policy_device:
         raise UserError(
             f"policy_device = {config.policy_device} and evaluator_device = {config.evaluator_device}: each rank has "
@@ -195,19 +203,27 @@ def largest(value: float) -> float:
 
 
 def on_first(call: Callable[[], Result]) -> Result:
-    """Let the first rank do something. Its result, or its UserError, is that of all ranks."""
+    """Let the first rank do something. Its result, or its ValueError, is that of all ranks."""
     if num_ranks() == 1:
         return call()
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
             outcome[0] = call()
-        except UserError as error:
+        except ValueError as error:  # a UserError, or that of a reward function
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0, group=_world.objects)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def require_alike(value: str, name: str) -> None:
+    """Raise a UserError if the ranks do not have the same value, without which their decisions would differ."""
+    values = exchange(value)
+    for number, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(f"rank {number} has another {name} than the first: give all ranks the same files, no pipes")
 
 
 def together(call: Callable[[], Result]) -> Result:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plainrl.checkpoint import Resumable, TrainingState, fingerprint
 from plainrl.clock import is_out_of_time
 from plainrl.config import TrainConfig
-from plainrl.distributed import rank
+from plainrl.distributed import rank, require_alike
 from plainrl.guard import StopGuard
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import Metrics, describe_evaluation
@@ -72,7 +72,9 @@ class TrainingLoop:
             order: of the data, where it does not follow from the step; saved and resumed with the policy.
         """
         self.seconds: dict[str, float] = {}  # `time/<phase>` of the present step
-        self._state = TrainingState(policy, tokenizer, optimizer, fingerprint(data), order=order)
+        digest = fingerprint(data)
+        require_alike(digest, "training data")
+        self._state = TrainingState(policy, tokenizer, optimizer, digest, order=order)
         self._num_steps, self._evaluator, self._run, self._config = num_steps, evaluator, run, config
         self._name, self._train_step = name, 0
         self._progress: Any = None

@@ -56,7 +56,7 @@ def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict
         model_config, config: as in `estimate_training_memory`.
         total: memory of the GPU, in GiB. The engine takes its share of it.
     """
-    training = estimate_training_memory(model_config, config, num_ranks() // config.num_replicas)
+    training = estimate_training_memory(model_config, config, max(1, num_ranks() // config.num_replicas))
     names = {
         "weights",
         "moments",

@@ -127,7 +127,7 @@ def planned_tokens(
 def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> None:
     """Add to `sums` what was found in a microbatch: numbers, or tensors of one. Of names in `_max` keep the largest.
 
-    The sums are float64 and stay on their device: no GPU is waited for. With several ranks the tokens are counted, too:
+    The sums are float64 and stay on their device. With several ranks the tokens are counted, too:
     those that this rank computed, and those of the largest microbatch of each round, for which it waited.
     """
     if num_ranks() > 1:

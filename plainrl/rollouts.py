@@ -206,7 +206,7 @@ def check_gap(sums: Mapping[str, float], max_error: float) -> None:
     checked = [part for part in suffixes if sums[f"num_gap_tokens{part}"] >= MIN_TOKENS_TO_CHECK]
     for part in reversed(checked):  # each engine first, and then all of them
         error = torch.tensor(sums[f"gap_sum{part}"] / sums[f"num_gap_tokens{part}"]).exp().item()
-        require_small_sync_error(error, max_error, f"the engine of rank {part[1:]}" if part else "engine")
+        require_small_sync_error(error, max_error, f"engine {part[1:]}" if part else "engine")
 
 
 def old_log_probs_in(rollouts: Sequence[Rollout]) -> Tensor:

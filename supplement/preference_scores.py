@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import fingerprint, write_durably
-from plainrl.distributed import on_first
+from plainrl.distributed import on_first, rank
 from plainrl.policy import score_responses
 from plainrl.records import Example, Response
 from plainrl.run_folder import RunFolder
@@ -73,7 +73,7 @@ def reference_scores(
         return [PairScore(*two) for two in zip(kept["chosen"], kept["rejected"], strict=True)]
     policy, scores = first_policy(), []
     starts = range(0, len(pairs), PAIRS_PER_PHASE)
-    for start in tqdm(starts, "reference log-probs", unit=f"{PAIRS_PER_PHASE} pairs"):
+    for start in tqdm(starts, "reference log-probs", unit=f"{PAIRS_PER_PHASE} pairs", disable=bool(rank())):
         with run.watched("old_log_probs"):
             scores += score_pairs(policy, pairs[start : start + PAIRS_PER_PHASE], padding_id, config)
     columns = {"data": data, "chosen": [s.chosen for s in scores], "rejected": [s.rejected for s in scores]}

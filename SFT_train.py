@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
         validation = fit_validation(validation, tokenizer, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, validation.during)
-        num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_set) / config.train_batch_size)
+        num_steps = config.num_steps(len(train_set))
         train(policy, tokenizer, train_set, num_steps, evaluator, run, config)
         evaluator.evaluate_finally(policy, num_steps, validation.final)
         report(run, config)

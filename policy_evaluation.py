@@ -33,6 +33,7 @@ from plainrl.devices import check_devices
 from plainrl.distributed import join, rank
 from plainrl.engine import (
     check_policy_sync,
+    engine_settings,
     init_vllm,
     load_policy_into_vllm_instance,
     sample_responses,
@@ -269,15 +270,8 @@ class Evaluator:
         self._probe_ids = [ids[:longest] for ids in encode_prompts(examples, tokenizer, config)[:NUM_PROBE_PROMPTS]]
         self.llm = init_vllm(
             tokenizer.name_or_path,  # the folder that policy and tokenizer were loaded from
-            config.evaluator_device,
-            config.seed,
-            config.gpu_memory_utilization,
-            dtype=config.engine_dtype,
-            max_model_len=config.max_context_tokens,
-            cpu_cache_gib=config.engine_cache_gib,
-            enforce_eager=config.engine_eager,
+            **engine_settings(config),
             enable_sleep_mode=config.shares_gpu,
-            float32_output_layer=config.float32_output_layer,
             tensor_parallel_size=config.engine_tensor_parallel,
         )
         seed_everything(config.seed)  # because the engine reseeds the global generators when it starts

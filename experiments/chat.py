@@ -18,7 +18,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +27,7 @@ from plainrl.cli import answer_questions, read_yaml, resolve, run_main
 from plainrl.config import SFTConfig
 from plainrl.data import derive_seed
 from plainrl.devices import check_devices
-from plainrl.engine import init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
+from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
 from plainrl.grading.rewards import grade_responses
 from plainrl.policy import load_policy
 from plainrl.prompting import fill_prompt, load_prompt_template
@@ -113,17 +113,8 @@ def require_one_architecture(models: Sequence[Model]) -> None:
 def start_engine(models: Sequence[Model]) -> "LLM":
     """Start the engine that all models share, with the weights of the first."""
     config = models[0].config
-    return init_vllm(
-        models[0].tokenizer.name_or_path,
-        config.evaluator_device,
-        config.seed,
-        config.gpu_memory_utilization,
-        dtype=config.engine_dtype,
-        max_model_len=max(model.config.max_context_tokens for model in models),
-        cpu_cache_gib=config.engine_cache_gib,
-        enforce_eager=config.engine_eager,
-        float32_output_layer=config.float32_output_layer,
-    )
+    longest: dict[str, Any] = {"max_model_len": max(model.config.max_context_tokens for model in models)}
+    return init_vllm(models[0].tokenizer.name_or_path, **(engine_settings(config) | longest))
 
 
 def read_questions(config: ChatConfig) -> Iterator[tuple[str, str]]:

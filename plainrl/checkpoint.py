@@ -175,9 +175,6 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "model").mkdir(parents=True)
 
-    def save() -> None:
-        save_share(state, unfinished)
-
     def end() -> None:
         step = {"step": state.step, "metrics_bytes": state.metrics_bytes, "data_fingerprint": state.data_fingerprint}
         positions = {"data_order": state.order_state, "random_states": state.generators}
@@ -191,8 +188,8 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
     on_first(begin)
     state.is_being_saved = True
     try:
-        together(save)
-        together(end if rank() == 0 else lambda: None)
+        together(lambda: save_share(state, unfinished))
+        on_first(end)
     except Exception as error:  # of any type, because each library wraps the system's error in its own
         shutil.rmtree(unfinished, ignore_errors=True)
         if not is_disk_full(error):

@@ -5,6 +5,7 @@ supplement in plainrl/supplement_config.py. Sizes that follow from other keys ar
 docs/configuration.md are generated from this schema.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
@@ -26,6 +27,7 @@ ENGINE_CORRECTIONS = TableOf("plainrl.corrections", "ENGINE_CORRECTIONS")
 KL_ESTIMATORS = TableOf("plainrl.corrections", "KL_ESTIMATORS")
 RATIO_LEVELS = TableOf("plainrl.corrections", "RATIO_LEVELS")
 NAMED_SCALES = tuple(name for name in ADVANTAGE_SCALES if isinstance(name, str))  # beside true and false
+NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")  # how many steps a run is to have, by its kind
 # A switch of GRPO, and the keys that have no effect without it.
 SWITCHED_KEYS = {
     "dynamic_sampling": ("max_resampling_rounds",),
@@ -65,6 +67,10 @@ class EpochsConfig(TrainConfig):
         "constant", description="constant, or a linear warm-up then a cosine down to a tenth"
     )
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up (cosine only)")
+
+    def num_steps(self, num_rows: int) -> int:
+        """Return the number of optimizer steps on so many rows or pairs."""
+        return self.max_steps or math.ceil(self.num_epochs * num_rows / self.train_batch_size)
 
 
 class SFTConfig(ImitationConfig, EpochsConfig):

@@ -9,8 +9,8 @@ Every rank runs the same script on the same data, and comes to the same decision
     weights        over the ranks, block by block, with their gradients and moments (FSDP2)
 
 What was computed of a share is gathered at once, so that everything else is computed on every rank alike. Only the
-first rank writes files and prints. No other module knows how many processes there are. With one process, each function
-here returns what it was given.
+first rank writes files and prints. Other modules ask here how many processes there are; cli.py alone reads torchrun's
+variables, because it runs before torch is imported. With one process, each function here returns what it was given.
 
 Losses are divided by the counts of the whole batch. Gradients are therefore added over the ranks, and not averaged.
 
@@ -193,8 +193,13 @@ def add_up(sums: Mapping[str, Any]) -> dict[str, float]:
     total: dict[str, float] = {}
     for part in exchange({name: float(value) for name, value in sums.items()}):
         for name, value in part.items():
-            total[name] = max(total.get(name, value), value) if name.endswith("_max") else total.get(name, 0.0) + value
+            add_to(total, name, value)
     return total
+
+
+def add_to(sums: dict[str, Any], name: str, value: Any) -> None:
+    """Add a value to the sum of that name. Of a name in `_max` keep the largest."""
+    sums[name] = max(sums.get(name, value), value) if name.endswith("_max") else sums.get(name, 0.0) + value
 
 
 def largest(value: float) -> float:
@@ -203,19 +208,8 @@ def largest(value: float) -> float:
 
 
 def on_first(call: Callable[[], Result]) -> Result:
-    """Let the first rank do something. Its result, or its ValueError, is that of all ranks."""
-    if num_ranks() == 1:
-        return call()
-    outcome: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = call()
-        except ValueError as error:  # a UserError, or that of a reward function
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0, group=_world.objects)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    """Let the first rank do something. Its result, or its error, is that of all ranks."""
+    return cast(Any, exchange(together(lambda: call() if rank() == 0 else None))[0])
 
 
 def require_alike(value: str, name: str) -> None:

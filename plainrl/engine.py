@@ -99,6 +99,20 @@ def init_vllm(
     return _start_and_tell(device, options)
 
 
+def engine_settings(config: RunConfig) -> dict[str, Any]:
+    """Return what a configuration says of the engine, as arguments of `init_vllm`."""
+    return {
+        "device": config.evaluator_device,
+        "seed": config.seed,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "dtype": config.engine_dtype,
+        "max_model_len": config.max_context_tokens,
+        "cpu_cache_gib": config.engine_cache_gib,
+        "enforce_eager": config.engine_eager,
+        "float32_output_layer": config.float32_output_layer,
+    }
+
+
 def describe_cache(llm: "LLM") -> str:
     """Return how large the engine's key-value cache is: in GiB, in tokens, and in contexts of full length."""
     config = llm.llm_engine.vllm_config

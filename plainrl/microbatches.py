@@ -6,13 +6,12 @@ Several ranks take turns: in each round every rank computes one microbatch, and 
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from plainrl.distributed import deal_microbatches, num_ranks
+from plainrl.distributed import add_to, deal_microbatches, num_ranks
 from plainrl.prefix_tree import build_prefix_tree, common_length, shares_prefixes
 from SFT_helper import join_prompt_and_response_ids
 
@@ -27,7 +26,9 @@ class Microbatch(NamedTuple):
     most_tokens: int  # in the largest microbatch of the round, for which all ranks wait
 
 
-class _Planned(NamedTuple):
+class Planned(NamedTuple):
+    """The rows of a microbatch, and the tokens that it computes."""
+
     indices: list[int]
     num_tokens: int
 
@@ -61,7 +62,7 @@ def microbatches(
         tree = build_prefix_tree(tensors["input_ids"], tensors["response_mask"]) if shares else None
         return tensors | {"prefix_tree": tree}
 
-    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, shares, num_ranks(), rows_together)
+    planned = plan_with_tokens(prompt_ids, response_ids, max_rows, max_tokens, shares, num_ranks(), rows_together)
     most = [max(part.num_tokens for part in planned[i : i + num_ranks()]) for i in range(0, len(planned), num_ranks())]
     plan = deal_microbatches(planned)
     with ThreadPoolExecutor(1) as thread:
@@ -107,21 +108,10 @@ def plan_microbatches(
     >>> plan_microbatches([[1], [1], [1], [1]], [[5, 6, 7], [5, 6], [8], [9]], max_rows=4, multiple_of=2)
     [[1, 0], [2, 3]]
     """
-    planned = _plan(prompt_ids, response_ids, max_rows, max_tokens, counts_prefixes_once, multiple_of, rows_together)
+    planned = plan_with_tokens(
+        prompt_ids, response_ids, max_rows, max_tokens, counts_prefixes_once, multiple_of, rows_together
+    )
     return [part.indices for part in planned]
-
-
-def planned_tokens(
-    prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]],
-    indices: Sequence[int],
-    counts_prefixes_once: bool = True,
-) -> int:
-    """Return the tokens that a microbatch of these rows, in this order, computes."""
-    rows = [prompt_ids[index] + response_ids[index] for index in indices]
-    if not counts_prefixes_once:
-        return max(map(len, rows)) * len(rows)
-    return sum(map(len, rows)) - sum(common_length(before, row) for before, row in pairwise(rows))
 
 
 def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> None:
@@ -133,23 +123,21 @@ def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> N
     if num_ranks() > 1:
         found = {**found, "num_computed_tokens": part.num_tokens}
         sums["num_awaited_tokens"] = sums.get("num_awaited_tokens", 0.0) + part.most_tokens
-    for name, value in found.items():
-        number = value.double() if isinstance(value, Tensor) else float(value)
-        if name.endswith("_max"):
-            sums[name] = max(sums.get(name, number), number)
-        else:
-            sums[name] = sums.get(name, 0.0) + number * part.weight
+    if part.weight:
+        for name, value in found.items():
+            add_to(sums, name, value.double() if isinstance(value, Tensor) else float(value))
 
 
-def _plan(
+def plan_with_tokens(
     prompt_ids: Sequence[list[int]],
     response_ids: Sequence[list[int]],
     max_rows: int,
     max_tokens: int,
     counts_prefixes_once: bool,
     multiple_of: int,
-    rows_together: int,
-) -> list[_Planned]:
+    rows_together: int = 1,
+) -> list[Planned]:
+    """Return what `plan_microbatches` does, with the tokens of each microbatch."""
     rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
     longest: dict[tuple[int, ...], int] = {}
     for prompt, row in zip(prompt_ids, rows, strict=True):
@@ -191,7 +179,7 @@ def _plan(
     parts = pack(max_tokens)
     if multiple_of > 1:
         parts = _fit(parts, pack, num_tokens_of, multiple_of, rows_together)
-    return [_Planned(order[first:end], num_tokens_of(first, end)) for first, end in parts]
+    return [Planned(order[first:end], num_tokens_of(first, end)) for first, end in parts]
 
 
 def _fit(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import SPARE_BYTES, is_disk_full
-from plainrl.config import RunConfig, TrainConfig
+from plainrl.config import NUM_STEPS_KEYS, RunConfig, TrainConfig
 from plainrl.devices import free_bytes
 from plainrl.distributed import num_ranks, on_first, whole
 from plainrl.log_probs import get_masked_response_log_probs
@@ -24,7 +24,6 @@ from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints
 from SFT_helper import get_response_log_probs, join_prompt_and_response_ids
 
-NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")
 # Rounding gives about 1e-5 in float32 and up to 0.45 in bfloat16, on single tokens. An attention or logits of another
 # kind give far more.
 MOST_SCORE_DIFFERENCE = {torch.float32: 0.01, torch.bfloat16: 1.0, torch.float16: 1.0}  # nats

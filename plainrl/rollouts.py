@@ -182,9 +182,11 @@ def measure_gap(rollouts: Sequence[Rollout], log_probs: Tensor, config: GRPOConf
     counts = torch.cat([torch.arange(len(row.response.token_ids)) >= config.sampling_min_tokens for row in rollouts])
     gap = (engine - log_probs).abs() * counts
     found = {"gap_sum": gap.sum().item(), "gap_max": gap.max().item(), "num_gap_tokens": counts.sum().item()}
+    if num_ranks() == 1:
+        return found
     lengths = [len(row.response.token_ids) for row in rollouts]
     engines = torch.tensor([row.response.engine for row in rollouts]).repeat_interleave(torch.tensor(lengths))
-    for engine in engines.unique().tolist() if num_ranks() > 1 else ():
+    for engine in engines.unique().tolist():
         is_its = engines == engine
         found |= {
             f"gap_sum.{engine}": gap[is_its].sum().item(),

@@ -14,7 +14,6 @@ prompt of a pair is computed once.
 
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -73,7 +72,7 @@ def main(arguments: list[str]) -> None:
         evaluator = PreferenceEvaluator(
             config, run, tokenizer, held_out, references[len(train_pairs) :], validation.during if validation else []
         )
-        num_steps = config.max_steps or math.ceil(config.num_epochs * len(train_pairs) / config.train_batch_size)
+        num_steps = config.num_steps(len(train_pairs))
         train(policy, tokenizer, train_pairs, references[: len(train_pairs)], num_steps, evaluator, run, config)
         evaluator.evaluate_finally(policy, num_steps, validation.final if validation else [])
         report(run, config)

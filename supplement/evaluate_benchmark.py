@@ -27,7 +27,7 @@ from plainrl.cli import load_config, run_main
 from plainrl.data import VALIDATION_SUBSET_SEED, derive_seed
 from plainrl.devices import check_devices
 from plainrl.distributed import require_one_process
-from plainrl.engine import init_vllm, sample_responses, sampling_params
+from plainrl.engine import engine_settings, init_vllm, sample_responses, sampling_params
 from plainrl.model_files import resolve_model
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import UserError
@@ -64,17 +64,7 @@ def main(arguments: list[str]) -> None:
     questions = load_questions(config)
     template = load_prompt_template(config.prompt)
     with RunFolder.create(config, EVALUATION) as run:
-        llm = init_vllm(
-            resolve_model(config.model),
-            config.evaluator_device,
-            config.seed,
-            config.gpu_memory_utilization,
-            dtype=config.engine_dtype,
-            max_model_len=config.max_context_tokens,
-            cpu_cache_gib=config.engine_cache_gib,
-            enforce_eager=config.engine_eager,
-            float32_output_layer=config.float32_output_layer,
-        )
+        llm = init_vllm(resolve_model(config.model), **engine_settings(config))
         run.start_wandb()
         for name, asked in questions.items():
             answered, seconds, num_cut = answer(llm, name, asked, template, run, config)

@@ -23,7 +23,7 @@ from experiments.benchmark.turns import PHASES, Figures
 from plainrl.config import GRPOConfig
 from plainrl.data import encode_prompts, load_questions, load_validation_set
 from plainrl.devices import peak_memory_gib
-from plainrl.engine import init_vllm, sample_responses, sampling_params
+from plainrl.engine import engine_settings, init_vllm, sample_responses, sampling_params
 from plainrl.grading.rewards import grade_responses
 from plainrl.model_files import resolve_model
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training
@@ -107,16 +107,7 @@ def work_rollout(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     questions = load_questions([], settings)[: settings.num_questions_per_step]
     prompt_ids = encode_prompts(questions, AutoTokenizer.from_pretrained(folder), settings)
     prompt_ids = [ids for ids in prompt_ids for _ in range(settings.group_size)]
-    llm = init_vllm(
-        folder,
-        settings.evaluator_device,
-        settings.seed,
-        settings.gpu_memory_utilization,
-        dtype=settings.engine_dtype,
-        max_model_len=settings.max_context_tokens,
-        cpu_cache_gib=settings.engine_cache_gib,
-        enforce_eager=settings.engine_eager,
-    )
+    llm = init_vllm(folder, **engine_settings(settings))
     params, seeds = sampling_params(settings), range(len(prompt_ids))
     requests = [params.clone() for _ in seeds]
     for seed, request in zip(seeds, requests, strict=True):

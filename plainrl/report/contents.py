@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from plainrl.changes import changed_keys, with_defaults
 from plainrl.cli import read_yaml, resolve
-from plainrl.config import GRPOConfig, RunConfig
+from plainrl.config import NUM_STEPS_KEYS, GRPOConfig, RunConfig
 from plainrl.diagnosis import find_remarks
 from plainrl.help import SCHEMAS
 from plainrl.records import UserError
@@ -39,7 +39,6 @@ from plainrl.several_samples import wilson_interval
 
 MOST_POINTS = 1000  # of a metric in a page
 FINAL_SCORE = "eval_all/answer_reward"
-STEP_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")  # how many steps a run is to have
 REPOSITORY = Path(__file__).parent.parent.parent
 Row = Mapping[str, Any]
 
@@ -332,7 +331,7 @@ def to_json(value: Any) -> str:
 
 def _describe_step(rows: Sequence[Row], settings: Row) -> str:
     step = max((int(row["step"]) for row in rows), default=0)
-    total = next((settings[key] for key in STEP_KEYS if settings.get(key)), None)
+    total = next((settings[key] for key in NUM_STEPS_KEYS if settings.get(key)), None)
     return f"{step} of {total}" if total else str(step)
 
 

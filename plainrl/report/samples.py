@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plainrl.data import load_prompt_template
+from plainrl.prompting import load_prompt_template
 from plainrl.records import UserError
 
 LONGEST_PRINTED = 600  # characters of a text that is printed

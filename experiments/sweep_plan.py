@@ -26,6 +26,7 @@ from plainrl.cli import choose_preset, load_config, read_yaml, resolve
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
 from plainrl.help import blocks_of
 from plainrl.records import UserError
+from plainrl.supplement_config import DPOConfig
 from plainrl.warm_start import YAML as WARM_START_YAML
 
 REPOSITORY = Path(__file__).parent.parent
@@ -50,6 +51,7 @@ SCRIPTS = {  # the names are part of every committed fingerprint: keep them, whe
     "expert_iteration.py": Script(
         ExpertIterationConfig, "experiments/expert_iteration.yaml", ("-m", "experiments.expert_iteration")
     ),
+    "DPO_train.py": Script(DPOConfig, "supplement/dpo_train.yaml", ("-m", "supplement.DPO_train")),
     EVALUATION_SCRIPT: Script(SFTConfig, "config.yaml", (EVALUATION_SCRIPT,)),
 }
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from plainrl.lookup import TableOf, look_up
-from plainrl.shared_config import EMBEDDED_DATA, RunConfig, TrainConfig
+from plainrl.shared_config import RunConfig, TrainConfig, is_embedded
 
 if TYPE_CHECKING:
     from GRPO_helper import Loss
@@ -117,7 +117,7 @@ class SFTConfig(ImitationConfig, EpochsConfig):
     def warnings(self) -> list[str]:
         """Return the shared warnings, and one if arithmetic_corrupt_fraction has no effect."""
         found = super().warnings()
-        if self.arithmetic_corrupt_fraction and self.train_data != EMBEDDED_DATA:
+        if self.arithmetic_corrupt_fraction and not is_embedded(self.train_data):
             found.append(f"arithmetic_corrupt_fraction has no effect with train_data = {self.train_data}")
         if self.seq_length != type(self).model_fields["seq_length"].default and self.packing != "fixed":
             found.append(f"seq_length = {self.seq_length} has no effect with packing = none")

@@ -14,8 +14,7 @@ from plainrl.config import RolloutConfig, RunConfig, SFTConfig, TrainConfig
 from plainrl.layouts import FieldNames, Record, parse_record
 from plainrl.prompting import format_response, load_prompt_template, read_answers, write_prompt
 from plainrl.records import Example, Fields, UserError
-from plainrl.shared_config import EMBEDDED_DATA
-from plainrl.sources import arithmetic_records, corrupt_some, is_pipe, read_records
+from plainrl.sources import arithmetic_records, corrupt_some, embedded_terms, is_pipe, read_records
 from SFT_helper import encode_prompt
 
 DataKey = Literal["train_data", "validation_data"]
@@ -205,7 +204,7 @@ def load_examples(
     An answer that no response can equal is no answer. How many records have one is printed.
 
     Args:
-        source: `arithmetic`, a file, or a hub data set.
+        source: `arithmetic` or `arithmetic:FEWEST-MOST`, a file, or a hub data set.
         config: names prompt, reward and task.
         split: which embedded questions. A file or a hub data set is read whole.
         corrupt_fraction: share of the embedded traces that are made wrong, see `corrupt_some`.
@@ -219,8 +218,8 @@ def load_examples(
             f"train_data = {sources[0]} and validation_data = {sources[1]} are one pipe, which can be read only once; "
             "give each a pipe or a file of its own"
         )
-    if source == EMBEDDED_DATA:
-        records = arithmetic_records(split, config.arithmetic_terms, config.arithmetic_max_term)
+    if terms := embedded_terms(source, config.arithmetic_terms):
+        records = arithmetic_records(split, terms, config.arithmetic_max_term)
         records = corrupt_some(records, corrupt_fraction)
     else:
         records = read_layout(source, config, is_strict=split == "train")

@@ -7,6 +7,7 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -282,6 +284,24 @@ def require_small_sync_error(error: float, max_error: float, engine: str = "engi
         )
 
 
+def register_model_class(folder: str) -> None:
+    """Import the class of a model, and name it to vLLM.
+
+    Otherwise vLLM imports itself in a second process on its first start, only to look at the class. It wants to keep
+    CUDA out of this process, which does not matter on a CPU.
+
+    Args:
+        folder: the model's folder. A class that vLLM does not know or cannot import is left to its own error.
+    """
+    from vllm import ModelRegistry
+
+    for architecture in json.loads((Path(folder) / "config.json").read_text()).get("architectures") or []:
+        if architecture not in ModelRegistry.models:
+            continue
+        with contextlib.suppress(ImportError):
+            ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
 def _start_and_tell(device: str, options: dict[str, Any]) -> "LLM":
     notes = {
         f"starting vLLM on {device}: {options['model']} in {options['dtype']}": True,
@@ -306,8 +326,10 @@ def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
     with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():
         from vllm.platforms import current_platform
 
-        if device == "cpu" and not can_compile("cpu"):  # even eager vLLM compiles a helper of its sampler
-            type(current_platform).simple_compile_backend = "eager"
+        if device == "cpu":
+            if not can_compile("cpu"):  # even eager vLLM compiles a helper of its sampler
+                type(current_platform).simple_compile_backend = "eager"
+            register_model_class(options["model"])
 
         from vllm import LLM
 

@@ -13,13 +13,18 @@ if TYPE_CHECKING:
     from plainrl.grading.rewards import Reward
 
 EMBEDDED_MODEL = "smollm2-135m"
-EMBEDDED_DATA = "arithmetic"
+EMBEDDED_DATA = "arithmetic"  # plainrl/sources.py says what may follow it
 EVAL_SCORE = "eval/answer_reward"
 LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one to this
 MOST_EVAL_SAMPLES = 1000  # of more, the numbers of subsets exceed what a float holds
 MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
 OPTIMIZERS = TableOf("plainrl.optimizers", "OPTIMIZERS")
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def is_embedded(source: str) -> bool:
+    """Return whether a source of data is the embedded arithmetic, with a number of terms of its own or without."""
+    return source.partition(":")[0] == EMBEDDED_DATA
 
 
 class RunConfig(BaseModel):
@@ -82,8 +87,8 @@ class RunConfig(BaseModel):
     )
     train_data: str = Field(
         EMBEDDED_DATA,
-        description=f"{EMBEDDED_DATA} (embedded), a JSON, JSONL, CSV or Parquet file, or hub "
-        "owner/name[/configuration]:split",
+        description=f"{EMBEDDED_DATA} (embedded; {EMBEDDED_DATA}:4 or {EMBEDDED_DATA}:2-6 gives the number of terms), a "
+        "JSON, JSONL, CSV or Parquet file, or hub owner/name[/configuration]:split",
     )
     validation_data: str = Field(EMBEDDED_DATA, description="held-out data, named like train_data")
     extra_validation_data: dict[str, str] = Field(
@@ -233,7 +238,7 @@ class RunConfig(BaseModel):
             found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
         if self.float32_output_layer and self.compute_dtype == self.engine_dtype == "float32":
             found.append("float32_output_layer has no effect: compute_dtype and engine_dtype are float32 already")
-        if self.train_data != EMBEDDED_DATA == self.validation_data and not self.validation_fraction:
+        if not is_embedded(self.train_data) and is_embedded(self.validation_data) and not self.validation_fraction:
             found.append(
                 f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data, "
                 "or validation_fraction"

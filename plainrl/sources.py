@@ -90,6 +90,31 @@ def read_data_file(source: str) -> bytes:
         raise UserError(f"data file {source} is a damaged gzip file ({first_line(error)}); copy it again") from None
 
 
+def embedded_terms(source: str, default: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the fewest and most terms of embedded questions; None if a source is something else.
+
+    Args:
+        source: `arithmetic`, `arithmetic:TERMS` or `arithmetic:FEWEST-MOST`; or a file, or a hub data set.
+        default: those of `arithmetic`.
+
+    Raises:
+        UserError: the text after the colon is no such range.
+
+    >>> embedded_terms("arithmetic", (2, 4)), embedded_terms("arithmetic:5", (2, 4)), embedded_terms("a.csv", (2, 4))
+    ((2, 4), (5, 5), None)
+    """
+    name, colon, text = source.partition(":")
+    if name != EMBEDDED_DATA:
+        return None
+    if not colon:
+        return default
+    found = re.fullmatch(r"([0-9]{1,3})(?:-([0-9]{1,3}))?", text)
+    fewest, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 2 <= fewest <= most:
+        raise UserError(f"{source}: write {EMBEDDED_DATA}:TERMS or {EMBEDDED_DATA}:FEWEST-MOST, with at least 2 terms")
+    return fewest, most
+
+
 @cache
 def arithmetic_records(
     split: Literal["train", "validation"], num_terms: tuple[int, int], max_term: int

@@ -23,7 +23,7 @@ from plainrl.distributed import environment_of_one_process, on_first
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
 from plainrl.records import Stopped, UserError
-from plainrl.shared_config import EMBEDDED_DATA
+from plainrl.shared_config import EMBEDDED_DATA, is_embedded
 from plainrl.sources import is_pipe, path_exists
 
 WarmStartConfigType = TypeVar("WarmStartConfigType", bound=WarmStartConfig)
@@ -127,7 +127,7 @@ def _inherited(config: WarmStartConfig) -> dict[str, Any]:
 
 def _data_to_teach(config: WarmStartConfig) -> dict[str, Any]:
     """Return what the SFT run takes instead of the run's own data, if that has no worked response; else nothing."""
-    if config.train_data == EMBEDDED_DATA or is_pipe(config.train_data):
+    if is_embedded(config.train_data) or is_pipe(config.train_data):
         return {}
     with contextlib.redirect_stdout(io.StringIO()):  # it has been said
         examples = load_examples(config.train_data, config, "train")

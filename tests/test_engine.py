@@ -1,5 +1,6 @@
 """The real vLLM engine on the CPU: the log-probabilities of Transformers, synced weights, sampling by seeds."""
 
+import json
 import math
 import os
 
@@ -16,6 +17,7 @@ from plainrl.engine import (
     check_policy_sync,
     init_vllm,
     load_policy_into_vllm_instance,
+    register_model_class,
     require_small_sync_error,
     sample_responses,
     sleep_vllm_instance,
@@ -190,6 +192,28 @@ def test_more_prompts_than_one_prefill_takes(engine, tokenizer):
 def test_settings_that_vllm_refuses_end_in_one_line(tiny_model_folder):
     with pytest.raises(UserError, match=r"vLLM did not start on cpu .*look at gpu_memory_utilization"):
         init_vllm(tiny_model_folder, "cpu", seed=0, dtype="float32", max_model_len=100_000)
+
+
+@pytest.mark.usefixtures("engine")
+def test_no_second_process_is_started_to_look_at_the_class_of_a_model(tmp_path, monkeypatch):
+    from vllm.model_executor.models import registry
+
+    asked = []
+    cache = staticmethod(lambda: tmp_path / "cache")  # empty, as on a fresh machine
+    monkeypatch.setattr(registry._LazyRegisteredModel, "_get_cache_dir", cache)
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda look: asked.append(look) or look())
+    known = {"Here": "vllm.model_executor.models.llama", "Broken": "vllm.no_such_module"}
+    for architecture, module in known.items():
+        entry = registry._LazyRegisteredModel(module, "LlamaForCausalLM")
+        monkeypatch.setitem(registry.ModelRegistry.models, architecture, entry)
+    registry.ModelRegistry.models["Here"].inspect_model_cls()
+    assert len(asked) == 1  # what vLLM does by itself
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Here", "Broken", "Unknown"]}))
+    register_model_class(str(tmp_path))
+    assert registry.ModelRegistry.models["Here"].inspect_model_cls().is_text_generation_model
+    assert len(asked) == 1
+    assert registry.ModelRegistry.models["Broken"] is entry  # its error is vLLM's to tell
+    assert "Unknown" not in registry.ModelRegistry.models
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Found no\nC compiler"), AssertionError("Error in memory")])

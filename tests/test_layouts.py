@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 
 import pytest
 
@@ -210,6 +211,20 @@ def test_several_validation_sets_are_kept_apart_and_all_held_out(tmp_path, capsy
     assert sorted(example.question for example in questions) == sorted([f"t{n}?" for n in range(9)] + ["g7?", "g8?"] + [
         f"a{n}?" for n in range(3, 9)
     ])  # fmt: skip
+
+
+def test_embedded_questions_are_evaluated_by_their_number_of_terms():
+    config = small(
+        arithmetic_terms=[2, 3],
+        arithmetic_max_term=10,
+        extra_validation_data={"four": "arithmetic:4", "six": "arithmetic:6"},
+        num_eval_examples=20,
+        num_final_eval_examples="all",
+    )
+    sets = by_dataset(load_validation(config).final)
+    assert {name: len(examples) for name, examples in sets.items()} == {"": 1024, "four": 1024, "six": 1024}
+    terms = {name: {len(re.findall(r"\d+", e.question)) for e in examples} for name, examples in sets.items()}
+    assert terms == {"": {2, 3}, "four": {4}, "six": {6}}
 
 
 def test_a_set_needs_a_name_that_a_metric_can_have():

@@ -15,7 +15,7 @@ from tiny import write_lines
 
 from plainrl.layouts import parse_record
 from plainrl.records import UserError
-from plainrl.sources import arithmetic_records, read_records
+from plainrl.sources import arithmetic_records, embedded_terms, read_records
 
 SFT_TRACE = {
     "problem": "p",
@@ -134,6 +134,15 @@ def test_arithmetic_is_deterministic_disjoint_and_right():
             left, right = step.split(" = ")
             assert eval(left) == int(right)
         assert step.endswith(f" = {record.ground_truth}")
+
+
+def test_embedded_questions_may_have_a_number_of_terms_of_their_own():
+    default = (2, 3)
+    found = [embedded_terms(source, default) for source in ("arithmetic", "arithmetic:5", "arithmetic:2-6", "x.csv")]
+    assert found == [(2, 3), (5, 5), (2, 6), None]
+    for text in ("", "1", "3-2", "2-", "a", "2-3-4", "-3"):
+        with pytest.raises(UserError, match="write arithmetic:TERMS or arithmetic:FEWEST-MOST, with at least 2 terms"):
+            embedded_terms(f"arithmetic:{text}", default)
 
 
 def test_hub_names_may_carry_a_configuration(monkeypatch):

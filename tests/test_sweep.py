@@ -461,10 +461,16 @@ def test_every_committed_sweep_counts_as_finished(path, monkeypatch, capsys):
     assert summary.startswith(f"0 of {len(lines)} runs to go, ")
 
 
-def test_a_run_is_started_from_any_folder():
+def test_a_run_is_started_from_any_folder(tmp_path):
     def command(name):
         path = REPOSITORY / f"experiments/sweeps/{name}.yaml"
         return sweep_plan.plan(path, ["preset=laptop"])[1][0].command
+
+    own = tmp_path / "dpo.yaml"
+    own.write_text("script: DPO_train.py\nseeds: [0]\nminutes: 1\ngrid: {beta: [0.1, 0.3]}\n")
+    runs = sweep_plan.plan(own, ["preset=laptop"])[1]
+    assert [run.folder.name for run in runs] == ["dpo-beta=0.1-seed0", "dpo-beta=0.3-seed0"]
+    assert runs[1].command[1:4] == ["-m", "supplement.DPO_train", "beta=0.3"]
 
     assert command("expert_iteration")[:3] == [sys.executable, "-m", "experiments.expert_iteration"]
     assert command("zero_shot")[:2] == [sys.executable, str(REPOSITORY / "policy_evaluation.py")]

@@ -34,6 +34,10 @@ DECLARED = {
         "LLMEngine.step": "",
         "LLMEngine.is_sleeping": "",
     },
+    "model_executor/models/registry.py": {
+        "_ModelRegistry.register_model": "model_arch model_cls",
+        "_LazyRegisteredModel.load_model_cls": "",
+    },
     "v1/worker/gpu_worker.py": {"Worker.reload_weights": "args kwargs"},
     "v1/worker/gpu_model_runner.py": {
         "GPUModelRunner.reload_weights": "weights_iterator weights_path is_checkpoint_format"
@@ -53,6 +57,7 @@ SET = {
         "SamplingParams": "temperature top_p min_tokens max_tokens stop include_stop_str_in_output ignore_eos seed "
         "logprobs"
     },
+    "model_executor/models/registry.py": {"_ModelRegistry": "models"},
     "outputs.py": {"CompletionOutput": "text token_ids logprobs finish_reason"},
     "logprobs.py": {"Logprob": "logprob"},
     "config/model.py": {"ModelConfig": "dtype max_model_len"},
@@ -72,9 +77,10 @@ HELD = {
 }
 ENVIRONMENT = "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_OMP_THREADS_BIND VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS".split()
 # How our code calls an object of vLLM, and its class. Annotations and assignments tell the other names.
-CALLED = {"llm": "LLM", "vllm_model": "LLM", "current_platform": "Platform"}
+CALLED = {"llm": "LLM", "vllm_model": "LLM", "current_platform": "Platform", "ModelRegistry": "_ModelRegistry"}
 # The class of an attribute, or of what a method returns. For a list or an iterator it is that of its elements.
 CLASS_OF = {
+    "_ModelRegistry.models": "_LazyRegisteredModel",
     "LLM.llm_engine": "LLMEngine",
     "LLMEngine.step": "RequestOutput",
     "LLMEngine.vllm_config": "VllmConfig",

@@ -31,7 +31,6 @@ from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation
 from plainrl.devices import check_devices
 from plainrl.diagnosis import diagnose
 from plainrl.distributed import add_up, join
-from plainrl.grading.rewards import NUM_WORKERS
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
 from plainrl.microbatches import count, microbatches
@@ -53,14 +52,13 @@ from plainrl.rollouts import (
     make_rollouts,
     measure_gap,
     old_log_probs_in,
-    sample_rounds,
     summarize_step,
-    thread_pool,
     write_rollouts,
 )
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import describe_evaluations
-from plainrl.selection import QuestionOrder, choose_batch, summarize_selection, training_reward
+from plainrl.sampler import Sampler
+from plainrl.selection import choose_batch, summarize_selection, training_reward
 from plainrl.warm_start import apply_warm_start
 from policy_evaluation import Evaluator
 from SFT_helper import masked_normalize, pad_token_id
@@ -100,28 +98,29 @@ def train(
 ) -> None:
     """Run the GRPO steps that are left."""
     optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
-    num_steps, order = config.n_grpo_steps, QuestionOrder(len(questions), config)
+    num_steps, sampler = config.n_grpo_steps, Sampler(evaluator, questions, prompt_ids, config)
     data = zip(prompt_ids, [question.ground_truth for question in questions], strict=True)
-    with (
-        TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO", order) as loop,
-        thread_pool(NUM_WORKERS) as grading_threads,
-    ):
+    steps = TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO", sampler)
+    with steps as loop, sampler:
         for step in loop:
             # 1. Sync: copy the policy's weights into the engine. The copy is checked: both must agree on the log-probs
             #    of sampled tokens. With top-p 1 the rollouts serve for this (phase 5), else probes sampled here.
+            #    With rollouts_ahead the engine samples during training, and first has to finish the next rollouts.
+            with loop.phase("rollout"):
+                sampler.finish()
             with loop.phase("sync"):
                 sync_metrics = evaluator.sync(policy, with_probes=not config.rollouts_check_sync)
 
             # 2. Sample: group_size responses to each question. Grading begins as soon as one is finished.
             #    With dynamic_sampling, further questions follow until enough groups have right and wrong answers.
             with loop.phase("rollout"):
-                sampled = sample_rounds(evaluator.llm, questions, prompt_ids, order, step, config, grading_threads)
+                sampled = sampler.sample(step)
 
             # 3. Grade and normalize: a response is good if it is better than the others of its group.
             with loop.phase("grade"):
                 evaluator.sleep()  # on a shared GPU: its memory is the policy's until the next sync
                 grades = sampled.wait_for_grades()
-                order.record(sampled.chosen, grades)
+                sampler.order.record(sampled.chosen, grades)
                 asked = [questions[index] for index in sampled.chosen]
                 graded = make_rollouts(asked, sampled.responses, grades, None, config.group_size)
                 rollouts = choose_batch(graded, config)  # those to train on: all, without dynamic_sampling
@@ -142,7 +141,7 @@ def train(
                 rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
 
             # 6. Log. What is said of rollouts is said of all that were sampled.
-            of_selection = summarize_selection(graded, len(sampled.rounds), order, config)
+            of_selection = summarize_selection(graded, len(sampled.rounds), sampler.order, step, config)
             rows = loop.log(rows, summarize_step(graded, sync_metrics, loop.seconds, config) | of_selection)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
             diagnose(step, rows, config)
@@ -180,11 +179,12 @@ def update_policy(
             batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
             accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)  # float16 may repeat it
             sums, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
-            if not rows and config.is_off_policy and config.rollouts_check_sync:
+            if not rows and config.is_off_policy and config.has_engine_log_probs:
                 sums |= measure_gap(rollouts, old_log_probs_in(rollouts), config)
             metrics = summarize_update(sums)
             require_finite(step, sums["loss"], grad_norm, "lower learning_rate, or set loss_type=grpo_clip")
-            check_gap(sums, config.max_sync_error)
+            if config.rollouts_check_sync:
+                check_gap(sums, config.max_sync_error)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             metrics |= {"train/grad_norm": grad_norm, "train/loss_scale": loss_scale}
@@ -224,7 +224,7 @@ def accumulate_gradients(
         entropy_sum = masked_normalize(scores["token_entropy"].detach(), mask, 1.0)
         found = {"loss": loss.detach(), "num_tokens": mask.sum(), "entropy_sum": entropy_sum}
         found |= {f"train/{name}": value for name, value in reduce_metadata(metadata, mask).items()}
-        if config.rollouts_check_sync and not config.is_off_policy:
+        if config.has_engine_log_probs and not config.is_off_policy:
             found |= measure_gap(chosen, scores["log_probs"].detach()[mask].cpu(), config)
         count(sums, found, part)
     return add_up(sums) | {"num_trained_rows": float(len(rows))}

@@ -12,7 +12,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,6 +265,7 @@ class Evaluator:
         """Start the engine. Questions that are too long for the context raise a UserError before that."""
         self.config, self.run, self.tokenizer, self.examples = config, run, tokenizer, examples
         self._last_step = sys.maxsize
+        self.before_sync: Callable[[], None] = lambda: None  # waits for what the engine samples: plainrl/sampler.py
         # A longer prompt is cut, because a probe need not be a whole prompt.
         longest = config.max_context_tokens - config.num_sync_tokens
         self._probe_ids = [ids[:longest] for ids in encode_prompts(examples, tokenizer, config)[:NUM_PROBE_PROMPTS]]
@@ -287,6 +288,7 @@ class Evaluator:
         Returns:
             The metrics of `check_policy_sync`, or nothing without probes.
         """
+        self.before_sync()
         load_policy_into_vllm_instance(policy, self.llm)
         if not with_probes:
             return {}

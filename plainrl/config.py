@@ -160,8 +160,8 @@ class RolloutConfig(WarmStartConfig):
         raise NotImplementedError
 
     @property
-    def rollouts_check_sync(self) -> bool:
-        """Return whether the rollouts check the weight sync. Only then are their log-probs asked for."""
+    def has_engine_log_probs(self) -> bool:
+        """Return whether the engine gives the log-probs of its responses."""
         return False
 
 
@@ -264,6 +264,11 @@ class GRPOConfig(RolloutConfig):
         description="rounds of further questions per step at most, each of one batch or less. A batch that is then "
         "short of mixed groups is filled up with other sampled groups",
     )
+    rollouts_ahead: Literal[0, 1] = Field(
+        0,
+        description="1: the engine samples the next rollouts while the policy trains, for two GPUs. They are then one "
+        "step older than the policy, which engine_correction accounts for. A resumed run is not bit-exact",
+    )
     drop_solved_questions: bool = Field(False, description="do not ask a question again once it is solved")
     solved_pass_rate: float = Field(
         0.9, gt=0, le=1, description="mean answer reward from which on a question is solved (drop_solved_questions)"
@@ -292,7 +297,7 @@ class GRPOConfig(RolloutConfig):
                 f"cliprange_dual = {self.cliprange_dual:g} would clip where the policy has not moved: use more than 1, "
                 "often 3, or 0 for none"
             )
-        if self._is_changed("engine_correction") and not self.rollouts_check_sync:
+        if self._is_changed("engine_correction") and not self.has_engine_log_probs:
             raise ValueError(
                 f"engine_correction = {self.engine_correction} compares log-probs of the same distribution: use "
                 f"sampling_top_p = 1 (now {self.sampling_top_p:g}) and sampling_min_tokens (now "
@@ -318,6 +323,13 @@ class GRPOConfig(RolloutConfig):
         if self.dynamic_sampling and self.group_size == 1:
             raise ValueError(
                 "dynamic_sampling = true with group_size = 1: a group of one is never mixed; use group_size >= 2"
+            )
+        if self.rollouts_ahead and self.dynamic_sampling:
+            raise ValueError("rollouts_ahead = 1 with dynamic_sampling, which waits for grades: leave one of them out")
+        if self.rollouts_ahead and self.shares_gpu:
+            raise ValueError(
+                f"rollouts_ahead = 1, but policy and engine take turns on {self.policy_device}: give the policy "
+                "another GPU (preset=two-gpu), or leave it out"
             )
         return self
 
@@ -368,6 +380,11 @@ class GRPOConfig(RolloutConfig):
                 found.append(
                     f"kl_estimator = {self.kl_estimator} has a gradient of mean zero, which pulls nowhere; use k2"
                 )
+        if self.rollouts_ahead and not self._is_changed("engine_correction"):
+            found.append(
+                "rollouts_ahead = 1 trains on responses of an older policy as if they were the present one's; "
+                "engine_correction=token_truncate weighs them"
+            )
         if not self.samples_from_policy:
             found.append(
                 f"sampling_top_p = {self.sampling_top_p:g}: responses come from the likeliest tokens alone, which the "
@@ -407,9 +424,17 @@ class GRPOConfig(RolloutConfig):
         return self.rollout_batch_size // self.group_size
 
     @property
-    def rollouts_check_sync(self) -> bool:
-        """Return whether the rollouts can check the weight sync. Then their log-probs should be the policy's."""
+    def has_engine_log_probs(self) -> bool:
+        """Return whether the engine gives the log-probs of its responses, which are compared with the policy's."""
         return self.samples_from_policy and self.sampling_min_tokens < self.sampling_max_tokens
+
+    @property
+    def rollouts_check_sync(self) -> bool:
+        """Return whether the rollouts can check the weight sync. Then their log-probs should be the policy's.
+
+        Those that were sampled ahead cannot, because the policy has moved on.
+        """
+        return self.has_engine_log_probs and not self.samples_ahead
 
     @property
     def needs_first_policy(self) -> bool:

@@ -17,10 +17,10 @@ Losses are divided by the counts of the whole batch. Gradients are therefore add
 Source: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, 2023.
 """
 
-import ctypes
+from plainrl.startup import end_with_parent
+
 import datetime
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,6 @@ SPARE_SECONDS = 120  # a rank waits for the others so much longer than a phase m
 # What torchrun puts into the environment of a rank. A child that is to run alone must not find it.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SECONDS_TO_COME = 10.0
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 RANK_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 
@@ -74,7 +73,7 @@ def join(config: "RunConfig") -> None:
     _require_divisible(config, num_started)
     if num_started == 1:
         return
-    _end_with_parent()
+    end_with_parent()  # torchrun, when it is killed, could not end its ranks
     uses_gpu = config.policy_device != "cpu"
     if uses_gpu:
         torch.cuda.set_device(config.policy_device)
@@ -87,12 +86,6 @@ def join(config: "RunConfig") -> None:
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-
-def _end_with_parent() -> None:
-    """Ask Linux to kill this rank when torchrun is killed, which could not end its ranks then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _require_divisible(config: "RunConfig", num_started: int) -> None:
@@ -109,6 +102,7 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
     found = {
         "lora_rank": "adapters are trained in one process: leave it out, or start without torchrun",
         "dropout": "the ranks would draw the same noise: leave it out, or start without torchrun",
+        "rollouts_ahead": "each rank has one GPU for policy and engine: leave it out, or start without torchrun",
     }
     for name, advice in found.items():
         if getattr(config, name, 0):

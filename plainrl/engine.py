@@ -10,13 +10,14 @@ import contextlib
 import json
 import logging
 import math
+import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from plainrl.config import RunConfig
 from plainrl.devices import can_compile, check_engine_device
 from plainrl.distributed import deal, engine_number, exchange, gather, whole
+from plainrl.engine_process import in_shared_memory, new_processes, share_threads, told_if_it_ended, watch
 from plainrl.lora import merged_state_dict
 from plainrl.model_files import MOST_SHOWN
 from plainrl.policy import score_responses
@@ -53,8 +55,9 @@ def init_vllm(
     enable_sleep_mode: bool = False,
     float32_output_layer: bool = False,
     tensor_parallel_size: int = 1,
+    in_own_process: bool = False,
 ) -> "LLM":
-    """Start a vLLM engine inside this process. Print what starts, how long it took, and what its cache holds.
+    """Start a vLLM engine, by default in this process. Print what starts, how long it took, and what its cache holds.
 
     Args:
         model_id: a local folder in Transformers format.
@@ -68,6 +71,7 @@ def init_vllm(
         enable_sleep_mode: whether `LLM.sleep` is possible, which a GPU shared with the policy needs.
         float32_output_layer: whether logits are computed in float32, from weights and hidden states in `dtype`.
         tensor_parallel_size: number of ranks that share the engine. Each of them starts its part of it.
+        in_own_process: whether it gets a process of its own. On a CPU that takes half of this process's threads.
 
     The engine reseeds this process's global random state. A caller that relies on that state must seed it afterwards.
 
@@ -94,11 +98,10 @@ def init_vllm(
         options |= {
             "kv_cache_memory_bytes": cpu_cache_gib * 2**30,
             "block_size": 32,  # with the default of 128, a prompt as short as r1_zero's would never be cached
-            # On the CPU, chunked prefill fails with seeded requests (vLLM 0.32): the CPU's generator has no offset.
-            "enable_chunked_prefill": False,
+            "enable_chunked_prefill": False,  # fails with seeds: the CPU's generator has no offset (vLLM 0.32)
             "max_num_batched_tokens": max(4096, max_model_len or 0),
         }
-    return _start_and_tell(device, options)
+    return _start_and_tell(device, options, in_own_process)
 
 
 def engine_settings(config: RunConfig) -> dict[str, Any]:
@@ -112,18 +115,26 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "cpu_cache_gib": config.engine_cache_gib,
         "enforce_eager": config.engine_eager,
         "float32_output_layer": config.float32_output_layer,
+        "in_own_process": config.samples_ahead,
     }
 
 
 def describe_cache(llm: "LLM") -> str:
-    """Return how large the engine's key-value cache is: in GiB, in tokens, and in contexts of full length."""
-    config = llm.llm_engine.vllm_config
-    core = cast(Any, llm.llm_engine.engine_core).engine_core  # present because the engine runs in this process
-    gib = sum(tensor.size for tensor in core.scheduler.kv_cache_config.kv_cache_tensors) / 2**30
+    """Return how large the engine's key-value cache is: in tokens, in contexts of full length, and in GiB if known."""
+    config, size = llm.llm_engine.vllm_config, ""
+    if not is_in_own_process(llm):
+        core = cast(Any, llm.llm_engine.engine_core).engine_core
+        gib = sum(tensor.size for tensor in core.scheduler.kv_cache_config.kv_cache_tensors) / 2**30
+        size = f" of {gib:.1f} GiB"
     return (
-        f"its key-value cache of {gib:.1f} GiB holds {config.cache_config.kv_cache_size_tokens:,} tokens, enough for "
+        f"its key-value cache{size} holds {config.cache_config.kv_cache_size_tokens:,} tokens, enough for "
         f"{config.cache_config.kv_cache_max_concurrency:,.1f} contexts of {config.model_config.max_model_len:,} tokens"
     )
+
+
+def is_in_own_process(llm: "LLM") -> bool:
+    """Return whether the engine has a process of its own, which has neither this one's memory nor its tensors."""
+    return not hasattr(llm.llm_engine.engine_core, "engine_core")
 
 
 def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
@@ -141,8 +152,12 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
         llm.wake_up(tags=["weights"])
     dtype = llm.llm_engine.vllm_config.model_config.dtype
     weights = ((name, whole(tensor.detach().to(dtype))) for name, tensor in merged_state_dict(policy))
-    with _quiet_stderr():
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    with _quiet_stderr(), told_if_it_ended():
+        if is_in_own_process(llm):
+            with in_shared_memory(dict(weights)) as folder:
+                llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        else:
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if is_sleeping:
         llm.wake_up(tags=["kv_cache"])
     if not llm.reset_prefix_cache():
@@ -201,6 +216,27 @@ def stream_responses(
     with_log_probs: bool = True,
 ) -> Iterator[tuple[int, Response]]:
     """Sample like `sample_responses`, with this rank's engine, and yield each response with its index when finished."""
+    yield from collect(llm, submit(llm, prompt_ids, sampling_params, seeds, with_log_probs))
+
+
+class Submitted(NamedTuple):
+    """Requests that an engine has got: the index of each by its number, and their prompts."""
+
+    indices: dict[str, int]
+    prompt_ids: Sequence[list[int]]
+
+
+def submit(
+    llm: "LLM",
+    prompt_ids: Sequence[list[int]],
+    sampling_params: "SamplingParams",
+    seeds: Sequence[int],
+    with_log_probs: bool = True,
+) -> Submitted:
+    """Give requests to the engine. One in a process of its own begins with them at once, any other in `collect`.
+
+    Args: as for `sample_responses`.
+    """
     requests = []
     for seed in seeds:
         request = sampling_params.clone()
@@ -208,13 +244,22 @@ def stream_responses(
         request.logprobs = 0 if with_log_probs else None  # 0: those of the sampled tokens only
         requests.append(request)
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in prompt_ids]
-    request_ids = llm.enqueue(prompts, requests, use_tqdm=False)
+    with told_if_it_ended():
+        request_ids = llm.enqueue(prompts, requests, use_tqdm=False)
     indices = {request_id.partition("-")[0]: index for index, request_id in enumerate(request_ids)}
+    return Submitted(indices, prompt_ids)
+
+
+def collect(llm: "LLM", submitted: Submitted) -> Iterator[tuple[int, Response]]:
+    """Wait for all responses to requests, and yield each with its index when it is finished."""
     while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
+        with told_if_it_ended():
+            outputs = llm.llm_engine.step()
+        for output in outputs:
             if output.finished:
-                index = indices[output.request_id]
-                yield index, _to_response(prompt_ids[index], cast("RequestOutput", output).outputs[0])
+                index = submitted.indices[output.request_id]
+                prompt_ids = submitted.prompt_ids[index]
+                yield index, _to_response(prompt_ids, cast("RequestOutput", output).outputs[0])
 
 
 def check_policy_sync(
@@ -302,21 +347,29 @@ def register_model_class(folder: str) -> None:
             ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
 
 
-def _start_and_tell(device: str, options: dict[str, Any]) -> "LLM":
+def _start_and_tell(device: str, options: dict[str, Any], in_own_process: bool = False) -> "LLM":
     notes = {
         f"starting vLLM on {device}: {options['model']} in {options['dtype']}": True,
+        "in a process of its own": in_own_process,
         "the first start compiles, which takes minutes": not options["enforce_eager"],
         "vLLM's own messages follow": device != "cpu",
     }
     print("; ".join(note for note, holds in notes.items() if holds), flush=True)
     started = time.perf_counter()
-    llm = _start_vllm(device, options)
+    present = multiprocessing.active_children()
+    with share_threads(device) if in_own_process else contextlib.nullcontext():
+        llm = _start_vllm(device, options, in_own_process)
+    if in_own_process:
+        watch(new_processes(present))
     print(f"vLLM started in {time.perf_counter() - started:.0f} s; {describe_cache(llm)}", flush=True)
     return llm
 
 
-def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run in this process to receive the weights
+def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = False) -> "LLM":
+    # In this process the engine receives the weights as they are.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(in_own_process))
+    if in_own_process:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would inherit threads and locks
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM must not bind torch's threads to cores
     starting_level, running_level = LOG_LEVELS[device.partition(":")[0]]
     is_level_ours = "VLLM_LOGGING_LEVEL" not in os.environ  # else the user's own level holds throughout
@@ -334,7 +387,9 @@ def _start_vllm(device: str, options: dict[str, Any]) -> "LLM":
         from vllm import LLM
 
         # On a GPU, vLLM raises AssertionError where memory is short, and Triton RuntimeError where it cannot compile.
-        refusals = ValueError if device == "cpu" else (ValueError, RuntimeError, AssertionError)
+        # Of a process of its own, RuntimeError says no more than that it has ended.
+        is_known = device == "cpu" and not in_own_process
+        refusals = ValueError if is_known else (ValueError, RuntimeError, AssertionError)
         try:
             llm = LLM(**options)
         except refusals as error:  # the settings do not fit this model or this device's memory

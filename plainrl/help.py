@@ -58,7 +58,10 @@ GROUPS = {
         *("policy_device", "evaluator_device", "compute_dtype", "engine_dtype", "attn_implementation"),
         *("float32_output_layer", "gradient_checkpointing", "compile_policy", "scoring_batch_size"),
     ),
-    "engine": ("gpu_memory_utilization", "engine_cache_gib", "engine_eager", "max_sync_error", "num_sync_tokens"),
+    "engine": (
+        *("gpu_memory_utilization", "engine_cache_gib", "engine_eager", "max_sync_error", "num_sync_tokens"),
+        "rollouts_ahead",
+    ),
     "several ranks": ("num_replicas", "engine_tensor_parallel"),
     "run": (
         *("preset", "seed", "run_name", "runs_dir", "checkpoint_interval", "keep_last", "keep_best", "resume"),

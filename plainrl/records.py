@@ -65,6 +65,7 @@ class Response(NamedTuple):
     log_probs: list[float]
     finish_reason: str
     engine: int = 0  # number of the engine that sampled it, where several ranks have one each
+    policy_step: int = 0  # number of rollout batches that the policy which sampled it had been trained on
 
 
 @dataclass

@@ -15,7 +15,7 @@ from plainrl.config import GRPOConfig, RolloutConfig
 from plainrl.data import derive_seed
 from plainrl.devices import peak_memory_gib
 from plainrl.distributed import deal, gather, num_ranks, rank
-from plainrl.engine import require_small_sync_error, sampling_params, stream_responses
+from plainrl.engine import Submitted, collect, require_small_sync_error, sampling_params, submit
 from plainrl.grading.rewards import Grade, count_failures, grade_response, own_means, report_problems
 from plainrl.records import Example, Response, Rollout, mean
 from plainrl.selection import QuestionOrder, find_mixed, num_questions_to_ask
@@ -66,23 +66,65 @@ def sample_groups(
         The responses, and a function that waits for their grades. A response is graded as soon as it is finished,
         while the engine goes on with the others.
     """
+    groups = submit_groups(llm, prompt_ids, chosen, step, config, step - 1, asked_before)
+    return collect_groups(llm, questions, groups, config, grading_threads)
+
+
+class Groups(NamedTuple):
+    """Groups of responses that an engine was asked for."""
+
+    requests: list[tuple[int, int]]  # question and sample of each, of this rank
+    submitted: Submitted
+    policy_step: int  # see Response
+
+
+def submit_groups(
+    llm: "LLM",
+    prompt_ids: Sequence[list[int]],
+    chosen: Sequence[int],
+    step: int,
+    config: RolloutConfig,
+    policy_step: int,
+    asked_before: Sequence[int] = (),
+) -> Groups:
+    """Ask the engine for `group_size` responses to each chosen question.
+
+    Args: as for `sample_groups`.
+        policy_step: number of rollout batches that the engine's policy was trained on.
+    """
     requests: list[tuple[int, int]] = []  # question, sample
     for place, index in enumerate(chosen):  # a question may come twice, where one epoch ends and the next begins
         first = [*asked_before, *chosen[:place]].count(index) * config.group_size
         requests += [(index, sample) for sample in range(first, first + config.group_size)]
     requests = deal(requests, config.group_size)
-    reward = config.reward_function
-    responses: dict[int, Response] = {}
-    gradings: dict[int, Future[Grade]] = {}
-    for position, response in stream_responses(
+    submitted = submit(
         llm,
         [prompt_ids[index] for index, _ in requests],
         sampling_params(config),
         [derive_seed(config.seed, "rollout", step, index, sample) for index, sample in requests],
-        with_log_probs=config.rollouts_check_sync,
-    ):
+        with_log_probs=config.has_engine_log_probs,
+    )
+    return Groups(requests, submitted, policy_step)
+
+
+def collect_groups(
+    llm: "LLM",
+    questions: Sequence[Example],
+    groups: Groups,
+    config: RolloutConfig,
+    grading_threads: Executor,
+) -> tuple[list[Response], "Grades"]:
+    """Wait for the responses that the engine was asked for, and grade them.
+
+    Args, Returns: as for `sample_groups`.
+    """
+    requests, submitted, policy_step = groups
+    reward = config.reward_function
+    responses: dict[int, Response] = {}
+    gradings: dict[int, Future[Grade]] = {}
+    for position, response in collect(llm, submitted):
         question = questions[requests[position][0]]
-        responses[position] = response
+        responses[position] = response._replace(policy_step=policy_step)
         gradings[position] = grading_threads.submit(
             grade_response, response.text, question.ground_truth or "", reward, question.reward_fields
         )

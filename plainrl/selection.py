@@ -181,7 +181,7 @@ def training_reward(rollout: Rollout, config: GRPOConfig) -> float:
 
 
 def summarize_selection(
-    graded: Sequence[Rollout], num_rounds: int, order: QuestionOrder, config: GRPOConfig
+    graded: Sequence[Rollout], num_rounds: int, order: QuestionOrder, step: int, config: GRPOConfig
 ) -> dict[str, float | None]:
     """Return the metrics of what a step sampled and chose. docs/metrics.md defines them.
 
@@ -189,6 +189,7 @@ def summarize_selection(
         graded: all rollouts of the step, group by group.
         num_rounds: in how many rounds they were sampled.
         order: after the step.
+        step: its number.
         config: of the run.
     """
     is_mixed = find_mixed(graded, config.group_size)
@@ -197,6 +198,7 @@ def summarize_selection(
         "rollout/num_mixed_groups": sum(is_mixed),
         "rollout/num_dropped_groups": len(is_mixed) - config.num_questions_per_step,
         "rollout/num_solved_questions": order.num_solved,
+        "rollout/policy_lag": mean([step - 1 - rollout.response.policy_step for rollout in graded]),
         "rollout/overlong_penalty": mean([_penalty_of(rollout, config) for rollout in graded]),
     }
 

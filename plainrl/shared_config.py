@@ -87,8 +87,8 @@ class RunConfig(BaseModel):
     )
     train_data: str = Field(
         EMBEDDED_DATA,
-        description=f"{EMBEDDED_DATA} (embedded; {EMBEDDED_DATA}:4 or {EMBEDDED_DATA}:2-6 gives the number of terms), a "
-        "JSON, JSONL, CSV or Parquet file, or hub owner/name[/configuration]:split",
+        description=f"{EMBEDDED_DATA} (embedded; {EMBEDDED_DATA}:4 or {EMBEDDED_DATA}:2-6 gives the number of terms), "
+        "a JSON, JSONL, CSV or Parquet file, or hub owner/name[/configuration]:split",
     )
     validation_data: str = Field(EMBEDDED_DATA, description="held-out data, named like train_data")
     extra_validation_data: dict[str, str] = Field(
@@ -254,6 +254,11 @@ class RunConfig(BaseModel):
     def eval_score(self) -> str:
         """Return the metric that decides which checkpoint is the best."""
         return EVAL_SCORE
+
+    @property
+    def samples_ahead(self) -> bool:
+        """Return whether the engine samples while the policy trains, in a process of its own."""
+        return bool(getattr(self, "rollouts_ahead", 0))
 
     @property
     def shares_gpu(self) -> bool:

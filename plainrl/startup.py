@@ -5,10 +5,13 @@ Until `run_main` handles signals, Ctrl-C ends the program at once and without a 
 not in Python. A standard stream that the caller has closed (`>&-`) is opened again, for the next file to be opened
 would take its number, and be written to.
 
+The process of an engine, which vLLM starts for `rollouts_ahead`, imports this module, too. It ends with the run.
+
 Of several ranks on a machine, each sees only its own GPU, and calls it cuda:0. What a GPU is called has to be settled
 before CUDA starts.
 """
 
+import ctypes
 import io
 import os
 import signal
@@ -20,10 +23,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ("SFT_train.py", "GRPO_train.py", "policy_evaluation.py")
 PACKAGES = ("experiments", "plainrl", "supplement")
+ENGINE_VARIABLE = "PLAINRL_ENGINE_PROCESS"  # set in the process of an engine: plainrl/engine_process.py
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def prepare_program() -> None:
     """Prepare the process if one of this project's scripts is the program; change nothing in any other."""
+    if os.environ.get(ENGINE_VARIABLE):
+        prepare_engine_process()
+        return
     command = own_command(getattr(sys.modules.get("__main__"), "__file__", None), sys.orig_argv)
     if not command:
         return
@@ -40,6 +48,19 @@ def prepare_program() -> None:
         from plainrl.cli import check_arguments
 
         check_arguments(command, sys.argv[1:])
+
+
+def prepare_engine_process() -> None:
+    """Tie an engine's process to the run. Ctrl-C does not reach it, because the run decides when it stops."""
+    if os.getpid() != os.getsid(0):
+        os.setsid()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:

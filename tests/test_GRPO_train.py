@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import REPOSITORY, FakeEvaluator, grpo_arguments, read_lines, train_rows
+from tiny import REPOSITORY, FakeEvaluator, grpo_arguments, read_lines, replace_engine, train_rows
 from transformers import AutoModelForCausalLM
 
 import GRPO_train
@@ -632,7 +632,7 @@ def scripted_engine(monkeypatch):
         yield from ((i, Response(ids, "", [17, 18], [-6.0, -6.0], "stop")) for i, ids in enumerate(prompt_ids))
 
     monkeypatch.setattr(GRPO_train, "Evaluator", ScriptedEvaluator)
-    monkeypatch.setattr("plainrl.rollouts.stream_responses", stream_responses)
+    replace_engine(monkeypatch, stream_responses)
 
 
 OWN_LOSS = """
@@ -661,7 +661,7 @@ def test_a_loss_and_a_reward_of_the_users_own_train(
         for index, (ids, text) in enumerate(zip(prompt_ids, texts, strict=True)):
             yield index, Response(ids, text, [17 + index, 18], [-6.0, -6.0], "stop")
 
-    monkeypatch.setattr("plainrl.rollouts.stream_responses", stream_responses)
+    replace_engine(monkeypatch, stream_responses)
     (tmp_path / "my_losses.py").write_text(OWN_LOSS)
     (tmp_path / "my_rewards.py").write_text(OWN_REWARD)
     reward, settings = f"{tmp_path}/my_rewards.py:is_even", {"train_batch_size": batch, "sampling_min_tokens": 0}

@@ -224,10 +224,11 @@ def test_an_engine_that_does_not_start_on_a_gpu_ends_in_one_line(error, monkeypa
         raise error
 
     monkeypatch.setattr("vllm.LLM", fail)
+    monkeypatch.setattr("plainrl.engine.register_model_class", lambda folder: None)
     with pytest.raises(UserError, match=r"vLLM did not start on cuda:0 \((Found no C|Error in memory)"):
-        _start_vllm("cuda:0", {})
+        _start_vllm("cuda:0", {"model": "m"})
     with pytest.raises(type(error)):
-        _start_vllm("cpu", {})
+        _start_vllm("cpu", {"model": "m"})
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_an_engine_that_does_not_start_on_a_gpu_ends_in_one_line(error, monkeypa
 )
 def test_the_start_and_the_size_of_the_cache_are_told(device, is_eager, expected, engine, monkeypatch, capsys):
     """A token takes 2 (key, value) x 2 layers x 1 head x 32 numbers x 4 bytes = 512 bytes of 1 GiB."""
-    monkeypatch.setattr("plainrl.engine._start_vllm", lambda device, options: engine)
+    monkeypatch.setattr("plainrl.engine._start_vllm", lambda device, options, in_own_process: engine)
     _start_and_tell(device, {"model": "m", "dtype": "bfloat16", "enforce_eager": is_eager})
     assert capsys.readouterr().out == (
         f"starting vLLM on {device}: m in bfloat16{expected}\nvLLM started in 0 s; "
@@ -286,7 +287,7 @@ class RecordingEngine:
         self.calls = []
         self.is_asleep = False
         self.gives_up_its_cache = True
-        self.llm_engine = self
+        self.llm_engine = self.engine_core = self
         self.vllm_config = self.model_config = self
         self.dtype = torch.bfloat16
 

@@ -21,6 +21,7 @@ from transformers import (
     ViTConfig,
 )
 
+from plainrl import model_files
 from plainrl.config import RunConfig
 from plainrl.devices import run_command
 from plainrl.model_files import find_dropout, resolve_model, set_dropout, why_unsupported
@@ -344,3 +345,15 @@ def test_dropout_is_found_and_set_under_any_name():
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1,
     }
+
+
+def test_a_gguf_file_is_parsed_once_for_a_conversion(monkeypatch):
+    import gguf
+
+    parsed = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or object())
+    reader = gguf.GGUFReader
+    with model_files._each_gguf_file_read_once():
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a") is not gguf.GGUFReader("b")
+        assert parsed == ["a", "b"]
+    assert gguf.GGUFReader is reader

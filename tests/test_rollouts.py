@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tiny import read_lines
+from tiny import read_lines, replace_engine
 
 from GRPO_helper import normalize_within_groups
 from plainrl import rollouts
@@ -45,7 +45,7 @@ def test_log_probs_are_asked_for_only_where_something_reads_them(config, reads_t
         assert with_log_probs == reads_them
         return ((index, Response(ids, "5", [1], [], "stop")) for index, ids in enumerate(prompt_ids))
 
-    monkeypatch.setattr(rollouts, "stream_responses", stream_responses)
+    replace_engine(monkeypatch, stream_responses)
     questions = [Example("q", "p", "6", None, "s")] * 2
     with ThreadPoolExecutor(1) as threads:
         responses, _ = sample_groups(None, questions, [[0], [1]], [0, 1], 1, config, threads)
@@ -67,7 +67,7 @@ def test_responses_are_graded_while_others_are_sampled(monkeypatch):
             graded.append(super().submit(*arguments))
             return graded[-1]
 
-    monkeypatch.setattr(rollouts, "stream_responses", stream_responses)
+    replace_engine(monkeypatch, stream_responses)
     questions = [Example(f"q{i}", f"p{i}", "6", None, "s") for i in range(3)]
     with Threads(2) as threads:
         responses, wait_for_grades = sample_groups(None, questions, [[0], [1], [2]], [2, 0], 1, tiny_config(), threads)
@@ -83,7 +83,7 @@ def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
         seeds_used.extend(seeds)
         yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
 
-    monkeypatch.setattr(rollouts, "stream_responses", stream_responses)
+    replace_engine(monkeypatch, stream_responses)
     questions = [Example("q", "p", "6", None, "s")] * 2
     with ThreadPoolExecutor(1) as threads:
         for chosen in ([0, 1], [0, 1, 0]):

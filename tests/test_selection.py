@@ -9,7 +9,7 @@ from itertools import cycle
 import pytest
 from kill_and_resume import find_differences
 from test_rollouts import tiny_config  # batches of 2 groups of 4
-from tiny import FakeEvaluator, grpo_arguments, read_lines, train_rows, write_lines
+from tiny import FakeEvaluator, grpo_arguments, read_lines, replace_engine, train_rows, write_lines
 
 import GRPO_train
 from plainrl import rollouts
@@ -192,7 +192,7 @@ def test_the_penalty_reaches_advantages_and_losses_but_neither_filter_nor_metric
     assert [training_reward(rollout, config) for rollout in made] == [1, 1, 1, 1, -0.25, -0.5, 0.25, -1]
     assert find_mixed(graded([0] * 8), 4) == [False, False]  # though the penalties differ
     order = QuestionOrder(4, config)
-    found = summarize_selection(made, 1, order, config)
+    found = summarize_selection(made, 1, order, 1, config)
     assert found["rollout/overlong_penalty"] == pytest.approx(-(0.25 + 0.5 + 0.75 + 1) / 8)
     assert rollouts.summarize_rollouts(made, config)["rollout/reward"] == 5 / 8
 
@@ -251,7 +251,7 @@ PROMPTS = [[index] for index in range(6)]
 def run_rounds(monkeypatch, is_right, num_steps=1, **settings):
     """Sample some steps; return the last, and the engine with its calls."""
     engine = Engine(is_right)
-    monkeypatch.setattr(rollouts, "stream_responses", engine)
+    replace_engine(monkeypatch, engine)
     config = tiny_config(**settings)
     order = QuestionOrder(len(QUESTIONS), config)
     with ThreadPoolExecutor(2) as threads:
@@ -311,7 +311,7 @@ def test_the_last_round_is_graded_while_the_engine_goes_to_sleep(monkeypatch):
         return Grade({"answer_reward": 0.0})
 
     monkeypatch.setattr(rollouts, "grade_response", slowly)
-    monkeypatch.setattr(rollouts, "stream_responses", Engine(lambda *_: False))
+    replace_engine(monkeypatch, Engine(lambda *_: False))
     config = tiny_config()
     with ThreadPoolExecutor(2) as threads:
         sampled = sample_rounds(None, QUESTIONS, PROMPTS, QuestionOrder(6, config), 1, config, threads)
@@ -340,7 +340,7 @@ def guessing_engine(monkeypatch):
             yield position, Response(ids, text, tokens, [-6.0] * len(tokens), "stop")
 
     monkeypatch.setattr(GRPO_train, "Evaluator", GuessingEvaluator)
-    monkeypatch.setattr("plainrl.rollouts.stream_responses", stream_responses)
+    replace_engine(monkeypatch, stream_responses)
 
 
 def run_grpo(model, folder, name, **overrides):

@@ -75,7 +75,11 @@ HELD = {
     "v1/engine/core.py": {"EngineCore": "scheduler"},
     "v1/core/sched/scheduler.py": {"Scheduler": "kv_cache_config"},
 }
-ENVIRONMENT = "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_CPU_OMP_THREADS_BIND VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS".split()
+CAUGHT = {"v1/engine/exceptions.py": "EngineDeadError"}  # file: class of an error
+ENVIRONMENT = (
+    "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_WORKER_MULTIPROC_METHOD VLLM_CPU_OMP_THREADS_BIND VLLM_LOGGING_LEVEL "
+    "VLLM_NO_USAGE_STATS"
+).split()
 # How our code calls an object of vLLM, and its class. Annotations and assignments tell the other names.
 CALLED = {"llm": "LLM", "vllm_model": "LLM", "current_platform": "Platform", "ModelRegistry": "_ModelRegistry"}
 # The class of an attribute, or of what a method returns. For a list or an iterator it is that of its elements.
@@ -135,6 +139,11 @@ def test_what_is_set_or_read_is_a_field(path, class_name, fields):
 def test_what_is_read_is_set_by_the_object_itself(path, class_name, names):
     stored = [node for node in ast.walk(read_class(path, class_name)) if isinstance(node, ast.Attribute)]
     assert set(names.split()) <= {node.attr for node in stored if isinstance(node.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize(("path", "class_name"), CAUGHT.items())
+def test_what_is_caught_is_an_exception(path, class_name):
+    assert read_class(path, class_name).bases
 
 
 def test_the_variables_of_the_environment_are_read():
@@ -228,7 +237,7 @@ def find_unlisted(source):
     functions = {name: names.split() for table in DECLARED.values() for name, names in table.items()}
     arguments = {f"{name}({argument})" for name, names in functions.items() for argument in names}
     classes = {name.partition(".")[0] for name in fields | functions.keys()}
-    listed = fields | arguments | classes | functions.keys() | {*ENVIRONMENT, *CALLED}
+    listed = fields | arguments | classes | functions.keys() | {*ENVIRONMENT, *CALLED, *CAUGHT.values()}
     return sorted(Uses(source).found - listed)
 
 

@@ -157,6 +157,19 @@ def run_python(*arguments, folder=REPOSITORY, start=subprocess.Popen, **options)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+def replace_engine(monkeypatch, stream_responses):
+    """Let rollouts come from a function (llm, prompt_ids, sampling_params, seeds, with_log_probs=...)."""
+
+    def submit(llm, prompt_ids, sampling_params, seeds, with_log_probs=True):
+        return (prompt_ids, sampling_params, seeds), with_log_probs
+
+    def collect(llm, submitted):
+        return stream_responses(llm, *submitted[0], with_log_probs=submitted[1])
+
+    monkeypatch.setattr("plainrl.rollouts.submit", submit)
+    monkeypatch.setattr("plainrl.rollouts.collect", collect)
+
+
 class FakeEvaluator(Evaluator):
     """An evaluator without an engine, for tests of the training loops alone. Every score is zero."""
 

@@ -144,7 +144,7 @@ def time_step(
     gradings = []
     with phase("rollout"):
         requests = requests_for(rollouts, config)
-        for index, response in stream_responses(evaluator.llm, *requests, config.rollouts_check_sync):
+        for index, response in stream_responses(evaluator.llm, *requests, config.has_engine_log_probs):
             sampled[index] = response
             gradings.append(grading_threads.submit(grade_response, response.text, "1", config.reward_function))
     with phase("grade"):

@@ -1,0 +1,122 @@
+"""What an engine in a process of its own needs: threads, weights by a file in memory, an end that is told.
+
+With `rollouts_ahead` the engine samples the next rollouts while the policy trains on the present ones. vLLM then runs
+in a process that it starts itself. It imports the program's main module, and with it plainrl/startup.py, which ties
+its life to that of the run.
+
+Importing this module imports neither vLLM nor wandb and starts no CUDA context.
+"""
+
+from plainrl.startup import ENGINE_VARIABLE
+
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from plainrl.records import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+SPARE_BYTES = 2**26  # of shared memory, which others use, too
+ENDED = (
+    "the engine's process has ended: it was killed, or its memory ran out; go on from the last state, perhaps with a "
+    "lower gpu_memory_utilization or engine_cache_gib, or with rollouts_ahead = 0"
+)
+
+
+@contextmanager
+def share_threads(device: str) -> Iterator[None]:
+    """Give half of the threads to the process that is started within, and keep the other half.
+
+    Two processes that both take all cores crawl: 8 s became 58 to 88 s on two cores.
+
+    Args:
+        device: the engine's. On a GPU no threads are given away.
+    """
+    given = {ENGINE_VARIABLE: "1"}
+    if device == "cpu":
+        num_threads = max(torch.get_num_threads() // 2, 1)
+        torch.set_num_threads(num_threads)
+        given["OMP_NUM_THREADS"] = str(num_threads)
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+
+
+@contextmanager
+def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Provide a folder with weights as a file: in memory if there is room, else on disk.
+
+    Args:
+        weights: of a whole `state_dict()`. Tied weights stand there twice, as the engine's loader wants them.
+    """
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
+    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > num_bytes + SPARE_BYTES
+    with tempfile.TemporaryDirectory(prefix="plainrl-", dir=SHARED_MEMORY if has_room else None) as folder:
+        # Clones, because the file format refuses tensors that share their memory.
+        save_file({name: tensor.cpu().clone() for name, tensor in weights.items()}, Path(folder) / "model.safetensors")
+        yield folder
+
+
+def new_processes(before: Collection[BaseProcess]) -> list[BaseProcess]:
+    """Return the processes that this one has started by `multiprocessing` beside those of `before`."""
+    return [process for process in multiprocessing.active_children() if process not in before]
+
+
+def watch(processes: Sequence[BaseProcess]) -> None:
+    """Notice when a process of the engine ends, also while this one waits for it. vLLM's client would wait for ever."""
+    _watched.processes = processes
+    signal.signal(signal.SIGCHLD, _look_after)
+
+
+@contextmanager
+def told_if_it_ended() -> Iterator[None]:
+    """Raise a UserError if a process that is watched has ended, or ends within. With no such process do nothing.
+
+    Raises:
+        UserError: the process was killed, or it failed.
+    """
+    if not _watched.processes:
+        yield
+        return
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        _watched.is_awaited = True
+        _look_after()
+        yield
+    except EngineDeadError:
+        raise UserError(ENDED) from None
+    finally:
+        _watched.is_awaited = False
+
+
+def _look_after(*_: object) -> None:
+    has_ended = bool(_watched.is_awaited and wait([p.sentinel for p in _watched.processes], timeout=0))
+    if has_ended:
+        raise UserError(ENDED)
+
+
+@dataclass
+class _Watched:
+    processes: Sequence[BaseProcess] = ()
+    is_awaited: bool = False
+
+
+_watched = _Watched()

@@ -1,0 +1,233 @@
+"""Rollout batches in turn; with `rollouts_ahead` each is sampled while the policy trains on the one before."""
+
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from kill_and_resume import start, wait_for
+from safetensors.torch import load_file
+from tiny import REPOSITORY, grpo_arguments, read_lines, replace_engine, train_rows
+
+import GRPO_train
+from plainrl import engine_process, sampler
+from plainrl.config import GRPOConfig
+from plainrl.records import Example, Response, UserError
+from plainrl.sampler import Sampler
+
+QUESTIONS = [Example(f"q{n}", "p", "1", None, "s") for n in range(7)]
+PROMPTS = [[n] for n in range(7)]
+
+
+def tiny_config(**overrides):
+    values = {"rollout_batch_size": 4, "train_batch_size": 4, "group_size": 2, "gradient_accumulation_steps": 1}
+    return GRPOConfig(**(values | {"sampling_max_tokens": 16, "n_grpo_steps": 5} | overrides))
+
+
+def new_sampler(config):
+    return Sampler(SimpleNamespace(llm=None, before_sync=None), QUESTIONS, PROMPTS, config)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What the engine is asked for and gives, in the order of time: 'ask' and 'give' with the questions."""
+    seen = []
+
+    def stream_responses(llm, prompt_ids, sampling_params, seeds, with_log_probs):
+        assert with_log_probs
+        seen.append(("give", [ids[0] for ids in prompt_ids[::2]]))
+        return ((index, Response(ids, "1", [1], [-0.5], "stop")) for index, ids in enumerate(prompt_ids))
+
+    replace_engine(monkeypatch, stream_responses)
+    submit_groups = sampler.submit_groups
+
+    def ask(llm, prompt_ids, chosen, *others):
+        seen.append(("ask", list(chosen)))
+        return submit_groups(llm, prompt_ids, chosen, *others)
+
+    monkeypatch.setattr(sampler, "submit_groups", ask)
+    return seen
+
+
+def run_steps(own_sampler, steps, events, is_evaluated=lambda step: False):
+    """The calls of the training loop; returns the questions and the policy of each step."""
+    found = []
+    with own_sampler:
+        for step in steps:
+            own_sampler.finish()
+            events.append(("sync", step - 1))
+            sampled = own_sampler.sample(step)
+            assert len(sampled.wait_for_grades()) == 4
+            found.append((sampled.chosen, {response.policy_step for response in sampled.responses}))
+            events.append(("train", step))
+            if is_evaluated(step):
+                own_sampler.finish()
+                events.append(("sync", step))
+    return found
+
+
+def test_the_next_batch_is_asked_for_before_training_and_awaited_before_the_weights_change(events):
+    config = tiny_config(rollouts_ahead=1)
+    found = run_steps(new_sampler(config), range(1, 6), events, lambda step: step == 2)
+    order = new_sampler(config).order
+    batches = [order.draw(2) for _ in range(5)]
+    assert [chosen for chosen, _ in found] == batches
+    assert [policies for _, policies in found] == [{0}, {0}, {1}, {2}, {3}]
+    first, second, third, fourth, fifth = batches
+    assert events == [
+        *(("sync", 0), ("ask", first), ("give", first), ("ask", second), ("train", 1)),
+        *(("give", second), ("sync", 1), ("ask", third), ("train", 2)),
+        *(("give", third), ("sync", 2)),  # an evaluation
+        *(("sync", 2), ("ask", fourth), ("train", 3)),
+        *(("give", fourth), ("sync", 3), ("ask", fifth), ("train", 4)),
+        *(("give", fifth), ("sync", 4), ("train", 5)),  # no further batch after the last step
+    ]
+
+
+def test_without_it_every_batch_is_of_the_present_policy(events):
+    found = run_steps(new_sampler(tiny_config()), range(1, 4), events)
+    assert [policies for _, policies in found] == [{0}, {1}, {2}]
+    assert [event for event, _ in events] == ["sync", "give", "train"] * 3
+
+
+@pytest.mark.parametrize("is_evaluated", [True, False])
+def test_a_resumed_run_asks_the_batch_ahead_again_and_none_twice(is_evaluated, events):
+    """Whether the batch ahead is finished or not when the state is saved."""
+    config = tiny_config(rollouts_ahead=1, drop_solved_questions=True)
+    straight = run_steps(new_sampler(config), range(1, 6), events)
+    stopped, resumed = (new_sampler(config) for _ in range(2))
+    begun = run_steps(stopped, range(1, 3), events, lambda step: is_evaluated)
+    state = stopped.state_dict()
+    assert state["position"] == 4
+    resumed.load_state_dict(state, step=2)
+    went_on = run_steps(resumed, range(3, 6), events)
+    assert [chosen for chosen, _ in begun + went_on] == [chosen for chosen, _ in straight]
+    assert [policies for _, policies in went_on] == [{2}, {2}, {3}]  # the first is of the policy that was resumed
+
+
+def test_what_it_does_not_go_with_is_refused_and_what_it_does_to_the_gradient_is_said():
+    for settings, message in (
+        ({"dynamic_sampling": True}, "rollouts_ahead = 1 with dynamic_sampling"),
+        ({"policy_device": "cuda:0", "evaluator_device": "cuda:0"}, "policy and engine take turns on cuda:0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_config(rollouts_ahead=1, **settings)
+    config = tiny_config(rollouts_ahead=1)
+    assert any("engine_correction=token_truncate weighs them" in warning for warning in config.warnings())
+    assert config.has_engine_log_probs and not config.rollouts_check_sync  # probes check it instead
+    corrected = tiny_config(rollouts_ahead=1, engine_correction="token_truncate")
+    assert not any("rollouts_ahead" in warning for warning in corrected.warnings())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_the_process_of_an_engine_ends_with_the_run_and_gets_no_signals_of_its_terminal(tmp_path):
+    child = "import plainrl, time, os; print(os.getpid(), os.getsid(0), flush=True); time.sleep(60)"
+    run = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.read()"
+    environment = os.environ | {"PLAINRL_ENGINE_PROCESS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    parent = subprocess.Popen([sys.executable, "-c", run], cwd=REPOSITORY, env=environment, **pipes)
+    process_id, session = map(int, parent.stdout.readline().split())
+    assert session == process_id
+    engine = psutil.Process(process_id)
+    parent.kill()
+    parent.wait()
+    assert psutil.wait_procs([engine], timeout=10)[1] == []
+
+
+def test_a_process_that_ends_while_it_is_awaited_is_told_at_once(monkeypatch):
+    """vLLM's own client would wait for ever. The wait here stands for its queue."""
+    before = signal.getsignal(signal.SIGCHLD)
+    present = multiprocessing.active_children()
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    process.start()
+    monkeypatch.setattr(engine_process, "_watched", engine_process._Watched())
+    try:
+        engine_process.watch(engine_process.new_processes(present))
+        with engine_process.told_if_it_ended():
+            pass
+        threading.Timer(0.5, process.kill).start()
+        with pytest.raises(UserError, match="the engine's process has ended"), engine_process.told_if_it_ended():
+            queue.Queue().get(timeout=30)
+        with pytest.raises(UserError, match="the engine's process has ended"), engine_process.told_if_it_ended():
+            pytest.fail("it is known before anything is asked")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_weights_go_through_a_file_that_holds_tied_ones_twice(tiny_model):
+    with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
+        stored = load_file(f"{folder}/model.safetensors")
+    assert not Path(folder).exists()
+    assert stored.keys() == tiny_model.state_dict().keys() and "lm_head.weight" in stored
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tiny_model.state_dict().items())
+
+
+def test_an_engine_on_a_cpu_gets_half_of_the_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    with engine_process.share_threads("cpu"):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["PLAINRL_ENGINE_PROCESS"]) == ("3", "1")
+    assert given == [3]
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "PLAINRL_ENGINE_PROCESS" not in os.environ
+    with engine_process.share_threads("cuda:0"):
+        assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert given == [3]
+
+
+def run_ahead(background):
+    """Stop a run by Ctrl-C, and go on to the end; return its folder, and what was seen of the first part."""
+    folder = background.new_folder("ahead")
+    settings = {"n_grpo_steps": 6, "checkpoint_interval": 1, "eval_interval": 3, "num_logged_groups": 2}
+    settings |= {"rollouts_ahead": 1, "engine_correction": "token_truncate", "run_name": "run", "resume": "auto"}
+    arguments = grpo_arguments(background.answering_model, folder, **settings)
+
+    run = start("GRPO_train.py", arguments, folder / "stopped.log", background.start)
+    wait_for(lambda: (folder / "run/checkpoints/step_000002").is_dir(), run)
+    engines = [child for child in psutil.Process(run.pid).children(recursive=True) if "EngineCore" in child.name()]
+    run.send_signal(signal.SIGINT)
+    statuses, left = [run.wait(120)], psutil.wait_procs(engines, timeout=20)[1]
+    statuses.append(start("GRPO_train.py", arguments, folder / "last.log", background.start).wait(300))
+    return folder, statuses, len(engines), left
+
+
+@pytest.mark.background(job=run_ahead)
+def test_a_run_ahead_samples_from_the_policy_before_and_is_stopped_and_resumed(
+    background, answering_model_folder, engine, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("policy_evaluation.init_vllm", lambda *_, **__: engine)
+    still = {"n_grpo_steps": 6, "num_logged_groups": 2, "learning_rate": "1e-30", "run_name": "still"}
+    GRPO_train.main(grpo_arguments(answering_model_folder, tmp_path, **still))
+
+    folder, statuses, num_engines, left = background.result(run_ahead)
+    logs = [(folder / name).read_text() for name in ("stopped.log", "last.log")]
+    assert statuses == [130, 0], logs
+    assert (num_engines, left) == (1, [])
+    assert "stopped by SIGINT" in logs[0]
+
+    def sampled(field, step):
+        paths = (run / f"samples/rollouts_{step:06d}.jsonl" for run in (folder / "run", tmp_path / "still"))
+        return [[row[field] for row in read_lines(path)] for path in paths]
+
+    for step in (1, 2):  # both of the policy before the first step, which `still` has throughout
+        ahead, before = sampled("response", step)
+        assert ahead == before
+    for step in range(1, 7):  # the stop loses no question and doubles none
+        ahead, before = sampled("prompt", step)
+        assert ahead == before
+    rows = train_rows(folder / "run")
+    assert [row["train_step"] for row in rows] == list(range(1, 7))
+    lags = [row["rollout/policy_lag"] for row in rows]
+    assert lags[:2] == [0, 1] and sorted(lags) == [0, 0, 1, 1, 1, 1]  # 0 after each start
+    assert all(row["rollout/sync_multiplicative_error"] < 1.001 for row in rows)
+    assert all(row["train/engine_weight_mean"] > 0 for row in rows if row["train/num_trained_rows"])

@@ -69,8 +69,9 @@ def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > num_bytes + SPARE_BYTES
     with tempfile.TemporaryDirectory(prefix="plainrl-", dir=SHARED_MEMORY if has_room else None) as folder:
-        # Clones, because the file format refuses tensors that share their memory.
-        save_file({name: tensor.cpu().clone() for name, tensor in weights.items()}, Path(folder) / "model.safetensors")
+        # Copies, because the file format refuses tensors that share their memory.
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+        save_file(copies, Path(folder) / "model.safetensors")
         yield folder
 
 
@@ -108,8 +109,7 @@ def told_if_it_ended() -> Iterator[None]:
 
 
 def _look_after(*_: object) -> None:
-    has_ended = bool(_watched.is_awaited and wait([p.sentinel for p in _watched.processes], timeout=0))
-    if has_ended:
+    if _watched.is_awaited and wait([process.sentinel for process in _watched.processes], timeout=0):
         raise UserError(ENDED)
 
 

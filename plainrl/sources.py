@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from plainrl.devices import run_command
 from plainrl.layouts import FIELDS, Record
 from plainrl.records import UserError, first_line
-from plainrl.shared_config import EMBEDDED_DATA
+from plainrl.shared_config import EMBEDDED_DATA, is_embedded
 
 if TYPE_CHECKING:
     import pyarrow
@@ -103,9 +103,9 @@ def embedded_terms(source: str, default: tuple[int, int]) -> tuple[int, int] | N
     >>> embedded_terms("arithmetic", (2, 4)), embedded_terms("arithmetic:5", (2, 4)), embedded_terms("a.csv", (2, 4))
     ((2, 4), (5, 5), None)
     """
-    name, colon, text = source.partition(":")
-    if name != EMBEDDED_DATA:
+    if not is_embedded(source):
         return None
+    _, colon, text = source.partition(":")
     if not colon:
         return default
     found = re.fullmatch(r"([0-9]{1,3})(?:-([0-9]{1,3}))?", text)

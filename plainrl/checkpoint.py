@@ -13,8 +13,9 @@ the seed, and the best score from metrics.jsonl.
 A checkpoint is written under another name, flushed to the disk, then renamed. It is therefore complete, or it is not
 there. No pickle is read.
 
-Several ranks write one file of weights and one of moments each. Every tensor in them is whole, so that any number of
-ranks can read them, and Transformers too. Tensors are gathered one at a time: a rank holds its share and one more.
+Several ranks write one file of weights and one of moments each, and hash their share of the files. Every tensor in them
+is whole, so that any number of ranks can read them, and Transformers too. Tensors are gathered one at a time: a rank
+holds its share and one more.
 """
 
 import base64
@@ -35,7 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from plainrl.devices import free_bytes
-from plainrl.distributed import divide, num_ranks, on_first, rank, together, whole
+from plainrl.distributed import divide, exchange, num_ranks, on_first, rank, together, whole
 from plainrl.lora import merged_model, save_adapters
 from plainrl.records import UserError
 
@@ -174,21 +175,22 @@ def write_checkpoint(path: Path, state: TrainingState, record: Mapping[str, Any]
         _require_space(path, num_bytes)
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "model").mkdir(parents=True)
-
-    def end() -> None:
         step = {"step": state.step, "metrics_bytes": state.metrics_bytes, "data_fingerprint": state.data_fingerprint}
         positions = {"data_order": state.order_state, "random_states": state.generators}
         (unfinished / RECORD).write_text(json.dumps(step | dict(record) | positions))
-        (unfinished / MANIFEST).write_text(json.dumps(describe_files(unfinished), indent=2))
+
+    def end() -> None:
+        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for file in [*unfinished.rglob("*"), unfinished]:
             flush_to_disk(file)
         unfinished.rename(path)
         flush_to_disk(path.parent)
 
-    on_first(begin)
     state.is_being_saved = True
     try:
+        on_first(begin)
         together(lambda: save_share(state, unfinished))
+        manifest = describe_files_by_ranks(unfinished)
         on_first(end)
     except Exception as error:  # of any type, because each library wraps the system's error in its own
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -208,7 +210,7 @@ def save_share(state: TrainingState, folder: Path) -> None:
         save_adapters(state.policy, folder)
         save_file(moments, folder / "optimizer.safetensors")
     else:
-        write_share(dict(state.policy.named_parameters()), folder / "model", "model")
+        write_share(saved_tensors(state.policy), folder / "model", "model")
         write_share(moments, folder, "optimizer")
         if rank() == 0:
             state.policy.config.save_pretrained(folder / "model")
@@ -216,6 +218,13 @@ def save_share(state: TrainingState, folder: Path) -> None:
                 state.policy.generation_config.save_pretrained(folder / "model")
     if rank() == 0:
         state.tokenizer.save_pretrained(folder / "model")
+
+
+def saved_tensors(policy: "PreTrainedModel") -> dict[str, torch.Tensor]:
+    """Return what the files of a model hold, by name: parameters, tied ones once, and the buffers that are saved."""
+    saved = policy.state_dict().keys()
+    buffers = {name: buffer for name, buffer in policy.named_buffers() if name in saved}
+    return {name: weight.detach() for name, weight in policy.named_parameters()} | buffers
 
 
 def write_share(tensors: Mapping[str, torch.Tensor], folder: Path, stem: str) -> None:
@@ -245,9 +254,22 @@ def checkpoint_bytes(state: TrainingState) -> int:
     return sum(tensor.numel() * 4 for tensor in tensors) + SPARE_BYTES  # all are float32 on disk
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of each file in a folder, by relative path. The manifest is left out."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+def describe_files_by_ranks(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what `describe_files` does. Each rank reads its share of the files, and all have to call it."""
+    described = exchange(together(lambda: describe_files(folder, rank(), num_ranks())))
+    return dict(sorted((name, value) for share in described for name, value in share.items()))
+
+
+def describe_files(folder: Path, first: int = 0, every: int = 1) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of each file in a folder, by relative path. The manifest is left out.
+
+    Args:
+        folder: the folder, with everything below it.
+        first: the position of the first file to describe, of the files from the largest to the smallest.
+        every: after how many files the next one is described.
+    """
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    files = sorted(found, key=lambda path: (-path.stat().st_size, path))[first::every]
     with ThreadPoolExecutor(2) as threads:
         digests = threads.map(_sha256, files)
         return {

@@ -247,14 +247,15 @@ def all_are_here() -> bool:
     return True
 
 
-def shard(policy: "PreTrainedModel", compute_dtype: str, num_replicas: int = 1) -> None:
+def shard(policy: "PreTrainedModel", device: str, compute_dtype: str, num_replicas: int = 1) -> None:
     """Divide a policy's weights over the ranks, in place. With one process nothing is done.
 
     Each block is gathered when it computes, and divided again afterwards. With a 16-bit compute dtype it is gathered in
     that dtype. What is divided stays float32: weights, gradients and moments.
 
     Args:
-        policy: on its device, with float32 weights, the same on all ranks.
+        policy: with float32 weights, the same on all ranks, or without any yet (on PyTorch's meta device).
+        device: the policy's, such as `cuda:0`.
         compute_dtype: `float32`, `bfloat16` or `float16`.
         num_replicas: how many times the weights exist. Between nodes, 1 replica each spares the slow network: gradients
             alone cross it.
@@ -267,7 +268,7 @@ def shard(policy: "PreTrainedModel", compute_dtype: str, num_replicas: int = 1) 
     sizes = {"replicate": num_replicas, "shard": num_ranks() // num_replicas}
     if num_replicas == 1:
         del sizes["replicate"]
-    mesh = dist.init_device_mesh(policy.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    mesh = dist.init_device_mesh(torch.device(device).type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     half = None if compute_dtype == "float32" else getattr(torch, compute_dtype)
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     for module in [*divided_blocks(policy), policy]:

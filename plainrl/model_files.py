@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,7 +83,7 @@ def read_model_config(folder: str, label: str) -> PreTrainedConfig:
     Raises:
         UserError: the file is damaged, or it names an architecture that cannot be trained here.
     """
-    with _in_one_line(label, "config.json", "copy or download the model again, in Transformers format"):
+    with in_one_line(label, "config.json", "copy or download the model again, in Transformers format"):
         model_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         reason = why_unsupported(model_config)
     if (Path(folder) / "adapter_config.json").exists():
@@ -171,10 +171,8 @@ def load_weights(folder: str, label: str, model_config: PreTrainedConfig, attent
         UserError: a file is missing or damaged, a tensor is missing, has another size or is unknown to the model, or
             weights are infinite or NaN.
     """
-    if (Path(folder) / GENERATION_FILE).exists():
-        with _in_one_line(label, GENERATION_FILE, "repair or remove it"):
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
-    with _in_one_line(label, "the model", NEEDS, folder):
+    read_generation_config(folder, label)
+    with in_one_line(label, "the model", NEEDS, folder):
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             config=model_config,
@@ -186,20 +184,12 @@ def load_weights(folder: str, label: str, model_config: PreTrainedConfig, attent
             output_loading_info=True,
         )
     policy, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    _leave_out_sampling_flags(policy, label)
+    leave_out_sampling_flags(policy, label)
     sizes = [
         f"{name} has {list(size)}, not {list(expected)}" for name, size, expected in sorted(found["mismatched_keys"])
     ]
-    infinite = [name for name, tensor in policy.named_parameters() if not _is_finite(tensor.detach())]
-    right_config = "use the config.json of these weights"
-    for problem, names, advice in (
-        ("missing tensors", sorted(found["missing_keys"]), "copy or download the model again"),
-        ("tensors of another size than config.json says", sizes, right_config),
-        ("tensors that the model of config.json does not have", sorted(found["unexpected_keys"]), right_config),
-        ("tensors with infinite numbers or NaN", infinite, "take an earlier checkpoint, or download the model again"),
-    ):
-        if names:
-            raise UserError(f"{label}: {len(names)} {problem} ({_some(names)}); {advice}")
+    infinite = [name for name, tensor in policy.named_parameters() if not is_finite(tensor.detach())]
+    refuse_tensors(label, sorted(found["missing_keys"]), sizes, sorted(found["unexpected_keys"]), infinite)
     inputs, outputs = (
         cast(Any, part).weight for part in (policy.get_input_embeddings(), policy.get_output_embeddings())
     )
@@ -211,13 +201,49 @@ def load_weights(folder: str, label: str, model_config: PreTrainedConfig, attent
     return policy
 
 
+def read_generation_config(folder: str, label: str) -> GenerationConfig | None:
+    """Return what a model's folder says of generation, or None if it says nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not (Path(folder) / GENERATION_FILE).exists():
+        return None
+    with in_one_line(label, GENERATION_FILE, "repair or remove it"):
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def refuse_tensors(
+    label: str,
+    missing: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    unknown: Sequence[str] = (),
+    infinite: Sequence[str] = (),
+) -> None:
+    """Raise a UserError if a model's files lack tensors, have others, have them in another size or with NaN."""
+    right_config = "use the config.json of these weights"
+    for problem, names, advice in (
+        ("missing tensors", missing, "copy or download the model again"),
+        ("tensors of another size than config.json says", sizes, right_config),
+        ("tensors that the model of config.json does not have", unknown, right_config),
+        ("tensors with infinite numbers or NaN", infinite, "take an earlier checkpoint, or download the model again"),
+    ):
+        if names:
+            raise UserError(f"{label}: {len(names)} {problem} ({_some(names)}); {advice}")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all numbers are finite. A sum, which takes a third of the time, shows that first."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def load_tokenizer(folder: str, label: str, policy: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, which must fit it.
 
     Raises:
         UserError: its files are missing or damaged, it has no EOS, or a token has no row in the embedding table.
     """
-    with _in_one_line(label, "the tokenizer", NEEDS):
+    with in_one_line(label, "the tokenizer", NEEDS):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         vocabulary = tokenizer.get_vocab()
         sample = tokenizer.encode("What is 2 + 3?", add_special_tokens=False)
@@ -249,7 +275,7 @@ def load_tokenizer(folder: str, label: str, policy: PreTrainedModel) -> PreTrain
     return tokenizer
 
 
-def _leave_out_sampling_flags(policy: PreTrainedModel, label: str) -> None:
+def leave_out_sampling_flags(policy: PreTrainedModel, label: str) -> None:
     """Leave the sampling flags out of a generation config that could not be saved as it is, and say so.
 
     Saving checks the flags more strictly than loading does. They are not used here: requests carry their own. Old
@@ -273,7 +299,7 @@ def _leave_out_sampling_flags(policy: PreTrainedModel, label: str) -> None:
 
 
 @contextlib.contextmanager
-def _in_one_line(label: str, what: str, advice: str, weights_folder: str = "") -> Iterator[None]:
+def in_one_line(label: str, what: str, advice: str, weights_folder: str = "") -> Iterator[None]:
     """Turn an error that a library finds in a model's files into one line, and hold back what the library logs."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -320,12 +346,7 @@ def _all_values(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all numbers are finite. A sum, which takes a third of the time, shows that first."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:NUM_SHOWN])
     return shown if len(names) <= NUM_SHOWN else f"{shown}, ..."
 

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
 from plainrl.distributed import exchange, num_ranks, shard
+from plainrl.divided_weights import is_empty, make_empty_model, read_shares
 from plainrl.log_probs import changes_logits, compile_scores, compute_output_in_float32, get_masked_response_log_probs
 from plainrl.lora import add_adapters, load_adapters
 from plainrl.memory import check_memory
@@ -44,10 +45,10 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the policy with float32 weights on its device, in evaluation mode, and its tokenizer.
 
-    In 16 bits it has a working copy that computes: see plainrl/precision.py. Over several ranks it is divided: see
-    plainrl/distributed.py. With `lora_rank` it has adapters, and its
-    own weights are frozen: see plainrl/lora.py. Dropout is off, except in SFT with `dropout=true`. With dropout, the
-    ratio of a policy that did not move would differ from 1.
+    In 16 bits it has a working copy that computes: see plainrl/precision.py. Over several ranks it is divided, and each
+    reads its share alone: see plainrl/divided_weights.py. With `lora_rank` it has adapters, and its own weights are
+    frozen: see plainrl/lora.py. Dropout is off, except in SFT with `dropout=true`. With dropout, the ratio of a policy
+    that did not move would differ from 1.
 
     Args:
         config: names the model.
@@ -70,7 +71,8 @@ def load_policy(
     keeps_dropout = getattr(config, "dropout", False)  # a key of SFT alone
     if not keeps_dropout:
         set_dropout(model_config, dict.fromkeys(rates, 0.0))
-    policy = load_weights(folder, label, model_config, choose_attention(config, model_config))
+    source = (folder, label, model_config, choose_attention(config, model_config))
+    policy = make_empty_model(*source) or load_weights(*source)
     tokenizer = load_tokenizer(folder, label, policy)
     if name := changes_logits(policy):
         raise UserError(f"{label}: it changes its logits ({name}), which is not supported; use another model")
@@ -83,7 +85,8 @@ def load_policy(
         load_adapters(policy, checkpoint)
     if config.policy_device != "cpu":  # with a mask, cuDNN's backward pass can give NaN (PyTorch issue 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
+    if not is_empty(policy):
+        policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
     obstacle = why_not_shared(policy)
     if not share_prefixes(policy):
         reason = obstacle or "its layers do not hand a prefix tree on to their attention"
@@ -96,6 +99,8 @@ def load_policy(
     # changed class reads this attribute, which only models made after the change would have.
     cast(Any, policy.base_model).do_not_compile = True
     _choose_what_computes(policy.eval(), config)
+    if is_empty(policy):
+        read_shares(policy, folder, label, config.policy_device)
     return policy, tokenizer
 
 
@@ -104,7 +109,7 @@ def _choose_what_computes(policy: PreTrainedModel, config: RunConfig) -> None:
     if num_ranks() == 1:
         add_working_copy(policy, config.compute_dtype)
     else:  # what is gathered of a block is its 16-bit copy
-        shard(policy, config.compute_dtype, config.num_replicas)
+        shard(policy, config.policy_device, config.compute_dtype, config.num_replicas)
 
 
 def require_context(policy: PreTrainedModel, config: RunConfig) -> None:

@@ -169,10 +169,11 @@ def _stop_at_attention(*_: Any, prefix_tree: PrefixTree | None = None, **__: Any
 
 def _tree_arrives(model: PreTrainedModel) -> bool:
     """Return whether a tree given to a model, whose attention is STOP, arrives there. The pass ends there, soon."""
-    row = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    row = torch.zeros(1, 1, dtype=torch.long)
+    tree = build_prefix_tree(row, row == 0).to(model.device)
     try:
         with torch.no_grad():
-            compute_hidden_states(model, build_prefix_tree(row, row == 0))
+            compute_hidden_states(model, tree)
     except _Reached as reached:
         return bool(reached.args[0])
     return False

@@ -15,6 +15,7 @@ from test_GRPO_train import LENGTH_NORMALIZATIONS, LOSS_TYPES, ragged_rollouts, 
 
 from GRPO_train import accumulate_gradients
 from plainrl import distributed
+from plainrl import policy as policy_module
 from plainrl.policy import load_policy, parameter_groups
 
 # name -> settings, and how many of the rollouts are in the step
@@ -43,6 +44,8 @@ def config_of(model, settings):
 def main(model, folder):
     first = tiny_config(model=model, max_context_tokens=512)
     distributed.join(first)
+    if distributed.num_ranks() > 1:
+        policy_module.load_weights = None  # each rank reads its share alone
     sums = {}
     loaded = {}
     for name, (settings, num_rows) in CASES.items():

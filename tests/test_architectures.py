@@ -15,6 +15,7 @@ from tiny import grpo_arguments, read_lines, run_script
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from GRPO_train import accumulate_gradients, score_old_log_probs
+from plainrl import divided_weights
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.policy import load_policy, prepare_training
@@ -144,6 +145,23 @@ def test_scores_and_gradients_are_those_of_the_plain_model(name, tiny_model_fold
     assert torch.equal(get_masked_response_log_probs(reread, **batch)["log_probs"], scores)
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "saved")]
     assert len({json.dumps({key: value for key, value in c.items() if "drop" in key}) for c in configs}) == 1
+
+
+@pytest.mark.parametrize("name", of_set(SERVED))
+def test_weights_read_into_shares_are_those_of_the_whole_model(name, tiny_model_folder, tmp_path, monkeypatch):
+    """Here the share is everything; tests/test_distributed.py reads two. Buffers and ties must survive, too."""
+    folder = make_served(tmp_path / "model", tiny_model_folder, name)
+    whole = load_policy(config_of(folder))[0]
+    monkeypatch.setattr(divided_weights, "num_ranks", lambda: 2)
+    if name != "GPT-NeoX":  # whose files call a tensor otherwise: each rank loads the whole model
+        monkeypatch.setattr("plainrl.policy.load_weights", None)
+    policy = load_policy(config_of(folder))[0]
+    assert shares_prefixes(policy) == shares_prefixes(whole)
+    for kind in ("named_parameters", "named_buffers"):
+        expected = dict(getattr(whole, kind)())
+        found = dict(getattr(policy, kind)())
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])

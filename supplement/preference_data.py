@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from plainrl.data import VALIDATION_SUBSET_SEED, hold_out, keep_short
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, UserError
-from plainrl.shared_config import EMBEDDED_DATA
 from plainrl.sources import (
     DECODER,
     PARQUET,
     arithmetic_records,
     corrupt_some,
     decode_text,
+    embedded_terms,
     path_exists,
     read_data_file,
     read_records,
@@ -79,8 +79,9 @@ def load_pairs(held_out: Sequence[Example], config: DPOConfig) -> tuple[list[Pai
     Raises:
         UserError: the data cannot be read, or there are too few pairs.
     """
-    if config.train_data == EMBEDDED_DATA:
-        train, others = arithmetic_pairs("train", config), arithmetic_pairs("validation", config)
+    terms = embedded_terms(config.train_data, config.arithmetic_terms)
+    if terms is not None:
+        train, others = arithmetic_pairs("train", terms, config), arithmetic_pairs("validation", terms, config)
     else:
         train = others = read_pairs(config.train_data)
     wanted = config.num_validation_pairs
@@ -110,9 +111,9 @@ def load_pairs(held_out: Sequence[Example], config: DPOConfig) -> tuple[list[Pai
     return train, validation
 
 
-def arithmetic_pairs(split: Literal["train", "validation"], config: DPOConfig) -> list[Pair]:
+def arithmetic_pairs(split: Literal["train", "validation"], terms: tuple[int, int], config: DPOConfig) -> list[Pair]:
     """Return pairs of the right and the corrupted trace of each embedded question, see `sources.corrupt_some`."""
-    records = arithmetic_records(split, config.arithmetic_terms, config.arithmetic_max_term)
+    records = arithmetic_records(split, terms, config.arithmetic_max_term)
     write = config.reward_function.write_response
     return [
         Pair(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from tiny import REPOSITORY, write_lines
@@ -133,6 +134,11 @@ def test_the_arithmetic_prefers_right_traces_to_wrong_ones():
     for responses, right in ([p.chosen for p in held_out], 1), ([p.rejected for p in held_out], 0):
         grades = [grade.rewards for grade in grade_responses(responses, truths, reward)]
         assert {(grade["format_reward"], grade["answer_reward"]) for grade in grades} == {(1, right)}
+
+
+def test_the_source_may_give_the_number_of_terms():
+    train, held_out = load_pairs([], config_of("train_data=arithmetic:5", "num_pairs=8"))
+    assert {len(re.findall(r"[0-9]+", pair.instruction)) for pair in train + held_out} == {5}
 
 
 def test_too_few_pairs_are_said(tmp_path):

@@ -30,7 +30,7 @@ from plainrl.data import (
     validation_subset,
 )
 from plainrl.devices import check_devices
-from plainrl.distributed import join, rank
+from plainrl.distributed import deal, gather, join, rank
 from plainrl.engine import (
     check_policy_sync,
     engine_settings,
@@ -40,7 +40,15 @@ from plainrl.engine import (
     sampling_params,
     sleep_vllm_instance,
 )
-from plainrl.grading.rewards import Grade, RewardFunction, as_reward, count_failures, grade_responses, own_means
+from plainrl.grading.rewards import (
+    Grade,
+    RewardFunction,
+    as_reward,
+    count_failures,
+    grade_response,
+    own_means,
+    report_problems,
+)
 from plainrl.policy import load_policy, score_responses
 from plainrl.preflight import check_scores
 from plainrl.records import Example, Response, UserError, mean
@@ -103,12 +111,12 @@ def evaluate_vllm(
     assert tokenizer is not None
     prompt_ids = repeat_each([encode_prompt(prompt, tokenizer) for prompt in prompts], num_samples)
     seeds = sampling_seeds(seed, len(prompts), num_samples)
+    given = repeat_each(fields or [{}] * len(prompts), num_samples)
     prompts, ground_truths = repeat_each(prompts, num_samples), repeat_each(ground_truths, num_samples)
     started = time.perf_counter()
     responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds, with_log_probs=False)
     sampling_seconds = time.perf_counter() - started
-    given = repeat_each(fields, num_samples) if fields else None
-    grades = grade_responses([response.text for response in responses], ground_truths, reward_fn, given)
+    grades = grade_by_ranks([response.text for response in responses], ground_truths, given, reward_fn)
     entropies: list[float | None] = [None] * len(responses)
     if policy is not None:
         chosen = choose_scored(len(responses), num_entropy_responses, seed)
@@ -119,6 +127,20 @@ def evaluate_vllm(
     rewards = [grade.rewards for grade in grades]
     examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path, num_samples)
     return summarize_evaluation(examples, grades, sampling_seconds, reward_fn), examples
+
+
+def grade_by_ranks(
+    texts: Sequence[str],
+    ground_truths: Sequence[str],
+    fields: Sequence[Mapping[str, Any]],
+    reward_fn: RewardFunction,
+) -> list[Grade]:
+    """Return what `grading.rewards.grade_responses` does. Each rank grades its share."""
+    reward = as_reward(reward_fn)
+    share = deal(list(zip(texts, ground_truths, fields, strict=True)))
+    grades = gather([grade_response(text, truth, reward, given) for text, truth, given in share])
+    report_problems(grades)
+    return grades
 
 
 def repeat_each(values: Sequence[Any], num_samples: int) -> list[Any]:

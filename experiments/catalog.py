@@ -52,13 +52,18 @@ SFT_CONTINUED = [
     Curve("sft_continued", "all_traces", "SFT continued, 1,600 traces"),
     Curve("sft_continued", "same_traces", "SFT continued, the warm start's traces", "SFT continued, 256 traces"),
 ]
+LONG = [
+    Curve("long_grpo", "default", "GRPO, no further traces", "GRPO"),
+    Curve("long_sft", "default", "SFT on the warm start's 256 traces", "SFT, the same traces"),
+]
 METHODS = [*SFT_CONTINUED, Curve("expert_iteration", "default", "expert iteration")]
 METHODS_TABLE = [
     Curve("zero_shot", "r1_zero", "untrained (zero-shot)"),
     Curve("warm-start", "default", "warm start: 16 SFT steps on 256 traces"),
     BASELINE._replace(label="GRPO from the warm start, 24 steps, no further traces"),
     Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no further traces"),
-    Curve("sft_continued", "same_traces", "SFT from the warm start, 100 steps on its own 256 traces"),
+    Curve("long_grpo", "default", "GRPO from the warm start, 120 steps, no further traces"),
+    Curve("long_sft", "default", "SFT from the warm start, 160 steps on its own 256 traces"),
     Curve("sft_continued", "all_traces", "SFT from the warm start, 100 steps on 1,600 traces"),
 ]
 SFT_PANELS = [Panel("optimizer_steps", LOSS), Panel("optimizer_steps", EVAL_SCORE)]
@@ -68,11 +73,22 @@ FIGURES = {
         Group("SFT on more examples", SFT_EXAMPLES, SFT_PANELS),
         Group("SFT with three in ten traces corrupted", SFT_FILTER, SFT_PANELS),
     ],
-    "grpo_learning_rate/reward-and-length.png": [
+    "long_grpo/reward-and-length.png": [
         Group(
             "GRPO, every rollout batch",
-            LEARNING_RATES[:3],
+            LONG[:1],
             [Panel("rollout_batches", "rollout/reward"), Panel("rollout_batches", "rollout/response_length")],
+        )
+    ],
+    "long_grpo/saturation.png": [
+        Group(
+            "From one warm start, until they stop rising",
+            LONG,
+            [
+                Panel("optimizer_steps", EVAL_SCORE),
+                Panel("optimizer_steps", ENTROPY),
+                Panel("optimizer_steps", "eval/response_length"),
+            ],
         )
     ],
     "RL-eval-reward.png": [Group("GRPO on held-out questions", LEARNING_RATES, REWARD_AND_ENTROPY)],
@@ -118,5 +134,7 @@ TABLES = {
     "prompt": PROMPTS,
     "sft_continued": SFT_CONTINUED,
     "expert_iteration": METHODS,
+    "long_grpo": LONG,
+    "long_sft": LONG[1:],
     "zero_shot": [Curve("zero_shot", "r1_zero", "untrained, r1_zero prompt")],
 }

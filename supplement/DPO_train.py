@@ -31,8 +31,9 @@ from plainrl.microbatches import count, microbatches
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
+from plainrl.report.curves import draw_training_figure
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import Line, describe_evaluations, plot_metrics
+from plainrl.run_records import describe_evaluations
 from plainrl.supplement_config import DPOConfig
 from plainrl.warm_start import apply_warm_start
 from SFT_helper import masked_normalize, pad_token_id
@@ -169,30 +170,8 @@ def accumulate_gradients(
 
 def report(run: RunFolder, config: DPOConfig) -> None:
     """Draw the run's figures and print its last lines: what has changed."""
+    draw_training_figure(run.path)
     rows = run.read_metrics()
-    plot_metrics(
-        {
-            "loss (nats per pair)": [
-                Line(rows, "train_step", "train/loss", "training", window=5),
-                Line(rows, "eval_step", "eval/loss", "held out"),
-            ],
-            "accuracy (share of pairs)": [
-                Line(rows, "eval_step", "eval/accuracy", "chosen is likelier"),
-                Line(rows, "eval_step", "eval/reward_accuracy", "chosen has the higher reward"),
-            ],
-            "implicit reward": [
-                Line(rows, "eval_step", "eval/chosen_reward", "chosen"),
-                Line(rows, "eval_step", "eval/rejected_reward", "rejected"),
-            ],
-            **(
-                {"validation reward (share)": [Line(rows, "eval_step", "eval/answer_reward", "answer")]}
-                if config.validation_data
-                else {}
-            ),
-        },
-        run.path / "training.png",
-        step_name="optimizer steps",
-    )
     measured = [row for row in rows if row.get("eval/accuracy") is not None]
     first, last, best = measured[0], measured[-1], max(measured, key=lambda row: row["eval/accuracy"])
     print(

@@ -166,6 +166,10 @@ def test_a_tiny_run_learns_what_is_preferred(tiny_model_folder, tmp_path, data, 
         f"training {measured[0]['eval/accuracy']:.3f}, best "
     )
     assert not list((tmp_path / "learns/samples").iterdir())  # nothing was sampled
+    assert (tmp_path / "learns/training.png").stat().st_size > 10_000
+    report = (tmp_path / "learns/report.html").read_text()
+    for title in ("preference loss (nats per pair)", "preference pairs (share)", "implicit reward (beta times nats)"):
+        assert title in report
 
 
 def test_the_best_checkpoint_is_that_of_the_best_accuracy(tiny_model_folder, tmp_path, data):

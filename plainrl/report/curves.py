@@ -34,6 +34,24 @@ PANELS = (
         },
     ),
     Panel("loss (nats per token)", {"train/loss_per_token": "training"}),
+    Panel("preference loss (nats per pair)", {"eval/loss": "held-out pairs"}),
+    Panel(
+        "preference pairs (share)",
+        {
+            "eval/accuracy": "held out, chosen is likelier",
+            "eval/reward_accuracy": "held out, chosen has the higher reward",
+            "train/reward_accuracy": "training, chosen has the higher reward",
+        },
+    ),
+    Panel(
+        "implicit reward (beta times nats)",
+        {
+            "eval/chosen_reward": "held out, chosen",
+            "eval/rejected_reward": "held out, rejected",
+            "train/margin": "training, chosen minus rejected",
+        },
+        low=None,
+    ),
     Panel("response length (tokens)", {"eval/response_length": "validation", "rollout/response_length": "training"}),
     Panel("entropy (nats per token)", {"eval/token_entropy": "validation", "train/token_entropy": "training"}),
     Panel("gradient norm", {"train/grad_norm": "before clipping"}),

@@ -43,6 +43,7 @@ Result = TypeVar("Result")
 SPARE_SECONDS = 120  # a rank waits for the others so much longer than a phase may last; the phase's limit ends it first
 # What torchrun puts into the environment of a rank. A child that is to run alone must not find it.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # of torchrun: each start of the ranks gets a store of its own
 SECONDS_TO_COME = 10.0
 RANK_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
@@ -99,6 +100,10 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
             )
     if num_started == 1:
         return
+    # The restarted ranks would find the addresses of the ended ones in torchrun's store (PyTorch issue 135712).
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise UserError(f"--max-restarts: restarted ranks would not meet; set {OWN_STORE}=1 in torchrun's environment")
     found = {
         "lora_rank": "adapters are trained in one process: leave it out, or start without torchrun",
         "dropout": "the ranks would draw the same noise: leave it out, or start without torchrun",

@@ -17,6 +17,7 @@ from tiny import REPOSITORY, grpo_arguments, tiny_arguments
 
 from plainrl import distributed
 from plainrl.microbatches import plan_microbatches
+from plainrl.records import UserError
 
 GRPO = {
     "n_grpo_steps": 3,
@@ -35,9 +36,9 @@ SECONDS_TO_END = 150
 TOLERANCES = {"gap": (0, 1e-4), "difference": (0, 1e-4), "train/loss": (1e-4, 2e-7)}  # relative, absolute
 
 
-def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, **options):
+def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, torchrun_options=(), **options):
     """Start a program of the tests or of the repository by torchrun; with 0 ranks without it."""
-    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks)] if num_ranks else []
+    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks), *torchrun_options] if num_ranks else []
     return start_process(
         [sys.executable, *launcher, str(REPOSITORY / program), *map(str, arguments)],
         stdout=Path(log).open("a"),
@@ -265,3 +266,27 @@ def test_a_signal_to_one_rank_stops_all_and_saves(tiny_model_folder, tmp_path):
     text, saved, _ = run_fault("one", "gets a signal", tiny_model_folder, tmp_path)
     assert "stopped by SIGTERM" in text and said(text) == ([], 0), text[-3000:]
     assert saved == ["step_000001", "step_000002"]
+
+
+def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path, monkeypatch):
+    """The second rank dies in the second step after each start: two starts make two steps."""
+    settings = {"run_name": "run", "max_steps": 2, "checkpoint_interval": 1, "keep_last": 9, "resume": "auto"}
+    arguments = ["one", "dies", *tiny_arguments(tiny_model_folder, tmp_path, **settings)]
+    log = tmp_path / "log"
+    monkeypatch.setenv(distributed.OWN_STORE, "1")
+    process = start(2, "tests/rank_faults.py", *arguments, log=log, torchrun_options=["--max-restarts", "1"])
+    try:
+        assert process.wait(timeout=SECONDS_TO_END) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [row["train_step"] for row in rows if "train_step" in row] == [1, 2]
+    assert (tmp_path / "run/final").is_dir()
+
+
+def test_restarts_that_could_not_work_are_refused(tiny_model_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match="restarted ranks would not meet; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        distributed.join(rank_gradients.config_of(tiny_model_folder, {}))

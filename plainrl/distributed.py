@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from plainrl.records import UserError
+from plainrl.records import UserError, first_line
 
 if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
     from transformers import PreTrainedModel
@@ -103,7 +103,10 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
     # The restarted ranks would find the addresses of the ended ones in torchrun's store (PyTorch issue 135712).
     shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shares_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        raise UserError(f"--max-restarts: restarted ranks would not meet; set {OWN_STORE}=1 in torchrun's environment")
+        raise UserError(
+            f"--max-restarts: restarted ranks would not meet; set {OWN_STORE}=1 in torchrun's environment, and use "
+            "--rdzv-backend c10d"
+        )
     found = {
         "lora_rank": "adapters are trained in one process: leave it out, or start without torchrun",
         "dropout": "the ranks would draw the same noise: leave it out, or start without torchrun",
@@ -235,10 +238,26 @@ def together(call: Callable[[], Result]) -> Result:
     return result
 
 
+def load_shares(tensors: dict[str, Any], reader: Any) -> None:
+    """Read what belongs to this rank of tensors, by PyTorch's distributed checkpoint. No limit of a phase holds here.
+
+    Raises:
+        OSError: a file cannot be read. All ranks raise alike.
+    """
+    from torch.distributed.checkpoint import CheckpointException, load
+
+    try:
+        load(tensors, storage_reader=reader, process_group=_world.objects)
+    except CheckpointException as error:  # which is no Exception, and holds those of all ranks
+        causes = [failure for failure, _ in error.failures.values()]
+        signals = [cause for cause in causes if isinstance(cause, KeyboardInterrupt)]
+        raise (signals or [OSError(first_line(causes[0]))])[0] from error
+
+
 def all_are_here() -> bool:
     """Return whether every rank comes to this point within SECONDS_TO_COME. If one does not, the run cannot go on.
 
-    A rank that waits in a collective cannot be asked. Each therefore leaves a note in the store of torchrun.
+    A rank that waits in a collective cannot be asked. Each therefore leaves a note in the store that they met by.
     """
     if num_ranks() == 1:
         return True

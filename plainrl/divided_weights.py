@@ -4,8 +4,9 @@
     distributed.shard    divides them over the ranks
     read_shares          gives each share its memory, and reads it from the safetensors files
 
-Files whose names or sizes are not exactly the model's are not read in this way. Each rank then loads the whole model,
-where `model_files.load_weights` renames what older files call otherwise, and says what is wrong.
+This is done only where the files hold exactly the tensors of the model, by name and size, and where the model can be
+tried without weights. Otherwise each rank loads the whole model: `model_files.load_weights` renames what older files
+call otherwise, and says what is wrong.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plainrl.checkpoint import saved_tensors
-from plainrl.distributed import local, num_ranks, together
+from plainrl.distributed import exchange, load_shares, local, num_ranks, together
 from plainrl.model_files import (
     NEEDS,
     causal_class,
@@ -49,7 +50,8 @@ def make_empty_model(folder: str, label: str, model_config: PreTrainedConfig, at
         model_class = causal_class(model_config)
         policy = model_class._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
     policy.tie_weights()  # within the context, a tied output layer was given a table of its own
-    if sizes_in_files(Path(folder)) != {name: tuple(tensor.shape) for name, tensor in saved_tensors(policy).items()}:
+    sizes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(policy).items()}
+    if not all(exchange(sizes_in_files(Path(folder)) == sizes and _runs_without_weights(policy))):
         return None
     policy.generation_config = read_generation_config(folder, label) or policy.generation_config
     leave_out_sampling_flags(policy, label)
@@ -71,27 +73,45 @@ def read_shares(policy: PreTrainedModel, folder: str, label: str, device: str) -
         device: where the shares are to be.
 
     Raises:
-        UserError: weights are infinite or NaN.
+        UserError: a file cannot be read, or weights are infinite or NaN.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     buffers = {name: buffer.to(device) for name, buffer in policy.named_buffers()}
     policy.to_empty(device=torch.device(device))  # of the buffers too
-    policy.tie_weights()  # `to_empty` did the same
+    policy.tie_weights()  # if it was not divided, `to_empty` did the same
     for name, buffer in policy.named_buffers():
         buffer.copy_(buffers[name])
-    load(saved_tensors(policy), storage_reader=HuggingFaceStorageReader(folder))
+    with in_one_line(label, "the model", NEEDS, folder):
+        load_shares(saved_tensors(policy), HuggingFaceStorageReader(folder))
     infinite = [name for name, weight in policy.named_parameters() if not is_finite(local(weight.detach()))]
     together(lambda: refuse_tensors(label, infinite=infinite))
 
 
 def sizes_in_files(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the size of each tensor in a folder's safetensors files. Files that are damaged count as none."""
+    """Return the size of each tensor in a folder's safetensors files.
+
+    There is none if a file is damaged, or if a tensor stands in two files, such as whole weights beside shards.
+    """
     from safetensors import SafetensorError
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except (OSError, SafetensorError):
+    except (OSError, KeyError, SafetensorError):
+        return {}
+    if any(len(getattr(tensor, "chunks", ())) > 1 for tensor in found.values()):
         return {}
     return {name: tuple(getattr(tensor, "size", ())) for name, tensor in found.items()}
+
+
+def _runs_without_weights(policy: PreTrainedModel) -> bool:
+    """Return whether a model on the meta device computes, and keeps its buffers. It does not if it looks at values."""
+    token = torch.zeros(1, 1, dtype=torch.long, device="meta")
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # made by Transformers, it would depend on values
+    try:
+        with torch.no_grad():
+            policy.base_model(input_ids=token, position_ids=token, attention_mask=mask, use_cache=False)
+    except Exception:  # of any type: each model fails in its own way
+        return False
+    return not any(buffer.is_meta for buffer in policy.buffers())

@@ -97,8 +97,12 @@ class Stopped(KeyboardInterrupt):
         super().__init__(signal.Signals(signal_number).name)
         self.status = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[int]]:
+        """Let it travel to other ranks."""
+        return Stopped, (self.status - 128,)
 
-def first_line(error: Exception) -> str:
+
+def first_line(error: BaseException) -> str:
     """Return the first line of a library's error; its kind if it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

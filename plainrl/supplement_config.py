@@ -13,8 +13,8 @@ class DPOConfig(WarmStartConfig, EpochsConfig):
 
     train_data: str = Field(
         EMBEDDED_DATA,
-        description=f"preference pairs: {EMBEDDED_DATA} (embedded, or {EMBEDDED_DATA}:2-6), a file of {{chosen, "
-        "rejected} conversations or of {prompt, chosen, rejected}, or a folder of such files",
+        description=f"preference pairs: {EMBEDDED_DATA} (embedded; {EMBEDDED_DATA}:2-6 gives the number of terms), a "
+        "file of {chosen, rejected} conversations or of {prompt, chosen, rejected}, or a folder of such files",
     )
     validation_data: str = Field(
         EMBEDDED_DATA, description="held-out questions that are sampled in evaluations (empty: none, and no engine)"

@@ -118,6 +118,7 @@ def train(
             num_tokens = sum(len(ids) for pair in batch for ids in (pair.prompt_ids, *pair[2:]))
             row = {
                 **metrics,
+                "train/loss_per_pair": metrics["train/loss"],
                 "train/grad_norm": grad_norm,
                 "train/loss_scale": loss_scale,
                 "train/learning_rate": learning_rate,

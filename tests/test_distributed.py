@@ -281,7 +281,7 @@ def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path
         process.kill()
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [row["train_step"] for row in rows if "train_step" in row] == [1, 2]
-    assert (tmp_path / "run/final").is_dir()
+    assert (tmp_path / "run/final").is_dir() and "going on after step 1" in log.read_text()
 
 
 def test_restarts_that_could_not_work_are_refused(tiny_model_folder, monkeypatch):

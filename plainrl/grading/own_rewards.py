@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, SupportsFloat
 USUAL_KEYS = ("format_reward", "answer_reward", "reward")
 # What metrics and samples are named already.
 TAKEN_KEYS = {
-    *("timeouts", "out_of_memory", "errors"),
+    *("timeouts", "out_of_memory", "errors", "accuracy"),
     *("question", "sample", "prompt", "response", "ground_truth", "advantage", "token_entropy"),
     *("response_length", "finish_reason"),
 }

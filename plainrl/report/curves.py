@@ -34,7 +34,7 @@ PANELS = (
         },
     ),
     Panel("loss (nats per token)", {"train/loss_per_token": "training"}),
-    Panel("preference loss (nats per pair)", {"eval/loss": "held-out pairs"}),
+    Panel("preference loss (nats per pair)", {"train/loss_per_pair": "training", "eval/loss": "held out"}),
     Panel(
         "preference pairs (share)",
         {

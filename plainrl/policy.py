@@ -98,18 +98,18 @@ def load_policy(
     # vLLM serves some architectures by the class of Transformers, which it changes for compiling when it starts. The
     # changed class reads this attribute, which only models made after the change would have.
     cast(Any, policy.base_model).do_not_compile = True
-    _choose_what_computes(policy.eval(), config)
-    if is_empty(policy):
-        read_shares(policy, folder, label, config.policy_device)
+    _choose_what_computes(policy.eval(), config, folder, label)
     return policy, tokenizer
 
 
-def _choose_what_computes(policy: PreTrainedModel, config: RunConfig) -> None:
-    """Divide the policy over the ranks. Alone, give it a working copy if it computes in 16 bits."""
+def _choose_what_computes(policy: PreTrainedModel, config: RunConfig, folder: str, label: str) -> None:
+    """Divide the policy over the ranks, and read its shares. Alone, give it a working copy to compute in 16 bits."""
     if num_ranks() == 1:
         add_working_copy(policy, config.compute_dtype)
     else:  # what is gathered of a block is its 16-bit copy
         shard(policy, config.policy_device, config.compute_dtype, config.num_replicas)
+    if is_empty(policy):
+        read_shares(policy, folder, label, config.policy_device)
 
 
 def require_context(policy: PreTrainedModel, config: RunConfig) -> None:

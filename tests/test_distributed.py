@@ -285,8 +285,7 @@ def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path
 
 
 def test_restarts_that_could_not_work_are_refused(tiny_model_folder, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     with pytest.raises(UserError, match="restarted ranks would not meet; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        distributed.join(rank_gradients.config_of(tiny_model_folder, {}))
+        distributed._require_divisible(rank_gradients.config_of(tiny_model_folder, {}), 2)

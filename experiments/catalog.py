@@ -54,7 +54,7 @@ SFT_CONTINUED = [
 ]
 LONG = [
     Curve("long_grpo", "default", "GRPO, no further traces", "GRPO"),
-    Curve("sft_continued", "same_traces", "SFT continued, the warm start's traces", "SFT, the same 256 traces"),
+    Curve("long_sft", "default", "SFT on the warm start's 256 traces", "SFT, the same 256 traces"),
 ]
 METHODS = [*SFT_CONTINUED, Curve("expert_iteration", "default", "expert iteration")]
 METHODS_TABLE = [
@@ -63,7 +63,7 @@ METHODS_TABLE = [
     BASELINE._replace(label="GRPO from the warm start, 24 steps, no further traces"),
     Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no further traces"),
     Curve("long_grpo", "default", "GRPO from the warm start, 120 steps, no further traces"),
-    Curve("sft_continued", "same_traces", "SFT from the warm start, 100 steps on its own 256 traces"),
+    Curve("long_sft", "default", "SFT from the warm start, 160 steps on its own 256 traces"),
     Curve("sft_continued", "all_traces", "SFT from the warm start, 100 steps on 1,600 traces"),
 ]
 SFT_PANELS = [Panel("optimizer_steps", LOSS), Panel("optimizer_steps", EVAL_SCORE)]
@@ -135,5 +135,6 @@ TABLES = {
     "sft_continued": SFT_CONTINUED,
     "expert_iteration": METHODS,
     "long_grpo": LONG,
+    "long_sft": LONG[1:],
     "zero_shot": [Curve("zero_shot", "r1_zero", "untrained, r1_zero prompt")],
 }

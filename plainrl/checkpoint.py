@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait 
 
 MANIFEST, RECORD = "manifest.json", "state.json"
 RECORD_KEYS = {"step", "metrics_bytes", "data_fingerprint", "random_states"}  # without these nothing can go on
+MOST_THREADS = 16  # that compute hashes
 SPARE_BYTES = 64 * 2**20  # for the tokenizer, and for metrics and samples that are written later
 
 
@@ -270,7 +271,7 @@ def describe_files(folder: Path, first: int = 0, every: int = 1) -> dict[str, di
     """
     found = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
     files = sorted(found, key=lambda path: (-path.stat().st_size, path))[first::every]
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads:
         digests = threads.map(_sha256, files)
         return {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}

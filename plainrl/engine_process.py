@@ -9,6 +9,7 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 
 from plainrl.startup import ENGINE_VARIABLE
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -28,6 +29,7 @@ from torch import Tensor
 from plainrl.records import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
+NAME = "plainrl-"  # how the names of our folders there begin
 SPARE_BYTES = 2**26  # of shared memory, which others use, too
 ENDED = (
     "the engine's process has ended: it was killed, or its memory ran out; go on from the last state, perhaps with a "
@@ -63,12 +65,18 @@ def share_threads(device: str) -> Iterator[None]:
 def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
     """Provide a folder with weights as a file: in memory if there is room, else on disk.
 
+    A run that is killed at this moment leaves them behind. The next one removes them.
+
     Args:
         weights: of a whole `state_dict()`. Tied weights stand there twice, as the engine's loader wants them.
     """
+    _remove_left_behind()
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > num_bytes + SPARE_BYTES
-    with tempfile.TemporaryDirectory(prefix="plainrl-", dir=SHARED_MEMORY if has_room else None) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix=NAME, dir=SHARED_MEMORY if has_room else None) as folder,
+        _locked(folder),
+    ):
         # Copies, because the file format refuses tensors that share their memory.
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
         save_file(copies, Path(folder) / "model.safetensors")
@@ -106,6 +114,29 @@ def told_if_it_ended() -> Iterator[None]:
         raise UserError(ENDED) from None
     finally:
         _watched.is_awaited = False
+
+
+def _remove_left_behind() -> None:
+    """Remove folders of runs that were killed. Their locks have ended with them."""
+    for folder in {file.parent for file in SHARED_MEMORY.glob(f"{NAME}*/*")}:
+        with _locked(folder) as was_free:
+            if was_free:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: str | Path) -> Iterator[bool]:
+    """Hold the lock of a folder, before anything is written into it. Provide whether it was free."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    was_free = True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        was_free = False
+    try:
+        yield was_free
+    finally:
+        os.close(descriptor)
 
 
 def _look_after(*_: object) -> None:

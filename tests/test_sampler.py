@@ -171,6 +171,27 @@ def test_weights_go_through_a_file_that_holds_tied_ones_twice(tiny_model):
     assert all(torch.equal(stored[name], tensor) for name, tensor in tiny_model.state_dict().items())
 
 
+def test_weights_that_a_killed_run_left_in_memory_are_removed_by_the_next(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(engine_process, "SHARED_MEMORY", tmp_path)
+    code = (
+        "import os, pathlib, sys, torch; from plainrl import engine_process; "
+        "engine_process.SHARED_MEMORY = pathlib.Path(sys.argv[1]); "
+        "context = engine_process.in_shared_memory({'a': torch.zeros(1)}); context.__enter__(); "
+        "print('there', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout.readline() == "there\n"
+    [theirs] = tmp_path.iterdir()
+    with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
+        assert {*tmp_path.iterdir()} == {theirs, Path(folder)}, "that of a run that goes on stays"
+    run.kill()
+    run.wait()
+    with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
+        assert [*tmp_path.iterdir()] == [Path(folder)]
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_engine_on_a_cpu_gets_half_of_the_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     given = []

@@ -97,7 +97,7 @@ def kill(process: subprocess.Popen, chance: random.Random | None = None) -> None
     With `chance` it is torchrun: killed is that, or one of its ranks, or all ranks.
     """
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    ranks = [child for child in children if "RANK" in child.environ()]
+    ranks = [child for child in children if child.ppid() == process.pid and "RANK" in child.environ()]
     victims = chance.choice([[process], ranks[-1:], ranks]) if chance else [process]
     for victim in victims or [process]:
         victim.send_signal(signal.SIGKILL)

@@ -339,11 +339,14 @@ def restore(path: Path, state: TrainingState) -> None:
 
 
 def optimizer_tensors(policy: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return an optimizer's state as tensors named `exp_avg.<parameter>` and so on. It is empty before a first step."""
+    """Return an optimizer's state as tensors named `exp_avg.<parameter>` and so on. It is empty before a first step.
+
+    Their order is always the same, also after a restore: all ranks gather them in it.
+    """
     return {
         f"{key}.{name}": value.detach().contiguous()
         for name, parameter in policy.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for key, value in sorted(optimizer.state.get(parameter, {}).items())
     }
 
 

@@ -16,6 +16,7 @@ from plainrl.checkpoint import (
     TrainingState,
     find_damage,
     newest_whole_checkpoint,
+    optimizer_tensors,
     read_record,
     remove_checkpoint,
     remove_leftovers,
@@ -58,6 +59,9 @@ def test_a_restored_state_goes_on_bit_for_bit(saved, tokenizer):
     for one, two in zip(state.policy.parameters(), other.policy.parameters(), strict=True):
         assert torch.equal(one, two)
     assert other.generators == state.generators
+    # Several ranks gather the moments in this order, and it decides which file they stand in.
+    names = [list(optimizer_tensors(each.policy, each.optimizer)) for each in (state, other)]
+    assert names[0] == names[1]
 
 
 @pytest.mark.parametrize("was_grouped", [True, False])

@@ -77,8 +77,7 @@ def group_mean(groups: Tensor, advantage_eps: float) -> Tensor:
     return groups.mean(dim=1, keepdim=True)
 
 
-# What advantages are divided by, from rewards (N / G, G) and advantage_eps. Both std are sample std (divisor G - 1).
-# batch: Liu et al. 2025 (Lite PPO), Khatri et al. 2025 (ScaleRL).
+# What advantages are divided by, from rewards (N / G, G) and advantage_eps; sample std. batch: Lite PPO (2025).
 ADVANTAGE_SCALES: dict[bool | str, Callable[[Tensor, float], Tensor] | None] = {
     True: lambda groups, advantage_eps: groups.std(dim=1, keepdim=True) + advantage_eps,
     False: None,
@@ -327,7 +326,7 @@ def sum_over_longest(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
 
 
 def mean_per_token(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
-    """1/M sum_b sum_t m_bt l_bt. M counts the tokens of the whole step. Source: Yu et al. 2025 (DAPO), equation 8."""
+    """1/M sum_b sum_t m_bt l_bt. M counts the tokens of the whole step. Source: verl. DAPO, eq. 8: of each group."""
     return torch.where(mask, losses, 0.0).sum() / float(size.num_tokens)
 
 
@@ -426,7 +425,7 @@ def grpo_microbatch_train_step(
 
     Args: as in `compute_policy_gradient_loss`; response_mask (B, T) is true at response tokens.
 
-    Returns: the loss as differentiated, without gradient; and metadata: `num_tokens`, and the loss's own, reduced.
+    Returns: the loss as differentiated, without gradient; and metadata: `num_tokens`, and the loss's own, over tokens.
 
     Source: CS336 Assignment 5, problem grpo_microbatch_train_step.
     """
@@ -443,7 +442,8 @@ def grpo_microbatch_train_step(
     )
     loss = masked_mean(losses, mask, dim=-1).sum() / (len(losses) * gradient_accumulation_steps)
     loss.backward()
-    return loss.detach(), {"num_tokens": mask.sum()} | reduce_metadata(metadata, mask)
+    means = {n: v if n.endswith("_max") else v / mask.sum() for n, v in reduce_metadata(metadata, mask).items()}
+    return loss.detach(), {"num_tokens": mask.sum()} | means
 
 
 def _describe_ratio(ratio: Tensor) -> dict[str, Tensor]:

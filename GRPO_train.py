@@ -11,8 +11,8 @@ Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
 
 LOSSES has other l_it, LENGTH_NORMALIZATIONS other means; plainrl/objective.py adds KL and entropy. On-policy is one
 optimizer step per rollout batch: rho = 1. Off-policy is several (epochs_per_rollout_batch > 1, or train_batch_size <
-rollout_batch_size). The std is the sample std; equal rewards have A = 0 exactly, and such responses are skipped: no
-divisor changes, so neither does the gradient.
+rollout_batch_size). The std is the sample std; equal rewards have A = 0 exactly. Such responses are skipped, but they
+still count in the averages, so the gradient is the same.
 """
 
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
@@ -104,8 +104,8 @@ def train(
     with steps as loop, sampler:
         for step in loop:
             # 1. Sync: copy the policy's weights into the engine. The copy is checked: both must agree on the log-probs
-            #    of sampled tokens. With top-p 1 the rollouts serve for this (phase 5), else probes sampled here.
-            #    With rollouts_ahead the engine samples during training, and first has to finish the next rollouts.
+            #    of sampled tokens. With top-p 1 the rollouts serve for this (phase 5). Else, and with rollouts_ahead, a
+            #    few tokens are sampled here. An engine that samples ahead first has to finish the next rollouts.
             with loop.phase("rollout"):
                 sampler.finish()
             with loop.phase("sync"):
@@ -140,7 +140,7 @@ def train(
             with loop.phase("train"):
                 rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
 
-            # 6. Log. What is said of rollouts is said of all that were sampled.
+            # 6. Log. Metrics of rollouts are of all that were sampled; the sample file has those trained on.
             of_selection = summarize_selection(graded, len(sampled.rounds), sampler.order, step, config)
             rows = loop.log(rows, summarize_step(graded, sync_metrics, loop.seconds, config) | of_selection)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
@@ -151,7 +151,7 @@ def train(
 def score_old_log_probs(
     policy: PreTrainedModel, rollouts: Sequence[Rollout], padding_id: int, config: GRPOConfig
 ) -> None:
-    """Score every rollout once with the policy that the engine copied, before it moves."""
+    """Score every rollout once with the policy as it is before the first optimizer step on this batch."""
     responses = [rollout.response for rollout in rollouts]
     scores = score_responses(policy, responses, padding_id, config.scoring_batch_size, config.sampling_temperature)
     for rollout, score in zip(rollouts, scores, strict=True):
@@ -177,7 +177,8 @@ def update_policy(
         order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(rollouts), config.train_batch_size):
             batch = [rollouts[index] for index in order[start : start + config.train_batch_size]]
-            accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)  # float16 may repeat it
+            # A function, because float16 repeats it if the gradient overflows.
+            accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)
             sums, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
             if not rows and config.is_off_policy and config.has_engine_log_probs:
                 sums |= measure_gap(rollouts, old_log_probs_in(rollouts), config)
@@ -217,7 +218,8 @@ def accumulate_gradients(
             working_copy(policy), **part.tensors, return_token_entropy=True, temperature=config.sampling_temperature
         )
         token_losses, metadata = compute_token_losses(chosen, scores, mask, config)
-        # This microbatch's share of the step's loss: the divisors are those of the whole step.
+        # This microbatch's share of the step's loss: the divisors are those of the whole step. The weight is 1, and 0
+        # for a microbatch that only keeps several ranks in step.
         loss = LENGTH_NORMALIZATIONS[config.length_normalization](token_losses, mask, size)
         (loss * loss_scale * part.weight).backward()
 

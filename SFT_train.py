@@ -149,7 +149,8 @@ def accumulate_gradients(
     for part in microbatches(policy, prompts, responses, padding_id, config.microbatch_size, config.microbatch_tokens):
         mask = part.tensors["response_mask"]
         scores = get_masked_response_log_probs(working_copy(policy), **part.tensors, return_token_entropy=True)
-        # This microbatch's share of the step's loss: the divisors count the whole batch.
+        # This microbatch's share of the step's loss: the divisors count the whole batch. The weight is 1, and 0 for a
+        # microbatch that only keeps several ranks in step.
         loss = LENGTH_NORMALIZATIONS[config.length_normalization].loss(scores["log_probs"], mask, size)
         (loss * loss_scale * part.weight).backward()
 

@@ -140,7 +140,7 @@ def choose_correct(
     is_kept, seen = [], set()
     for question, response, grade in zip(repeated, responses, grades, strict=True):
         key = (question, tuple(response.token_ids) if config.keep_correct == "distinct" else None)
-        is_kept.append(grade.rewards["reward"] == 1 and key not in seen)
+        is_kept.append(grade.rewards["answer_reward"] == 1 and key not in seen)
         if is_kept[-1]:
             seen.add(key)
     return is_kept

@@ -2,8 +2,9 @@
 
 Pure functions. A choice is one function and one line in a table, which the configuration reads.
 
-Symbols: B rows of T positions; y_t a token of the response y; pi the policy, pi_old the policy that the engine copied,
-pi_engine the engine, pi_ref the first policy; sg stop-gradient; C the key `engine_correction_cap`.
+Symbols: B rows of T positions; y_t a token of the response y; pi the policy, pi_old the policy before the first
+optimizer step on a batch, pi_engine the engine, pi_ref the first policy; sg stop-gradient; C the key
+`engine_correction_cap`.
 
     RATIO_LEVELS         s_t instead of rho_t = pi(y_t) / pi_old(y_t)
     ENGINE_CORRECTIONS   w_t from pi_old(y_t) / pi_engine(y_t), which multiplies the loss of a token
@@ -153,7 +154,7 @@ def k2(difference: PerToken) -> PerToken:
 
 
 def k3(difference: PerToken) -> PerToken:
-    """exp(-d_t) + d_t - 1. Its mean is the reverse KL divergence, with less variance than that of k1.
+    """exp(-d_t) + d_t - 1. Its mean is the reverse KL divergence. While pi is close to pi_ref, it varies less than k1.
 
     The mean of its gradient, (1 - exp(-d)) grad log pi, is that of the forward KL divergence. For small d this is
     nearly the same. Beyond +-20, d counts as +-20, and the gradient is zero.

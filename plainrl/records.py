@@ -77,7 +77,7 @@ class Rollout:
     rewards: dict[str, float]
     advantage: float  # in expert iteration: 1 if the response is kept, else 0
     grading_failure: str | None = None
-    old_log_probs: "Tensor | None" = None  # (number of response tokens,), of the policy that sampled
+    old_log_probs: "Tensor | None" = None  # (number of response tokens,), before the first step on it
     reference_log_probs: "Tensor | None" = None  # likewise, of the run's first policy
 
     @property

@@ -231,17 +231,17 @@ def test_masked_mean_by_hand():
         masked_mean(tensor, mask[0])
 
 
-def test_metadata_counts_response_tokens_only():
+def test_metadata_is_of_response_tokens_only():
     log_probs = torch.log(torch.tensor([[1.5, 0.5, 9.0]])).requires_grad_()
     mask = torch.tensor([[True, True, False]])
     _, metadata = grpo_microbatch_train_step(
         log_probs, mask, 1, "grpo_clip", advantages=torch.ones(1, 1), old_log_probs=torch.zeros(1, 3), cliprange=0.2
     )
     assert metadata["num_tokens"].item() == 2
-    assert metadata["clip_fraction_high"].item() == 1
+    assert metadata["clip_fraction_high"].item() == 0.5
     assert metadata["clip_fraction_low"].item() == 0
     assert metadata["ratio_max"].item() == pytest.approx(1.5)
-    assert metadata["ratio_mean"].item() == pytest.approx(2.0)
+    assert metadata["ratio_mean"].item() == pytest.approx(1.0)
 
 
 def test_length_normalizations_by_hand():

@@ -188,6 +188,13 @@ def test_what_is_kept_of_each_question(keep, kept):
     assert [rollout.example.question for rollout in rollouts] == ["q1"] * 4 + ["q2"] * 4
 
 
+def test_what_is_correct_is_the_answer_whatever_reward_it_gets():
+    """A reward of the user's own may be worth more than 1, or less: docs/how_to.md has one that counts the level."""
+    questions, responses, grades, config = make_group(config_of())
+    weighed = [grade._replace(rewards=grade.rewards | {"reward": 3 * grade.rewards["reward"]}) for grade in grades]
+    assert choose_correct(questions, responses, weighed, config) == choose_correct(questions, responses, grades, config)
+
+
 def test_a_question_that_comes_twice_counts_as_one():
     (question, _), responses, grades, config = make_group(config_of())
     is_kept = choose_correct([question, question], responses[:4] * 2, grades[:4] * 2, config)

@@ -156,9 +156,12 @@ def check_microbatches(loss_type):
         parts = [microbatch_step(loss_type, take_rows(inputs, rows), len(division)) for rows in division]
         assert_close(sum(part[0] for part in parts), loss)
         assert_close(torch.cat([part[1] for part in parts]), gradient)
-        for name, value in metadata.items():
+        num_tokens = torch.stack([part[2]["num_tokens"] for part in parts])
+        assert num_tokens.sum() == metadata["num_tokens"]
+        for name in metadata.keys() - {"num_tokens"}:
             values = torch.stack([part[2][name] for part in parts])
-            assert_close(values.amax() if name.endswith("_max") else values.sum(), value)
+            found = values.amax() if name.endswith("_max") else (values * num_tokens).sum() / num_tokens.sum()
+            assert_close(found, metadata[name])
 
 
 def check_ratio_of_one(loss_type):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plainrl.checkpoint import seed_everything
+from plainrl.checkpoint import fingerprint, seed_everything
 from plainrl.cli import load_config, run_main, with_data_key
 from plainrl.config import SFTConfig, TrainConfig
 from plainrl.data import (
@@ -30,7 +30,7 @@ from plainrl.data import (
     validation_subset,
 )
 from plainrl.devices import check_devices
-from plainrl.distributed import deal, gather, join, rank
+from plainrl.distributed import deal, gather, join, rank, require_alike
 from plainrl.engine import (
     check_policy_sync,
     engine_settings,
@@ -351,6 +351,7 @@ class Evaluator:
 
         Those of a further validation set are logged as `<prefix>/<its name>/*`.
         """
+        require_alike(fingerprint((one.prompt, one.ground_truth) for one in examples), "validation data")
         seconds: dict[str, float] = {}
         found: dict[str, dict[str, float | None]] = {}
         with self.run.watched("evaluate", seconds):

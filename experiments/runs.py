@@ -9,13 +9,13 @@ other file is named. So is the page of several runs. That of one run is its repo
 """
 
 import datetime
-import fcntl
 from collections.abc import Sequence
 from pathlib import Path
 
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main
 from plainrl.devices import run_command
+from plainrl.folder_lock import is_locked
 from plainrl.help import SCHEMAS
 from plainrl.records import UserError
 from plainrl.report.contents import read_run
@@ -160,13 +160,9 @@ def state_of(folder: Path) -> str:
     if state == FINISHED:
         return state
     try:
-        with (folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "running"
+        return "running" if is_locked(folder) else state
     except OSError:
         return "unknown"
-    return state
 
 
 def _age(folder: Path) -> float:

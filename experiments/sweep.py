@@ -226,8 +226,9 @@ def _kind_of_error(line: str, run: Run) -> str:
 
 
 def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:
-    if run.script == EVALUATION_SCRIPT:
-        shutil.rmtree(run.folder, ignore_errors=True)  # an interrupted evaluation cannot be resumed
+    if run.script == EVALUATION_SCRIPT and run.folder.is_dir():
+        lock_folder(run.folder).close()  # it may still be running, if the sweep alone was killed
+        shutil.rmtree(run.folder)  # an interrupted evaluation cannot be resumed
     run.log.parent.mkdir(parents=True, exist_ok=True)
     search_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": search_path} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})

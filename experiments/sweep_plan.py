@@ -164,7 +164,8 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
         minutes = sweep.minutes[variant] if isinstance(sweep.minutes, dict) else sweep.minutes
         for seed in seeds:
             folder = Path(resolved["runs_dir"]) / f"{name}-{variant}-seed{seed}"
-            own_arguments = [f"seed={seed}", f"run_name={folder.name}", "resume=auto"]
+            own_arguments = [f"seed={seed}", f"run_name={folder.name}"]
+            own_arguments += ["resume=auto"] if sweep.script != EVALUATION_SCRIPT else []  # it cannot go on
             arguments_of_run = [*arguments, *own_arguments]
             runs.append(
                 Run(sweep.script, variant, seed, folder, arguments_of_run, chosen, values, minutes, keep_weights)

@@ -128,8 +128,10 @@ class TrainingState:
 
     def complete_step(self, step: int, metrics_bytes: int) -> None:
         """Record that a step is complete and its metrics are written. From here on it can be saved."""
-        self.step, self.metrics_bytes, self.generators, self.is_whole = step, metrics_bytes, random_states(), True
+        self.is_whole = False  # a signal may stop the run between two of these lines
+        self.step, self.metrics_bytes, self.generators = step, metrics_bytes, random_states()
         self.order_state = self.order.state_dict() if self.order else {}
+        self.is_whole = True
 
     def can_be_saved(self) -> bool:
         """Return whether the weights are those after `step` and all of them are finite. All ranks have to ask."""

@@ -21,6 +21,7 @@ from plainrl.startup import end_with_parent
 
 import datetime
 import os
+import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ def join(config: "RunConfig") -> None:
     # A warm start or a download by the first rank has no limit. Within a phase, its own limit ends what hangs.
     _world.objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     _world.ranks_per_engine = config.engine_tensor_parallel
+    require_alike(config.model_dump_json(), "configuration")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -219,7 +221,9 @@ def require_alike(value: str, name: str) -> None:
     values = exchange(value)
     for number, other in enumerate(values):
         if other != values[0]:
-            raise UserError(f"rank {number} has another {name} than the first: give all ranks the same files, no pipes")
+            raise UserError(
+                f"rank {number} has another {name} than the first: give all the same files and arguments, no pipes"
+            )
 
 
 def together(call: Callable[[], Result]) -> Result:
@@ -231,7 +235,7 @@ def together(call: Callable[[], Result]) -> Result:
     try:
         result = call()
     except Exception as failure:  # raised below, on every rank
-        error = failure
+        error = _portable(failure)
     for failure in exchange(error):
         if failure is not None:
             raise failure
@@ -334,6 +338,21 @@ def divide(tensor: Tensor, like: Tensor) -> Tensor:
 
     parts = cast(Any, like)
     return distribute_tensor(tensor.to(parts.device), parts.device_mesh, parts.placements, src_data_rank=None)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that can travel to other ranks as a pickled object: itself, or one that says the same.
+
+    >>> _portable(ValueError("it"))
+    ValueError('it')
+    >>> _portable(type("Torn", (Exception,), {})("disk full"))
+    RuntimeError('Torn: disk full')
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # the class cannot be imported, or made from its arguments
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def is_lost_rank(error: BaseException | None) -> bool:

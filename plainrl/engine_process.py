@@ -16,7 +16,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -29,7 +29,7 @@ from torch import Tensor
 from plainrl.records import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-NAME = "plainrl-"  # how the names of our folders there begin
+NAME = "plainrl-weights-"  # how the names of our folders there begin
 SPARE_BYTES = 2**26  # of shared memory, which others use, too
 ENDED = (
     "the engine's process has ended: it was killed, or its memory ran out; go on from the last state, perhaps with a "
@@ -117,11 +117,12 @@ def told_if_it_ended() -> Iterator[None]:
 
 
 def _remove_left_behind() -> None:
-    """Remove folders of runs that were killed. Their locks have ended with them."""
-    for folder in {file.parent for file in SHARED_MEMORY.glob(f"{NAME}*/*")}:
-        with _locked(folder) as was_free:
-            if was_free:
-                shutil.rmtree(folder, ignore_errors=True)
+    """Remove folders of runs that were killed. Their locks have ended with them. An empty one may not be locked yet."""
+    for place in {SHARED_MEMORY, Path(tempfile.gettempdir())}:
+        for folder in place.glob(f"{NAME}*"):
+            with suppress(OSError), _locked(folder) as was_free:  # gone meanwhile, or somebody else's
+                if was_free and any(folder.iterdir()):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -14,6 +14,20 @@ LOCK_ATTEMPTS = 3  # several, because the table of runs holds each lock for a mo
 WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file systems
 
 
+def is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock of a run's folder.
+
+    Raises:
+        OSError: the lock cannot be opened, or the file system has no locks.
+    """
+    with (path / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def lock_folder(path: Path) -> IO[str]:
     """Lock a run's folder and return the open lock file. The lock lasts until the file is closed or the process ends.
 

@@ -21,8 +21,8 @@ import torch
 
 from plainrl.checkpoint import TrainingState
 from plainrl.cli import handle_signals, restore_handlers, resume_command
-from plainrl.distributed import all_are_here, is_lost_rank, largest, num_ranks, rank
-from plainrl.records import Stopped, first_line
+from plainrl.distributed import all_are_here, largest, num_ranks, rank
+from plainrl.records import Stopped, UserError, first_line
 
 GRACE_SECONDS = 20.0  # how long a phase may go on after a signal; saving then ends within half a minute
 # One request may arrive several times: `uv run` passes it on, and the terminal sends it to the whole process group.
@@ -76,8 +76,9 @@ class StopGuard:
         try:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()  # the run may be ending because memory ran out
-            # An error of one rank leaves the others elsewhere, where they do not help to save.
-            if is_lost_rank(sys.exception()) or not all_are_here():
+            # An error of one rank leaves the others elsewhere. One that all have may leave each in another block.
+            is_agreed = num_ranks() == 1 or isinstance(sys.exception(), Stopped | UserError)
+            if not is_agreed or not all_are_here():
                 message = "a rank failed: the last checkpoint is the newest state"
             elif self._state.can_be_saved():
                 message = f"state after step {self._state.step} saved: {self._save(self._state)}"

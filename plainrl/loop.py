@@ -94,6 +94,7 @@ class TrainingLoop:
         self._guard.__exit__(*error)  # saves the state if an error or a signal ends the run
 
     def __iter__(self) -> Iterator[int]:
+        self._end_if_out_of_time(self._state.step)  # a resumed run may have to evaluate its last step again
         print(f"evaluating before step {self._state.step + 1}", flush=True)
         self._save_and_evaluate()
         self._end_if_out_of_time(self._state.step)

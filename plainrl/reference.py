@@ -56,7 +56,7 @@ class Reference:
                 f"model = {config.model}: it has changed since {run.path} began with it, and kl_coefficient = "
                 f"{config.kl_coefficient:g} measures from it; bring it back, or begin a new run"
             )
-        if not path.exists():
+        if not run.checkpoint or not path.exists():
             write_durably(path, found)
 
     def score(

@@ -10,6 +10,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from plainrl.config import RunConfig, SFTConfig, WarmStartConfig
 from plainrl.data import hold_out, load_examples, load_sft_examples, load_validation_set
 from plainrl.devices import run_command
 from plainrl.distributed import environment_of_one_process, on_first
+from plainrl.folder_lock import is_locked
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
 from plainrl.records import Stopped, UserError
@@ -30,6 +32,7 @@ WarmStartConfigType = TypeVar("WarmStartConfigType", bound=WarmStartConfig)
 
 SCRIPT = Path(__file__).parent.parent / "SFT_train.py"
 YAML = SCRIPT.with_name("config.yaml")
+SECONDS_BETWEEN_LOOKS = 2.0  # whether another process has made the warm start
 # What the policy of a warm start depends on. A finished one is taken again if they are the same.
 DECISIVE = (
     *("model", "prompt", "reward", "stop_string", "train_data", "validation_data", "extra_validation_data"),
@@ -95,6 +98,7 @@ def _run_preset(config: WarmStartConfig) -> Path:
         name = f"{name}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
         print(f"warm start: {folder} was trained with {'; '.join(different)}; this one is {name}")
         folder = folder.with_name(name)
+    _wait_for_maker(folder)
     if (folder / "final").is_dir():
         return folder / "final"
     settings = {"preset": config.warm_start, "run_name": name, **inherited}
@@ -112,12 +116,26 @@ def _run_preset(config: WarmStartConfig) -> Path:
         raise
     if status == PIPE_STATUS:
         raise BrokenPipeError  # whoever read the output of both has closed it
+    if status != 0 and _wait_for_maker(folder):  # another process was faster
+        return _run_preset(config)
     if status != 0:
         raise UserError(
             f"warm_start = {config.warm_start}: SFT_train.py ended with status {status}; fix what it says, or "
             f"remove {folder}, and try again"
         )
     return folder / "final"
+
+
+def _wait_for_maker(folder: Path) -> bool:
+    """Wait while another process makes the warm start; return whether one did."""
+    has_waited = False
+    with contextlib.suppress(OSError):  # a file system without locks
+        while path_exists(folder / "lock") and is_locked(folder):
+            if not has_waited:
+                print(f"warm start: another process is making {folder}; waiting for it", flush=True)
+            has_waited = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    return has_waited
 
 
 def _inherited(config: WarmStartConfig) -> dict[str, Any]:

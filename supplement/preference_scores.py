@@ -59,6 +59,8 @@ def reference_scores(
 ) -> list[PairScore]:
     """Return the reference's score of each pair: those kept in the run's folder, or new ones, which are kept there.
 
+    A run without a checkpoint begins anew, perhaps with another model, and so scores anew.
+
     Args:
         run: the run's folder.
         pairs: of the run. Scores of other pairs are not used.
@@ -68,7 +70,7 @@ def reference_scores(
     """
     path = run.path / SCORES
     data = fingerprint((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs)
-    kept = on_first(lambda: _read_scores(path))
+    kept = on_first(lambda: _read_scores(path) if run.checkpoint else {})
     if kept.get("data") == data:
         return [PairScore(*two) for two in zip(kept["chosen"], kept["rejected"], strict=True)]
     policy, scores = first_policy(), []

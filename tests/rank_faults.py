@@ -35,6 +35,9 @@ FAULTS = {
 
 def main(arguments):
     who, fault, *settings = arguments
+    if "=" in fault:  # a setting that the ranks do not share
+        settings += [fault] * (int(os.environ["RANK"]) == 1)
+        fault = "dies"
     original, steps = SFT_train.accumulate_gradients, itertools.count(1)
 
     def with_fault(*args, **kwargs):

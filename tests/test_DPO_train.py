@@ -136,10 +136,12 @@ def test_reference_scores_are_kept_with_the_run(batch, tmp_path):
 
     with RunFolder.create(config.model_copy(update={"run_name": "scores"}), "dpo") as run:
         scores = reference_scores(run, pairs, padding_id, config, first_policy)
-        assert reference_scores(run, pairs, padding_id, config, first_policy) == scores and num_calls == 1
-        assert reference_scores(run, pairs[:3], padding_id, config, first_policy) != scores and num_calls == 2
+        assert reference_scores(run, pairs, padding_id, config, first_policy) == scores and num_calls == 2, "begun anew"
+        run.checkpoint = run.path / "checkpoints/step_000001"
+        assert reference_scores(run, pairs, padding_id, config, first_policy) == scores and num_calls == 2
+        assert reference_scores(run, pairs[:3], padding_id, config, first_policy) != scores and num_calls == 3
         (run.path / SCORES).write_text('{"data": ')
-        assert reference_scores(run, pairs, padding_id, config, first_policy) == scores and num_calls == 3
+        assert reference_scores(run, pairs, padding_id, config, first_policy) == scores and num_calls == 4
     for pair, score in zip(pairs, scores, strict=True):
         with torch.no_grad():
             plain = score_pair(policy, pair.prompt_ids, [pair.chosen_ids, pair.rejected_ids])

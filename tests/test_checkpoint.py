@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,16 @@ def saved(tiny_model, tokenizer, tmp_path):
     write_checkpoint(path, state, {"config": {"seed": 3}, "wandb_run_id": None})
     assert not state.is_being_saved
     return path, state
+
+
+def test_a_signal_while_a_step_is_completed_saves_nothing_half(tiny_model, tokenizer):
+    """The position in the data belongs to the step. Between the two the state must not count as whole."""
+    seen = []
+    order = SimpleNamespace(state_dict=lambda: seen.append(state.is_whole) or {"next": 4})
+    state = new_state(tiny_model, tokenizer)
+    state.order = order
+    state.complete_step(1, 10)
+    assert seen == [False] and state.is_whole and state.order_state == {"next": 4}
 
 
 def test_a_restored_state_goes_on_bit_for_bit(saved, tokenizer):

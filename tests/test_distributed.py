@@ -244,6 +244,7 @@ def said(text):
         ("one", "runs out of memory", ["rank 1: error: out of memory", "error: another rank has ended"], 0),
         ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", "error: another rank has ended"], 0),
         ("all", "meets a user's mistake", ["error: a mistake; mend it"], 0),
+        ("all", "runs out of memory", ["error: out of memory"], 0),
     ],
 )
 def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_tracebacks, tiny_model_folder, tmp_path):
@@ -253,6 +254,15 @@ def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_traceback
     assert errors or "stopped by SIGTERM" in text, text[-3000:]  # torchrun's signal may come before its own error
     assert tracebacks == num_tracebacks, text[-3000:]
     assert saved == ["step_000001"]
+
+
+@pytest.mark.parametrize("setting", ["seed=1", "learning_rate=1e-3"])
+def test_ranks_with_other_settings_are_refused(setting, tiny_model_folder, tmp_path):
+    """As on a node with another YAML file. What the ranks decide alike they must be told alike."""
+    text, saved, _ = run_fault("one", setting, tiny_model_folder, tmp_path)
+    errors, tracebacks = said(text)
+    assert any("has another configuration than the first" in error for error in errors) and not tracebacks, text[-3000:]
+    assert not saved
 
 
 def test_a_rank_that_hangs_is_ended_at_the_limit(tiny_model_folder, tmp_path):

@@ -325,3 +325,4 @@ def test_a_run_ends_in_its_time_as_if_the_step_were_the_last(make_loop):
     with make_loop(100, step=3, max_training_hours=0.1) as loop:  # resumed when its time is over
         loop.run.rows.append({"eval_step": 3, "eval/seconds": 600.0})
         assert list(loop) == []
+    assert "evaluate 3" in loop.events, "as the last step: what was logged of it after its checkpoint is gone"

@@ -93,6 +93,15 @@ def test_while_the_weights_are_exchanged_nothing_saves_them(tiny_model, tokenize
     assert not state.can_be_saved()
 
 
+def test_a_run_that_begins_again_without_a_checkpoint_begins_with_its_new_first_policy(tiny_model, tmp_path):
+    found = []
+    for _ in range(2):
+        Reference(tiny_model, FolderOfRun(tmp_path), tiny_config(kl_coefficient=0.1))
+        found.append((tmp_path / FINGERPRINT).read_text())
+        move(tiny_model)
+    assert found[0] != found[1]
+
+
 @pytest.mark.usefixtures("cpu_engine", "scripted_engine")
 @pytest.mark.parametrize("adapters", [{}, {"lora_rank": 4}])
 def test_a_resumed_run_measures_from_the_same_policy(tiny_model_folder, tmp_path, monkeypatch, adapters):

@@ -6,6 +6,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -173,6 +174,11 @@ def test_weights_go_through_a_file_that_holds_tied_ones_twice(tiny_model):
 
 def test_weights_that_a_killed_run_left_in_memory_are_removed_by_the_next(tiny_model, monkeypatch, tmp_path):
     monkeypatch.setattr(engine_process, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))  # where weights go if there is no room in memory
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/plainrl-weights-old").mkdir()
+    (tmp_path / "disk/plainrl-weights-old/model.safetensors").write_text("of a killed run")
+    (tmp_path / "disk/plainrl-mine").mkdir()
     code = (
         "import os, pathlib, sys, torch; from plainrl import engine_process; "
         "engine_process.SHARED_MEMORY = pathlib.Path(sys.argv[1]); "
@@ -182,14 +188,15 @@ def test_weights_that_a_killed_run_left_in_memory_are_removed_by_the_next(tiny_m
     command = [sys.executable, "-c", code, str(tmp_path)]
     run = subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout.readline() == "there\n"
-    [theirs] = tmp_path.iterdir()
+    [theirs] = tmp_path.glob("plainrl-*")
     with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
-        assert {*tmp_path.iterdir()} == {theirs, Path(folder)}, "that of a run that goes on stays"
+        assert {*tmp_path.glob("plainrl-*")} == {theirs, Path(folder)}, "that of a run that goes on stays"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["plainrl-mine"]
     run.kill()
     run.wait()
     with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
-        assert [*tmp_path.iterdir()] == [Path(folder)]
-    assert not [*tmp_path.iterdir()]
+        assert [*tmp_path.glob("plainrl-*")] == [Path(folder)]
+    assert not [*tmp_path.glob("plainrl-*")]
 
 
 def test_an_engine_on_a_cpu_gets_half_of_the_threads(monkeypatch):

@@ -476,6 +476,25 @@ def test_a_run_is_started_from_any_folder(tmp_path):
     assert command("zero_shot")[:2] == [sys.executable, str(REPOSITORY / "policy_evaluation.py")]
 
 
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_the_arguments_of_a_sweep_are_those_of_its_script(path):
+    """An evaluation cannot be resumed, and refuses to be. All else goes on where it was stopped."""
+    for run in sweep_plan.plan(path, ["preset=laptop"])[1]:
+        assert ("resume=auto" in run.arguments) == (run.script != "policy_evaluation.py")
+
+
+def test_the_folder_of_an_evaluation_that_still_runs_stays(workplace):
+    """A sweep that is killed leaves its runs alone, because each has a session of its own."""
+    (workplace / "policy_evaluation.py").write_text("raise AssertionError('must not start')")
+    shutil.copy(REPOSITORY / "config.yaml", workplace)
+    write_sweep({"a": {}}, script="policy_evaluation.py", seeds=[0])
+    folder = Path("runs/mine-a-seed0")
+    folder.mkdir(parents=True)
+    with lock_folder(folder), pytest.raises(UserError, match="is being written by process"):
+        run_sweep()
+    assert (folder / "lock").exists()
+
+
 @pytest.mark.parametrize("preset", ["laptop", "one-gpu"])
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_file_is_valid_for_its_script(path, preset):

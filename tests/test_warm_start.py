@@ -15,6 +15,7 @@ from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.data import load_sft_examples
 from plainrl.devices import run_command
+from plainrl.folder_lock import lock_folder
 from plainrl.grading.rewards import question_only_reward_fn
 from plainrl.records import Stopped, UserError
 from plainrl.warm_start import apply_warm_start
@@ -57,6 +58,40 @@ def test_a_finished_warm_start_is_taken_again(tmp_path, process, capsys):
     assert config.model == str(tmp_path / "warm-start" / "final")
     assert "warm start: " in capsys.readouterr().out
     assert process.commands == []
+
+
+def test_a_warm_start_that_another_process_makes_is_waited_for(tmp_path, process, monkeypatch, capsys):
+    folder = tmp_path / "warm-start"
+    folder.mkdir()
+    lock = lock_folder(folder)
+
+    def make(_):
+        (folder / "final").mkdir()
+        lock.close()
+
+    monkeypatch.setattr("plainrl.warm_start.time", SimpleNamespace(sleep=make))
+    config = apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path)))
+    assert config.model == str(folder / "final") and process.commands == []
+    assert f"another process is making {folder}; waiting for it" in capsys.readouterr().out
+
+
+def test_of_two_that_begin_a_warm_start_at_once_the_slower_waits(tmp_path, process, monkeypatch):
+    """Its own SFT run is refused, because the folder is taken meanwhile."""
+    folder, locks = tmp_path / "warm-start", []
+
+    def end_with_error(self):
+        folder.mkdir()
+        locks.append(lock_folder(folder))
+        return 2
+
+    def make(_):
+        (folder / "final").mkdir()
+        locks.pop().close()
+
+    monkeypatch.setattr(process, "wait", end_with_error)
+    monkeypatch.setattr("plainrl.warm_start.time", SimpleNamespace(sleep=make))
+    config = apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path)))
+    assert config.model == str(folder / "final") and len(process.commands) == 1
 
 
 @pytest.mark.parametrize(

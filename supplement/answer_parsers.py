@@ -12,17 +12,20 @@ from decimal import Decimal
 from typing import Any
 
 MARKUP = re.compile(r"[*_`\"“”]+")  # **B**, `B`, "B"
+QUOTED = re.compile(r"['\u2018$]([A-D])['\u2019$]|\\text\{([A-D])\}")  # 'B', $B$, \text{B}
 # One letter as an answer: B, (B), B), [B], \boxed{B}. A small letter counts only where a clause ends behind it.
 LETTER = r"(?:\\boxed\{|[(\[])?\s*(?:([A-D])(?![\w'\u2019+-])|([a-d])(?=\s*(?:[.,;:!)\]}]|$)))[)\]}]?"
 # Behind these words "A" is the letter: "A because ...", "A, which ...". Before another small word it is the article.
 AFTER_ARTICLE = re.compile(r"\s+(?!(?:because|since|as|for|which|or|and|is)\b)[a-z]")
 MORE_LETTERS = re.compile(
     r"\s*(?:,\s*(?:or|and)?|/|&|or|and)\s*(?:option\s+|choice\s+)?[(\[]?[A-D](?![\w'\u2019+-])[)\]]?"
+    r"(?!\s+(?:is|are|was)\s+(?:wrong|incorrect|not|false)\b)"
 )
 CHOICE = r"\s*(?:(?:most\s+)?(?:likely|probably|definitely|clearly)\s+)?(?:the\s+)?(?:letter\s+|option\s+|choice\s+)?"
 STATEMENTS = (  # the most explicit kind comes first, and the others are read only where it does not occur
     re.compile(
-        rf"(?i:(?:correct|right|best|final)\s+(?:answer|option|choice)(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"
+        rf"(?i:(?:correct|right|best|final)\s+(?:answer|option|choice)(?:\s+to\s[^.\n]{{0,60}}?)?"
+        rf"(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"
     ),
     re.compile(rf"(?i:answer(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"),
     re.compile(rf"(?m:^)\W*(?i:(?:option|choice)\s+)?{LETTER}(?=\s*(?:[.,;:)\]}}\n]|$|because\b|since\b|or\b|and\b))"),
@@ -31,7 +34,9 @@ STATEMENTS = (  # the most explicit kind comes first, and the others are read on
 )
 # Digits in groups of three or plain, with decimals: 1,234.50 and 72 and .5
 NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+")
-SIGN = re.compile(r"(?:\A|[^\w)\]])[-\u2212]\s?[$€£]?\Z")  # behind a word or a number it is a hyphen or a subtraction
+SIGN = re.compile(
+    r"(?:\A|[^\w)\]])[-\u2212][$€£]?\Z"
+)  # behind a word or a number it is a hyphen, before a space a list's
 
 
 def parse_mmlu_response(mmlu_example: Mapping[str, Any], model_output: str) -> str | None:
@@ -50,7 +55,7 @@ def parse_mmlu_response(mmlu_example: Mapping[str, Any], model_output: str) -> s
     >>> parse_mmlu_response(example, "The answer is A or B") is None
     True
     """
-    text = MARKUP.sub("", model_output)
+    text = QUOTED.sub(lambda match: match[1] or match[2], MARKUP.sub("", model_output))
     for statement in STATEMENTS:
         found = set()
         for match in statement.finditer(text):

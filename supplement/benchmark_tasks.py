@@ -157,7 +157,7 @@ TASKS: dict[str, Task] = {
             "simple_safety_tests.jsonl",
             write_simple_safety_tests,
             "uv run python scripts/evaluate_safety.py --input-path {path} --model-name-or-path "
-            "Llama-3.3-70B-Instruct --num-gpus 2 --output-path judged.jsonl",
+            "/data/a5-alignment/models/Llama-3.3-70B-Instruct --num-gpus 2 --output-path judged.jsonl",
         ),
     ),
 }

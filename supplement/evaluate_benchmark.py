@@ -208,7 +208,7 @@ def show(
         print(
             f"\n=== {name}: {len(answered)} responses, {speed} ===\n"
             f"They need a judge, a model of 70B. Its input is {path}. In the assignment's repository:\n"
-            f"  {task.judge.command.format(path=path)}"
+            f"  {task.judge.command.format(path=path.resolve())}"
         )
         return
     print(

@@ -266,9 +266,9 @@ def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | 
 
 def category(example: Mapping[str, Any]) -> str:
     """Return the category of an example, one of the assignment's three."""
-    if not example["format_reward"]:
+    if example["format_reward"] <= 0:
         return CATEGORIES[2]
-    return CATEGORIES[0] if example["answer_reward"] else CATEGORIES[1]
+    return CATEGORIES[0] if example["answer_reward"] == 1 else CATEGORIES[1]
 
 
 class Evaluator:

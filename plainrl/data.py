@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import random
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -67,8 +68,9 @@ def split_validation(config: RunConfig) -> list[Example]:
         raise UserError(f"validation_fraction: train_data = {config.train_data} is a pipe, read only once; name a file")
     with contextlib.redirect_stdout(io.StringIO()):  # the training questions say it
         examples = keep_answered(load_examples(config.train_data, config, "train"), config)
-    by_question = {example.question: example for example in reversed(examples)}
-    order = sorted(by_question, key=lambda question: derive_seed(config.validation_seed, "validation", question))
+    by_question = {comparable(example.question): example for example in reversed(examples)}
+    seeds = {key: derive_seed(config.validation_seed, "validation", one.question) for key, one in by_question.items()}
+    order = sorted(by_question, key=seeds.__getitem__)
     chosen = set(order[: max(1, round(config.validation_fraction * len(order)))])
     print(
         f"validation: {len(chosen)} of {len(order)} questions of {config.train_data} (validation_fraction = "
@@ -181,14 +183,27 @@ def keep(
 
 
 def hold_out(examples: list[Example], validation_set: Sequence[Example], config: RunConfig) -> list[Example]:
-    """Return the training examples whose question is not in the validation set."""
-    held_out = {text for example in validation_set for text in (example.question, example.prompt)}
+    """Return the training examples whose question is not in the validation set, however it is spaced."""
+
+    def texts(example: Example) -> set[str]:
+        return {comparable(example.question), comparable(example.prompt)}
+
+    held_out = {text for example in validation_set for text in texts(example)}
     return keep(
         examples,
-        lambda example: not {example.question, example.prompt} & held_out,
+        lambda example: not texts(example) & held_out,
         "have their question in " + ("the validation set" if config.validation_fraction else config.validation_data),
         config,
     )
+
+
+def comparable(text: str) -> str:
+    """Return a text as it is compared with others: one space between words, one form for each character.
+
+    >>> comparable("What is  2 + 2?\\n")
+    'What is 2 + 2?'
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def keep_answered(examples: list[Example], config: RunConfig, key: DataKey = "train_data") -> list[Example]:

@@ -48,6 +48,7 @@ class FieldNames(NamedTuple):
 
 
 USUAL_NAMES = FieldNames()
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,234, and not that of (3,4)
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,15 @@ def parse_record(
     question = chat.question if chat else _text(fields[question_name], question_name, where)
     answers = _answers(fields.get(answer_name), answer_name, where)
     response, reasoning = _read_response(fields, response_name, where)
-    if chat and chat.response and not response_name:
+    if chat and not chat.question:
+        raise UserError(f"{where}: field {question_name} has no question: a message with role user")
+    if chat and chat.response and not (response or reasoning):
         response, reasoning = _split_chat_response(chat.response, has_answer=bool(answers))
     if question_name == "question" and len(answers) == 1 and "####" in answers[0]:  # GSM8K
         solution, _, answer = answers[0].rpartition("####")
-        answers = [answer.strip().replace(",", "")] if answer.strip() else []
-        reasoning = " ".join(re.sub(r"<<[^<>]*>>", "", solution).split())
-    elif not answers and reasoning and not answer_name:
+        answers = [THOUSANDS.sub("", answer.strip())] if answer.strip() else []
+        reasoning = " ".join(re.sub(r"<<[^<>]*>>", "", solution).split()) or reasoning
+    elif not answers and reasoning:
         answers = [answer] if (answer := _final_answer(reasoning)) else []
     return Record(
         source=where,
@@ -158,7 +161,8 @@ def _choose(fields: Mapping[str, Any], names: Sequence[str]) -> str:
 
 def _read_response(fields: Mapping[str, Any], name: str, where: str) -> tuple[str | None, str | None]:
     """Return the complete response, or the solution; one of them, or none."""
-    if name in COMPLETE:
+    value = fields.get(name)
+    if name in COMPLETE and (not _is_missing(value) or value in (math.inf, -math.inf)):  # which _text refuses
         chat = _as_chat(fields[name], name, where)
         return (chat.response if chat else _text(fields[name], name, where)), None
     solution = fields.get(name)
@@ -215,6 +219,8 @@ def _final_answer(solution: str) -> str | None:
 def _is_missing(value: Any) -> bool:
     if isinstance(value, str):
         return not value.strip()
+    if isinstance(value, list):
+        return all(map(_is_missing, value))
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from plainrl.grading.rewards import Reward, clean_ground_truth, is_gradable
+from plainrl.grading.rewards import Reward, clean_ground_truth, is_gradable, read_alternatives
 from plainrl.layouts import Record
 from plainrl.records import UserError
 from plainrl.shared_config import RunConfig
@@ -35,8 +35,10 @@ def read_answers(records: Sequence[Record], reward: Reward, source: str) -> list
     failing: list[Record] = []
     for record in records:
         truths = [record.ground_truth, *record.alternatives] if record.ground_truth else []
+        if reward.extract is not None:  # a text may be a list of alternatives, too
+            truths = [answer for truth in truths for answer in read_alternatives(truth)]
         answers = [answer for truth in truths if (answer := bare(truth))]
-        text = json.dumps(answers, ensure_ascii=False) if record.alternatives else record.ground_truth
+        text = json.dumps(answers, ensure_ascii=False) if len(truths) > 1 else record.ground_truth
         found.append((text, answers[0]) if answers else (None, None))
         if len(answers) < len(truths):  # some of the alternatives, or all
             failing.append(record)

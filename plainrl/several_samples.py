@@ -143,7 +143,7 @@ def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
     """
     share, num_questions = fmean(values), float(len(values))
     variance = fmean([(value - share) ** 2 for value in values])
-    if variance > 0:
+    if max(values) - min(values) > 1e-12:  # the variance of equal numbers may be rounding
         num_questions *= share * (1 - share) / variance
     return wilson_interval(share, num_questions)
 

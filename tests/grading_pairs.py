@@ -101,7 +101,7 @@ def round_off(text: str, generator: random.Random) -> str | None:
 def add_wrong_tail(text: str, generator: random.Random) -> str | None:
     """Write a wrong value, and that it is close to the right one."""
     wrong = change_digit(text, generator)
-    return None if wrong is None or re.search(r"[,=<>]|approx|text|boxed", text) else rf"{wrong} \approx {text}"
+    return None if wrong is None or re.search(r"[,=<>]|approx|text|box", text) else rf"{wrong} \approx {text}"
 
 
 def drop_item(text: str, generator: random.Random) -> str | None:

@@ -41,6 +41,7 @@ COMMA, UNION, RELATION = (
     re.compile(rf"({separator})|\\[A-Za-z]+|\\?[{{}}]|[()\[\]]|\\.")
     for separator in (",", r"\\cup(?![A-Za-z])", r"\\(?:l[et]|g[et]|ne)(?![A-Za-z])|[<>=]")
 )
+WORD = re.compile("[A-Z]{3,}|[IVX]{2,}|no|on|yes")
 SCALES = {"": "{}", "%": "({})/100", "degree": r"({})\pi/180", "radian": "{}"}  # what these units mean
 TABLE = Path(__file__).with_name("units.tsv").read_text(encoding="utf-8").splitlines()
 KINDS = dict(line.split("\t") for line in TABLE if not line.startswith("#"))
@@ -229,6 +230,8 @@ def _leaves_match(one: str, other: str, deadline: float) -> bool:
     (sides, relations), (other_sides, other_relations) = _relation(one), _relation(other)
     if relations and other_relations:
         return _relations_match(one, other, deadline)
+    if WORD.fullmatch(one) and WORD.fullmatch(other):
+        return False  # SAS and SSA, VI and IV: letters in an order, and no product
     if not relations and not other_relations:
         return _same_words(one, other) or _quantities_match(one, other, deadline)
     equation, sides, bare = (one, sides, other) if relations else (other, other_sides, one)

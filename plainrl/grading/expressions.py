@@ -27,6 +27,7 @@ from plainrl.grading.arithmetic import GradingError, NoValueError, Point, Value,
 
 SECONDS_PER_ANSWER = 5.0  # of this thread's computing
 MAX_KNOWN = 2**16  # results remembered
+NUM_WHOLE = 24  # whole numbers that are tried besides, where a floor or ceiling may have steps
 SIZES = (1, 30, 3, 1, 1000, 10, 1, 100, 5, 1, 300, 20)  # of the variables at each point
 MIN_POINTS = 3  # at which two expressions must have values
 MAX_VARIABLES = 40
@@ -121,7 +122,7 @@ def _common_values(one: Sides, other: Sides, variables: list[str], deadline: flo
     """Yield the values of two expressions at the points where both are real; at all points if they never are."""
     tokens = {token for text in (*one, *other) for token in _tokens(text)}
     has_steps, are_ever_real, elsewhere = not tokens.isdisjoint((r"\lfloor", r"\lceil")), False, []
-    for index in range(len(SIZES) if variables else 1):
+    for index in range(len(SIZES) + NUM_WHOLE * has_steps if variables else 1):
         points = [Point(dict(zip(variables, _numbers(index, has_steps), strict=False)), deadline) for _ in range(2)]
         try:
             x, y = _evaluate(one, points[0]), _evaluate(other, points[1])
@@ -137,12 +138,15 @@ def _common_values(one: Sides, other: Sides, variables: list[str], deadline: flo
     yield from () if are_ever_real else elsewhere
 
 
-@lru_cache(2 * len(SIZES))
+@lru_cache(2 * len(SIZES) + NUM_WHOLE)
 def _numbers(index: int, has_steps: bool) -> list[Fraction]:
     """Return fixed values for variables: positive ones at every second point, else of both signs.
 
-    Where a floor or ceiling may have steps, some values are whole, and some are halves or thirds.
+    Where a floor or ceiling may have steps, some values are whole, and some are halves or thirds. Then follow the whole
+    numbers from 1 on: n / 9 has a step at every ninth alone.
     """
+    if index >= len(SIZES):
+        return [Fraction(index - len(SIZES) + 1 + 7 * place) for place in range(MAX_VARIABLES)]
     generator, signs = random.Random(index), ((1, 1, 1) if index % 2 else (1, -1, (-1) ** (index // 2)))
     sizes = [Fraction(generator.randrange(1, 1000) * SIZES[index], 1009) for _ in range(MAX_VARIABLES)]
     if has_steps and index in (1, 2, 3):

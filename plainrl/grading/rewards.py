@@ -244,11 +244,15 @@ def grade_answer(answer: str | None, ground_truth: Any) -> Grade:
     """
     if answer is None:
         return Grade(dict.fromkeys(USUAL_KEYS, 0.0))
-    answer, truths = clean_ground_truth(answer), _alternatives(clean_ground_truth(ground_truth))
-    try:
-        correct, failure = float(any(answers_match(answer, truth) for truth in truths)), None
-    except GradingError as error:
-        correct, failure = 0.0, str(error)
+    answer, truths = clean_ground_truth(answer), read_alternatives(clean_ground_truth(ground_truth))
+    correct, failure = 0.0, None
+    for truth in truths:
+        try:
+            if answers_match(answer, truth):
+                correct, failure = 1.0, None
+                break
+        except GradingError as error:
+            failure = failure or str(error)
     return Grade({"format_reward": 1.0, "answer_reward": correct, "reward": correct}, failure)
 
 
@@ -297,7 +301,7 @@ def is_gradable(ground_truth: str, reward: Reward) -> bool:
         and len(text.split()) <= MAX_WORDS
         and not SENTENCES.search(text)
         and grade_answer(reward.extract(reward.write_response("", text)), text).rewards["answer_reward"] == 1
-        for text in _alternatives(ground_truth)
+        for text in read_alternatives(ground_truth)
     )
 
 
@@ -328,10 +332,10 @@ def _grade_sum(response: str, ground_truth: str, reward: Reward, fields: Mapping
     return Grade(rewards, next((grade.failure for grade in grades if grade.failure), None))
 
 
-def _alternatives(ground_truth: str) -> list[str]:
+def read_alternatives(ground_truth: str) -> list[str]:
     """Return the answers that a cleaned ground truth allows: one, or those of a JSON list of texts."""
     try:
         texts = json.loads(ground_truth) if ground_truth.startswith('["') else None
-    except ValueError:
+    except (ValueError, RecursionError):
         texts = None
     return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else [ground_truth]

@@ -56,12 +56,16 @@ LONG = [
     Curve("long_grpo", "default", "GRPO, no further traces", "GRPO"),
     Curve("long_sft", "default", "SFT on the warm start's 256 traces", "SFT, the same 256 traces"),
 ]
-METHODS = [*SFT_CONTINUED, Curve("expert_iteration", "default", "expert iteration")]
+EXPERT_ITERATION = Curve("expert_iteration", "default", "expert iteration")
+DPO = Curve("dpo", "default", "DPO, 1,024 pairs of traces", "DPO")
+METHODS = [*SFT_CONTINUED, EXPERT_ITERATION]
+WITH_DPO = [DPO, *SFT_CONTINUED[:2], EXPERT_ITERATION]
 METHODS_TABLE = [
     Curve("zero_shot", "r1_zero", "untrained (zero-shot)"),
     Curve("warm-start", "default", "warm start: 16 SFT steps on 256 traces"),
     BASELINE._replace(label="GRPO from the warm start, 24 steps, no further traces"),
     Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no further traces"),
+    DPO._replace(label="DPO from the warm start, 32 steps on 1,024 pairs of right and wrong traces"),
     Curve("long_grpo", "default", "GRPO from the warm start, 120 steps, no further traces"),
     Curve("long_sft", "default", "SFT from the warm start, 160 steps on its own 256 traces"),
     Curve("sft_continued", "all_traces", "SFT from the warm start, 100 steps on 1,600 traces"),
@@ -116,6 +120,13 @@ FIGURES = {
             [Panel("rollout_batches", EVAL_SCORE), Panel("rollout_batches", "eval/response_length")],
         )
     ],
+    "dpo/dpo.png": [
+        Group(
+            "DPO beside other methods, from two runs of one warm start",
+            WITH_DPO,
+            [Panel("optimizer_steps", EVAL_SCORE), Panel("optimizer_steps", ENTROPY)],
+        )
+    ],
     "expert_iteration/methods.png": [
         Group(
             "Four methods from one warm start",
@@ -134,6 +145,7 @@ TABLES = {
     "prompt": PROMPTS,
     "sft_continued": SFT_CONTINUED,
     "expert_iteration": METHODS,
+    "dpo": WITH_DPO,
     "long_grpo": LONG,
     "long_sft": LONG[1:],
     "zero_shot": [Curve("zero_shot", "r1_zero", "untrained, r1_zero prompt")],

@@ -22,6 +22,7 @@ from plainrl.report.contents import read_run
 from plainrl.report.page import NAME, write_page
 from plainrl.run_folder import FINISHED, state_at_rest
 from plainrl.run_records import EVAL_SCORE, Line, plot_metrics, read_metrics
+from plainrl.sources import path_exists
 
 MOST_SECONDS = 1e12  # what a time can show
 COMMAND = "python -m experiments.runs"
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
         print(f"curves: {draw_curves(one, other, *figure)}")
     elif arguments[:1] == ["report"] and len(arguments) > 1:
         print(f"page: {write_report(arguments[1:])}")
-    elif len(arguments) <= 1 and arguments not in (["--help"], ["report"]):
+    elif len(arguments) <= 1 and arguments not in (["--help"], ["-h"], ["report"], ["compare"]):
         print(list_runs(Path(*arguments or ["runs"])))
     else:
         command = run_command(COMMAND)
@@ -157,12 +158,10 @@ def write_report(arguments: Sequence[str]) -> Path:
 def state_of(folder: Path) -> str:
     """Return whether a run is finished, running or stopped; unknown if its lock cannot be opened."""
     state = state_at_rest(folder)
-    if state == FINISHED:
-        return state
     try:
-        return "running" if is_locked(folder) else state
+        return "running" if path_exists(folder / "lock") and is_locked(folder) else state
     except OSError:
-        return "unknown"
+        return state if state == FINISHED else "unknown"
 
 
 def _age(folder: Path) -> float:

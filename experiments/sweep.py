@@ -172,7 +172,8 @@ def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable
                 _stop([process for _, process, _ in slots.values()])
             for run, process, started in slots.values():
                 _note_end(run, process, started)
-            arguments = re.sub(r"--rerun[ =]\S+ ?", "", shlex.join(sys.argv[1:])).strip()  # they go on, too
+            # What is run again goes on, too, and nothing else is run.
+            arguments = re.sub(r"--rerun([ =])", r"--variant\1", shlex.join(sys.argv[1:]))
             say(f"to continue: {run_command(COMMAND)} {arguments}")
     return failures
 

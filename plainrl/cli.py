@@ -32,6 +32,7 @@ from plainrl.layers import (
     check_block,
     describe_problems,
     layers_of,
+    layers_over,
     named_last,
     parse_arguments,
     read_yaml,
@@ -119,7 +120,10 @@ def resolve(
     overrides = parse_arguments(arguments, schema)
     if overrides.get("resume", "auto") not in ("", "auto"):
         return resumed_config(schema, Path(overrides["resume"]), overrides)
-    files = {path: read_yaml(path) for path in [yaml_path, *map(Path, overrides.get("config", ()))]}
+    files: dict[Path, dict[str, Any]] = {}
+    for path in [yaml_path, *map(Path, overrides.get("config", ()))]:
+        files.pop(path, None)  # a file that is named twice counts where it stands last
+        files[path] = read_yaml(path)
     given = {key: value for key, value in overrides.items() if key != "config"}
     preset, notes = named_last("preset", [*files.values(), given], default="auto"), []
     if preset == "auto":
@@ -202,14 +206,9 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
         overrides: what the command line gives.
 
     Raises:
-        UserError: there is no such run, another configuration file or preset is named, or settings differ although
-            `resume_with_changes` is not true. The message lists them.
+        UserError: there is no such run, another name, preset or recipe is given, or settings differ although
+            `resume_with_changes` is not true. The message lists them. Those of a file `config=FILE` count, too.
     """
-    if "config" in overrides:
-        raise UserError(
-            f"config = {', '.join(overrides['config'])}: {folder} goes on with its own config.yaml; leave config out, "
-            "and name the keys that are to change"
-        )
     if folder.name in ("", ".."):  # `resume=.`: its name is the run's
         folder = folder.resolve()
     path = folder / "config.yaml"
@@ -231,9 +230,14 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
             f"recipe = {overrides['recipe']}: {folder} keeps the values that it was started with; leave recipe out, "
             "and name the keys that are to change"
         )
-    overrides = {key: value for key, value in overrides.items() if key != "preset"}
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
-    config, sources = validate(schema, {str(path): saved, "command line": overrides}, fixed)
+    for key, own in (("run_name", folder.name), ("runs_dir", folder.parent)):
+        if overrides.get(key) and Path(overrides[key]).resolve() != Path(own).resolve():
+            raise UserError(f"{key} = {overrides[key]}: {folder} keeps its name and its place; leave {key} out")
+    layers = {str(path): saved, **layers_over(saved, overrides.get("config", ()))}
+    layers["command line"] = {key: value for key, value in overrides.items() if key not in ("preset", "config")}
+    config, sources = validate(schema, layers, fixed)
+    sources |= dict.fromkeys(fixed, "the run's folder")
     changes = describe_changes(with_defaults(saved, schema), config.model_dump(mode="json"))
     if changes and not getattr(config, "resume_with_changes", False):
         raise UserError(

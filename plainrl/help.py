@@ -144,7 +144,7 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
         UserError: there is no such key; names the nearest one.
     """
     if key == "config":
-        return f"config\n  the YAML file to read instead of {Path(yaml_path).name}"
+        return f"config\n  a YAML file whose values go over those of {Path(yaml_path).name}; of several the last counts"
     if key not in schema.model_fields:
         near = difflib.get_close_matches(key, schema.model_fields, n=1, cutoff=0.5)
         raise UserError(f"--help {key}: no such key; {f'did you mean {near[0]}?' if near else '--help lists them'}")

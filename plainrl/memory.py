@@ -18,6 +18,7 @@ from plainrl.records import UserError
 
 GIB = 2**30
 SLEEPING_ENGINE_GIB = 2.0  # a guess: CUDA context, graphs and buffers that sleep does not free
+EXACT = ("weights", "gradients", "moments", "16-bit copies", "engine")  # parts that are no estimates
 ADVICE = (
     "lower microbatch_tokens (or raise gradient_accumulation_steps), set gradient_checkpointing=true, lower "
     "gpu_memory_utilization, or train adapters alone with lora_rank=32"
@@ -30,7 +31,7 @@ def check_memory(model_config: PreTrainedConfig, config: TrainConfig) -> None:
     A peak that only estimated parts push over the card's memory is printed as a warning.
 
     Raises:
-        UserError: weights, gradients, moments and engine alone do not fit.
+        UserError: weights, gradients, moments, copies in 16 bits and engine alone do not fit.
     """
     if config.policy_device == "cpu":
         return
@@ -38,7 +39,7 @@ def check_memory(model_config: PreTrainedConfig, config: TrainConfig) -> None:
     peaks = estimate_peaks(model_config, config, total)
     for phase, parts in peaks.items():
         needed = sum(parts.values())
-        exact = sum(parts.get(name, 0.0) for name in ("weights", "gradients", "moments", "engine"))
+        exact = sum(parts.get(name, 0.0) for name in EXACT)
         message = (
             f"{config.policy_device} has {total:.1f} GiB, and {phase} takes about {needed:.1f} GiB: "
             f"{', '.join(f'{name} {size:.1f}' for name, size in parts.items())}; {ADVICE}"
@@ -98,7 +99,8 @@ def estimate_training_memory(model_config: Any, config: TrainConfig, num_shards:
     layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
     num_added = config.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
     most_tokens = config.microbatch_size * config.max_context_tokens
-    num_tokens = min(config.microbatch_tokens or most_tokens, most_tokens)
+    # A single row may be longer than the limit on the tokens of a microbatch.
+    num_tokens = max(min(config.microbatch_tokens or most_tokens, most_tokens), config.max_context_tokens)
     is_half = config.compute_dtype != "float32"
     of_a_block = (8 * feed_forward + 48 * width) * (1 if is_half else 2)
     kept = num_blocks * of_a_block

@@ -36,7 +36,8 @@ def make_rmsprop(groups: ParameterGroups, config: "TrainConfig") -> torch.optim.
     Source: Rafailov et al., Direct Preference Optimization, 2023, appendix B; Stanford CS336 (Spring 2025), supplement
     of Assignment 5, section 5.4.
     """
-    return torch.optim.RMSprop(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    # One tensor at a time: all at once would take another copy of the weights on a GPU.
+    return torch.optim.RMSprop(groups, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {

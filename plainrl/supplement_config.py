@@ -7,6 +7,12 @@ from pydantic import Field, model_validator
 from plainrl.config import EpochsConfig, WarmStartConfig
 from plainrl.shared_config import EMBEDDED_DATA, RunConfig
 
+# Keys of other scripts that name questions, or how responses are graded.
+OF_OTHER_DATA = (
+    *("train_data", "validation_data", "extra_validation_data", "validation_fraction", "num_eval_examples"),
+    *("question_field", "answer_field", "trace_field", "arithmetic_terms", "arithmetic_max_term", "reward"),
+)
+
 
 class DPOConfig(WarmStartConfig, EpochsConfig):
     """Direct preference optimization (supplement/DPO_train.py)."""
@@ -65,4 +71,10 @@ class BenchmarkConfig(RunConfig):
     def _check_benchmark_fields(self) -> Self:
         if isinstance(self.num_questions, int) and self.num_questions < 1:
             raise ValueError(f"num_questions = {self.num_questions}: must be at least 1, or all")
+        for name in OF_OTHER_DATA:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)}: it has no effect here; num_questions of the data in "
+                    "benchmark_data are asked, and each task has a score of its own"
+                )
         return self

@@ -219,3 +219,8 @@ def test_a_prompt_without_room_for_a_response_is_said(engine, folder, tiny_model
         UserError, match="the longest prompt of mmlu and sampling_max_tokens = 8 take .* leave mmlu out"
     ):
         evaluate_benchmark.main(arguments_of(tiny_model_folder, tmp_path, folder))
+
+
+def test_a_key_of_other_scripts_is_refused_where_it_has_no_effect():
+    with pytest.raises(ValueError, match="num_eval_examples = 10: it has no effect here; num_questions of the data in"):
+        BenchmarkConfig(num_eval_examples=10)

@@ -55,7 +55,7 @@ def test_the_whole_command(background):
     path, process = background.result(measure_on_cpu)
     assert process.returncode == 0, process.stderr
     found = read_figures(path)
-    parts = ["environment", "settings", "old log-probs", "GRPO update", "SFT step"]
+    parts = ["environment", "settings", "GRPO update", "old log-probs", "SFT step"]
     assert [part for part, _ in found] == [*parts, "start", "weights", "GRPO step", "rollout", "rollout"]
     assert found["environment", ""]["torch"] == torch.__version__.partition("+")[0]
     assert found["settings", ""]["response_tokens"] == "[5, 16, 40]"
@@ -77,7 +77,7 @@ def test_the_training_half_alone_and_off_policy(tmp_path, capsys, monkeypatch):
     off_policy = ["epochs_per_rollout_batch=2", "train_batch_size=8", "loss_type=grpo_clip"]
     main(["gpu", *TINY, *off_policy, "part=training", f"results={tmp_path}/gpu.csv"])
     found = read_figures(tmp_path / "gpu.csv")
-    assert list(found)[2:] == [("old log-probs", "64 rows a pass"), UPDATE, ("SFT step", UPDATE[1])]
+    assert list(found)[2:] == [UPDATE, ("old log-probs", "64 rows a pass"), ("SFT step", UPDATE[1])]
     assert found["environment", ""]["matmul_tflop_per_second"] == 0.5
     for figures in list(found.values())[2:]:
         row_tokens = int(figures["row_tokens"])

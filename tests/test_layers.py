@@ -50,6 +50,13 @@ def test_a_file_may_bring_presets_and_recipes_of_its_own(tmp_path):
         load_config(GRPOConfig, GRPO_YAML, [own, "preset=two"])
 
 
+def test_a_file_that_is_named_twice_counts_where_it_stands_last(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"seed: {seed}\n")
+    arguments = ["preset=laptop", *(f"config={tmp_path / name}.yaml" for name in "aba")]
+    assert load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", arguments).seed == 1
+
+
 def test_a_mistake_in_an_overlay_names_its_file(tmp_path):
     own = write(tmp_path / "mine.yaml", "sed: 1\n")
     with pytest.raises(UserError, match=r"^unknown key sed \(.*mine.yaml\): did you mean seed\?$"):

@@ -126,7 +126,7 @@ def test_phases_are_timed_step_by_step(make_loop):
     assert list(loop.run.path.iterdir()) == []  # nothing hung
 
 
-def test_a_phase_is_timed_though_it_fails(make_loop):
+def test_an_error_in_a_phase_ends_the_steps_and_saves_the_state_before(make_loop):
     with pytest.raises(RuntimeError, match="mine"), make_loop(2) as loop:
         for _ in loop:
             with loop.phase("train"):

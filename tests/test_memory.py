@@ -28,14 +28,18 @@ def test_the_parts_are_those_worked_out_by_hand():
     shape = {"vocab_size": 1000, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
     model = Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
     num_parameters = 8000 + 2 * (4 * 64 + 3 * 8 + 3 * 128 + 2 * 8) + 8
-    found = estimate_training_memory(model, gpu_config(microbatch_tokens=1024, evaluator_device="cpu"))
+    limits = {"microbatch_tokens": 1024, "max_context_tokens": 1024, "sampling_max_tokens": 512}
+    limits |= {"evaluator_device": "cpu"}
+    found = estimate_training_memory(model, gpu_config(**limits))
+    longer = estimate_training_memory(model, gpu_config(**limits | {"max_context_tokens": 4096}))
+    assert longer["activations"] == 4 * found["activations"], "a single row may be longer than a microbatch's limit"
     gib = {name: size * 2**30 for name, size in found.items()}
     assert gib["weights"] == gib["gradients"] == 4 * num_parameters and gib["moments"] == 8 * num_parameters
     assert gib["16-bit copies"] == 2 * num_parameters
     assert gib["activations"] == 1024 * 2 * (8 * 16 + 48 * 8)
     assert gib["logits"] == 1024 * 1000 * 4 + 12 * 2**26
     assert set(found) == {"weights", "gradients", "moments", "16-bit copies", "activations", "logits"}
-    wide = gpu_config(microbatch_tokens=1024, evaluator_device="cpu", float32_output_layer=True)
+    wide = gpu_config(**limits, float32_output_layer=True)
     logits = estimate_training_memory(model, wide)["logits"] * 2**30
     assert logits == 1024 * 1000 * 8 + 8 * 1000 * 8 + 12 * 2**26
 
@@ -87,6 +91,7 @@ def test_the_estimate_is_near_what_an_h200_measured():
         (44, {}, "warning: cuda:0 has 44.0 GiB, and training takes about"),
         (48, {"gradient_checkpointing": True, "microbatch_tokens": 8192}, "fits"),
         (22, {"gradient_checkpointing": True}, UserError),  # 23 GiB of weights, gradients and moments
+        (23.7, {"gradient_checkpointing": True}, UserError),  # 26 with the copy in 16 bits
         (40, {"gpu_memory_utilization": 0.85, "gradient_checkpointing": True}, UserError),
     ],
 )

@@ -17,7 +17,7 @@ from plainrl.records import Example, Response, Rollout, UserError
 from plainrl.report import contents, curves, page, renew
 from plainrl.report.contents import describe_responses, read_run
 from plainrl.report.curves import with_axes
-from plainrl.report.samples import Template, describe_examples, read_samples, shorten
+from plainrl.report.samples import Template, describe_examples, list_sample_files, read_samples, shorten
 from plainrl.rollouts import write_rollouts
 from plainrl.run_folder import RunFolder
 from policy_evaluation import log_generations
@@ -455,3 +455,12 @@ def test_the_page_of_200_steps_is_light_and_opens_at_once(browser, tmp_path):
     assert 2_000_000 < (folder / "report.html").stat().st_size < 5_000_000
     assert browser.open(folder / "report.html") < 2
     assert browser.errors == []
+
+
+def test_the_samples_of_further_validation_sets_are_listed_under_their_names(tmp_path):
+    for name in ("eval_000008", "gsm8k/eval_000008", "all/eval_000008", "gsm8k/eval_all_000008", "rollouts_000001"):
+        path = tmp_path / f"samples/{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    kinds = [(file.kind, file.step) for file in list_sample_files(tmp_path)]
+    assert kinds == [("eval", 8), ("eval/all", 8), ("eval/gsm8k", 8), ("eval_all/gsm8k", 8), ("rollouts", 1)]

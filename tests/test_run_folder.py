@@ -17,7 +17,7 @@ from tiny import REPOSITORY, new_state, take_step
 
 from experiments.runs import list_runs
 from plainrl.checkpoint import describe_files
-from plainrl.cli import load_config
+from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import UserError
 from plainrl.run_folder import RunFolder, list_checkpoints
@@ -210,11 +210,17 @@ def test_a_run_of_another_script_is_not_resumed(tmp_path):
 
 
 def test_another_configuration_file_is_not_ignored_on_resume(stopped_run):
-    with pytest.raises(UserError, match="config = config.yaml: .* goes on with its own config.yaml; leave config out"):
-        resumed(stopped_run, "config=config.yaml")
-    arguments = ["resume=auto", f"runs_dir={stopped_run.path.parent}", f"config={REPOSITORY / 'config.yaml'}"]
-    with pytest.raises(UserError, match="mine goes on with its own config.yaml; leave config out"):
+    same, other = stopped_run.path.parent / "same.yaml", stopped_run.path.parent / "other.yaml"
+    preset = read_yaml(stopped_run.path / "config.yaml")["preset"]
+    same.write_text(f"preset: auto\nseed: 5\npresets:\n  {preset}: {{seed: 0}}\n  another: {{seed: 7}}\n")
+    other.write_text("seed: 5\n")
+    arguments = ["resume=auto", f"runs_dir={stopped_run.path.parent}", f"config={other}"]
+    with pytest.raises(UserError, match="settings differ from the run's own: seed 0 -> 5; leave them out"):
         load_config(SFTConfig, REPOSITORY / "config.yaml", arguments)
+    again = [*arguments[:2], f"config={same}"]
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", again).resume == str(stopped_run.path)
+    with pytest.raises(UserError, match="run_name = other: .* keeps its name and its place; leave run_name out"):
+        load_config(SFTConfig, REPOSITORY / "config.yaml", [f"resume={stopped_run.path}", "run_name=other"])
     assert load_config(SFTConfig, REPOSITORY / "config.yaml", [*arguments, "run_name=new"]).run_name == "new"
 
 

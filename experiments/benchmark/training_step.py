@@ -59,13 +59,15 @@ def measure_training(config: GPUBenchmarkConfig, sft_config: SFTConfig, peak: fl
     optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
 
     score = partial(GRPO_train.score_old_log_probs, policy, rollouts, padding_id, config)
-    rows = f"{config.scoring_batch_size} rows a pass"
-    work = count_scoring(policy, rollouts, config)
-    yield Measured("old log-probs", rows, measure(score, work, device, times, peak))
-
+    score()  # the update needs them
     update = partial(GRPO_train.update_policy, policy, optimizer, rollouts, padding_id, STEP, config)
     work = count_update(policy, rollouts, config)
     yield Measured("GRPO update", describe(config), measure(update, work, device, times, peak))
+
+    # After the update, so that AdamW's moments are there, as in a run.
+    rows = f"{config.scoring_batch_size} rows a pass"
+    work = count_scoring(policy, rollouts, config)
+    yield Measured("old log-probs", rows, measure(score, work, device, times, peak))
 
     del policy, optimizer, score, update  # and with them AdamW's moments
     gc.collect()

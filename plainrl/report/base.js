@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const isOne = runs.length === 1;
 const KINDS = { eval: "validation", eval_all: "validation, all questions", rollouts: "training" };
-const kindName = (kind) => KINDS[kind] || kind.replace(/^eval_all_/, "validation, all questions, ").replace(/^eval_/, "validation, ");
+const kindName = (kind) => KINDS[kind] || kind.replace(/^eval_all\//, "validation, all questions, ").replace(/^eval\//, "validation, ");
 const SHOWS = {
   all: ["all", () => true],
   right: ["right", (member) => member.answer === 1],

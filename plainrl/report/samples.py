@@ -62,9 +62,13 @@ class SampleFile(NamedTuple):
 
 
 def list_sample_files(folder: Path) -> list[SampleFile]:
-    """Return the files in a run's samples/, by kind and step."""
-    found = [(re.fullmatch(r"(.+)_(\d+)\.jsonl", path.name), path) for path in (folder / "samples").glob("*.jsonl")]
-    return sorted(SampleFile(match[1], int(match[2]), path) for match, path in found if match)
+    """Return the files in a run's samples/, by kind and step. Those of a further validation set are `eval/NAME`."""
+    files = []
+    for path in (folder / "samples").glob("**/*.jsonl"):
+        if match := re.fullmatch(r"(.+)_(\d+)\.jsonl", path.name):
+            names = path.parent.relative_to(folder / "samples").parts
+            files.append(SampleFile("/".join([match[1], *names]), int(match[2]), path))
+    return sorted(files)
 
 
 def read_samples(path: Path) -> tuple[list[Sample], int]:

@@ -61,9 +61,12 @@ def take_kernel(monkeypatch):
         if reason := why_not(kernel, dtype):
             pytest.skip(reason)
         if kernel == "flash-attn":
-            function = sys.modules["flash_attn"].flash_attn_varlen_func if ON_GPU else flash_attn_varlen_func
-            module = SimpleNamespace(flash_attn_varlen_func=partial(watched, function))
-            monkeypatch.setitem(sys.modules, "flash_attn", module)
+            if ON_GPU:  # in the real module, which Transformers looks at, too
+                module, function = sys.modules["flash_attn"], sys.modules["flash_attn"].flash_attn_varlen_func
+            else:
+                module, function = SimpleNamespace(), flash_attn_varlen_func
+                monkeypatch.setitem(sys.modules, "flash_attn", module)
+            monkeypatch.setattr(module, "flash_attn_varlen_func", partial(watched, function), raising=False)
         elif kernel == "sdpa":
             monkeypatch.setattr("plainrl.prefix_tree.can_run_packed", lambda queries: False)
         else:
@@ -191,7 +194,8 @@ def test_a_packed_kernel_gets_starts_and_lengths_as_worked_out_by_hand(take_kern
     ids = torch.tensor([[1, 2, 3, 4, 0], [1, 2, 3, 5, 6], [1, 2, 7, 8, 0]])
     tree = build_prefix_tree(ids, ids > 0).to(DEVICE)
     nodes = torch.arange(8, dtype=getattr(torch, dtype), device=DEVICE)[:, None].expand(8, 128)
-    query, key, value = (nodes.expand(num_heads, 8, 128)[None] for num_heads in (4, 2, 2))
+    # The kernels take no stride of 0 in the last dimension.
+    query, key, value = (nodes.expand(num_heads, 8, 128)[None].contiguous() for num_heads in (4, 2, 2))
     prefix_tree_attention(
         torch.nn.Module(),
         query,

@@ -122,8 +122,8 @@ FIGURES = {
     ],
     "dpo/dpo.png": [
         Group(
-            "DPO beside other methods, from two runs of one warm start",
-            WITH_DPO,
+            "DPO, GRPO and SFT",
+            WITH_DPO[:-1],
             [Panel("optimizer_steps", EVAL_SCORE), Panel("optimizer_steps", ENTROPY)],
         )
     ],

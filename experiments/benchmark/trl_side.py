@@ -8,7 +8,7 @@ on TRL.
 Settings are those that the documentation of TRL and Transformers recommends for this hardware. Of those that leave
 the result equal, they are the fastest that we found:
 
-    float32 weights with bfloat16 autocast, as ours; the fused AdamW
+    float32 weights with bfloat16 autocast; ours computes with a 16-bit copy beside them; the fused AdamW
     no gradient checkpointing, except where the task asks for it
     one optimizer step for all rollouts, so that no old log-probs are computed; no KL term
 

@@ -114,7 +114,7 @@ def test_mistakes_are_named(with_bos, tmp_path):
     questions = write_lines(tmp_path / "questions.jsonl", [{"question": "q", "answer": "1 #### 1"}])
     with pytest.raises(UserError, match=r"questions\.jsonl, line 1: .* instruction data have prompt and response"):
         PackedDataset(with_bos, questions, 8, False)
-    with pytest.raises(UserError, match=r"line 1: field response is ''; expected text"):
+    with pytest.raises(UserError, match=r"line 1: prompt or response is empty; instruction data have"):
         PackedDataset(with_bos, write_lines(tmp_path / "empty.jsonl", [{"prompt": "p", "response": ""}]), 8, False)
     with pytest.raises(UserError, match=r"has \d+ tokens, and a row takes seq_length \+ 1 = 5001; lower seq_length"):
         PackedDataset(with_bos, write_lines(tmp_path / "short.jsonl", RECORDS[:1]), 5000, False)

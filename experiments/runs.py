@@ -22,7 +22,6 @@ from plainrl.report.contents import read_run
 from plainrl.report.page import NAME, write_page
 from plainrl.run_folder import FINISHED, state_at_rest
 from plainrl.run_records import EVAL_SCORE, Line, plot_metrics, read_metrics
-from plainrl.sources import path_exists
 
 MOST_SECONDS = 1e12  # what a time can show
 COMMAND = "python -m experiments.runs"
@@ -159,7 +158,7 @@ def state_of(folder: Path) -> str:
     """Return whether a run is finished, running or stopped; unknown if its lock cannot be opened."""
     state = state_at_rest(folder)
     try:
-        return "running" if path_exists(folder / "lock") and is_locked(folder) else state
+        return "running" if is_locked(folder) else state
     except OSError:
         return state if state == FINISHED else "unknown"
 

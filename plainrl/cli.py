@@ -29,6 +29,7 @@ from plainrl.faults import describe_fault
 from plainrl.grading.own_rewards import RewardError
 from plainrl.help import SCHEMAS, TABLES, explain, help_text, show_text
 from plainrl.layers import (
+    Files,
     check_block,
     describe_problems,
     layers_of,
@@ -118,12 +119,13 @@ def resolve(
         UserError: an argument, key or value is wrong. The message names it, where it stands and what to do.
     """
     overrides = parse_arguments(arguments, schema)
+    # Each is read once, for it may be a pipe. One that is named twice counts where it stands last.
+    given_files: dict[Path, dict[str, Any]] = {}
+    for path in map(Path, overrides.get("config", ())):
+        given_files[path] = given_files.pop(path, None) or read_yaml(path)
     if overrides.get("resume", "auto") not in ("", "auto"):
-        return resumed_config(schema, Path(overrides["resume"]), overrides)
-    files: dict[Path, dict[str, Any]] = {}
-    for path in [yaml_path, *map(Path, overrides.get("config", ()))]:
-        files.pop(path, None)  # a file that is named twice counts where it stands last
-        files[path] = read_yaml(path)
+        return resumed_config(schema, Path(overrides["resume"]), overrides, given_files)
+    files = ({} if yaml_path in given_files else {yaml_path: read_yaml(yaml_path)}) | given_files
     given = {key: value for key, value in overrides.items() if key != "config"}
     preset, notes = named_last("preset", [*files.values(), given], default="auto"), []
     if preset == "auto":
@@ -140,7 +142,7 @@ def resolve(
     )
     if overrides.get("resume") == "auto":
         if folder := newest_unfinished_run(schema, config):
-            return resumed_config(schema, folder, overrides)
+            return resumed_config(schema, folder, overrides, given_files)
         notes.append("resume = auto: there is no unfinished run with a checkpoint, so this is a new one")
     return Resolved(config, sources, notes)
 
@@ -197,13 +199,16 @@ def resume_command(folder: Path) -> str:
     return run_command(f"{program} {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
 
 
-def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any]) -> Resolved[ConfigType]:
+def resumed_config(
+    schema: type[ConfigType], folder: Path, overrides: Mapping[str, Any], files: Files
+) -> Resolved[ConfigType]:
     """Return the configuration that a run's folder holds, with the changes of the command line if they are allowed.
 
     Args:
         schema: the script's configuration.
         folder: the run's folder.
         overrides: what the command line gives.
+        files: the content of each `config=FILE`.
 
     Raises:
         UserError: there is no such run, another name, preset or recipe is given, or settings differ although
@@ -234,7 +239,7 @@ def resumed_config(schema: type[ConfigType], folder: Path, overrides: Mapping[st
     for key, own in (("run_name", folder.name), ("runs_dir", folder.parent)):
         if overrides.get(key) and Path(overrides[key]).resolve() != Path(own).resolve():
             raise UserError(f"{key} = {overrides[key]}: {folder} keeps its name and its place; leave {key} out")
-    layers = {str(path): saved, **layers_over(saved, overrides.get("config", ()))}
+    layers = {str(path): saved, **layers_over(saved, files)}
     layers["command line"] = {key: value for key, value in overrides.items() if key not in ("preset", "config")}
     config, sources = validate(schema, layers, fixed)
     sources |= dict.fromkeys(fixed, "the run's folder")

@@ -9,7 +9,6 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 
 from plainrl.startup import ENGINE_VARIABLE
 
-import fcntl
 import multiprocessing
 import os
 import shutil
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from plainrl.folder_lock import is_locked, lock_folder
 from plainrl.records import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -75,7 +75,7 @@ def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > num_bytes + SPARE_BYTES
     with (
         tempfile.TemporaryDirectory(prefix=NAME, dir=SHARED_MEMORY if has_room else None) as folder,
-        _locked(folder),
+        lock_folder(Path(folder)),
     ):
         # Copies, because the file format refuses tensors that share their memory.
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
@@ -117,27 +117,16 @@ def told_if_it_ended() -> Iterator[None]:
 
 
 def _remove_left_behind() -> None:
-    """Remove folders of runs that were killed. Their locks have ended with them. An empty one may not be locked yet."""
+    """Remove folders of runs that were killed. Their locks have ended with them.
+
+    One without weights may not be locked yet.
+    """
     for place in {SHARED_MEMORY, Path(tempfile.gettempdir())}:
         for folder in place.glob(f"{NAME}*"):
-            with suppress(OSError), _locked(folder) as was_free:  # gone meanwhile, or somebody else's
-                if was_free and any(folder.iterdir()):
+            with suppress(OSError):  # gone meanwhile, or somebody else's
+                has_weights = any(path.name != "lock" for path in folder.iterdir())
+                if has_weights and not is_locked(folder):
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: str | Path) -> Iterator[bool]:
-    """Hold the lock of a folder, before anything is written into it. Provide whether it was free."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    was_free = True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        was_free = False
-    try:
-        yield was_free
-    finally:
-        os.close(descriptor)
 
 
 def _look_after(*_: object) -> None:

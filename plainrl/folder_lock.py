@@ -15,11 +15,13 @@ WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock of a run's folder.
+    """Return whether a process holds the lock of a folder. One that was never locked is not.
 
     Raises:
         OSError: the lock cannot be opened, or the file system has no locks.
     """
+    if not (path / "lock").exists():
+        return False
     with (path / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

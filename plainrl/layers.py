@@ -127,11 +127,10 @@ def layers_of(files: Files, preset: str, given: Mapping[str, Any]) -> dict[str, 
     return layers
 
 
-def layers_over(saved: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Mapping[str, Any]]:
+def layers_over(saved: Mapping[str, Any], files: Files) -> dict[str, Mapping[str, Any]]:
     """Return what files give over the saved configuration of a run, whose preset and recipe it keeps, by source."""
     layers: dict[str, Mapping[str, Any]] = {}
-    for path in map(Path, paths):
-        values = read_yaml(path)
+    for path, values in files.items():
         own = {key: value for key, value in values.items() if key not in ("presets", "recipes", "preset", "recipe")}
         for kind in ("preset", "recipe"):
             own |= blocks_of(values, f"{kind}s", path).get(str(saved.get(kind, "")), {})

@@ -130,7 +130,7 @@ def _wait_for_maker(folder: Path) -> bool:
     """Wait while another process makes the warm start; return whether one did."""
     has_waited = False
     with contextlib.suppress(OSError):  # a file system without locks
-        while path_exists(folder / "lock") and is_locked(folder):
+        while is_locked(folder):
             if not has_waited:
                 print(f"warm start: another process is making {folder}; waiting for it", flush=True)
             has_waited = True

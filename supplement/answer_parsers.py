@@ -34,9 +34,8 @@ STATEMENTS = (  # the most explicit kind comes first, and the others are read on
 )
 # Digits in groups of three or plain, with decimals: 1,234.50 and 72 and .5
 NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+")
-SIGN = re.compile(
-    r"(?:\A|[^\w)\]])[-\u2212][$€£]?\Z"
-)  # behind a word or a number it is a hyphen, before a space a list's
+# Behind a word or a number it is a hyphen or a subtraction, before a space that of a list.
+SIGN = re.compile(r"(?:\A|[^\w)\]])[-\u2212][$€£]?\Z")
 
 
 def parse_mmlu_response(mmlu_example: Mapping[str, Any], model_output: str) -> str | None:

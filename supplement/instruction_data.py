@@ -77,8 +77,8 @@ def read_documents(path: str, tokenizer: PreTrainedTokenizerBase) -> list[list[i
     for values, where in read_records(path):
         record = parse_record(values, where)
         if record.prompt is None or record.response is None:
-            empty = [name for name in ("prompt", "response") if name in values]
-            problem = f"{' or '.join(empty)} is empty" if len(empty) == 2 else f"fields {sorted(values)}"
+            has_both = values.keys() >= {"prompt", "response"}
+            problem = "prompt or response is empty" if has_both else f"fields {sorted(values)}"
             raise UserError(f"{where}: {problem}; instruction data have prompt and response")
         text = fill_alpaca(record.prompt) + record.response
         documents.append([*encode_prompt(text, tokenizer), cast(int, tokenizer.eos_token_id)])

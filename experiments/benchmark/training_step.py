@@ -59,7 +59,8 @@ def measure_training(config: GPUBenchmarkConfig, sft_config: SFTConfig, peak: fl
     optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
 
     score = partial(GRPO_train.score_old_log_probs, policy, rollouts, padding_id, config)
-    score()  # the update needs them
+    if config.is_off_policy:
+        score()  # the update needs them
     update = partial(GRPO_train.update_policy, policy, optimizer, rollouts, padding_id, STEP, config)
     work = count_update(policy, rollouts, config)
     yield Measured("GRPO update", describe(config), measure(update, work, device, times, peak))

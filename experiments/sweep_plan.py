@@ -34,7 +34,7 @@ EVALUATION_SCRIPT = "policy_evaluation.py"
 KEPT_WEIGHTS = Literal["none", "last", "best", "all"]
 SET_BY_THE_SWEEP = {"seed", "run_name", "resume", "resume_with_changes", "config"}
 Scalar = bool | int | float | str
-Settings = dict[str, Scalar | list[Scalar]]
+Settings = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
 
 
 class Script(NamedTuple):

@@ -18,6 +18,7 @@ from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
 from plainrl.distributed import exchange, num_ranks, shard
 from plainrl.divided_weights import is_empty, make_empty_model, read_shares
+from plainrl.lean_layers import keep_less
 from plainrl.log_probs import changes_logits, compile_scores, compute_output_in_float32, get_masked_response_log_probs
 from plainrl.lora import add_adapters, load_adapters
 from plainrl.memory import check_memory
@@ -149,8 +150,10 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
     model = working_copy(policy)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if config.compile_policy:
+    if config.compile_policy:  # the compiler chooses itself what is computed again
         compile_blocks(model)
+    else:
+        keep_less(model, in_gated_layers=not config.gradient_checkpointing)
     model.train()
     optimizer = OPTIMIZERS[config.optimizer].make(parameter_groups(policy), config)
     optimizer.register_step_post_hook(lambda *_: refresh_working_copy(policy))

@@ -22,6 +22,7 @@ from plainrl.startup import end_with_parent
 import datetime
 import os
 import pickle
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,15 +113,19 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
     found = {
         "lora_rank": "adapters are trained in one process: leave it out, or start without torchrun",
         "dropout": "the ranks would draw the same noise: leave it out, or start without torchrun",
-        "rollouts_ahead": "each rank has one GPU for policy and engine: leave it out, or start without torchrun",
     }
     for name, advice in found.items():
         if getattr(config, name, 0):
             raise UserError(f"{name} = {getattr(config, name)} with {num_started} ranks: {advice}")
-    if config.evaluator_device != config.policy_device:
+    if config.samples_ahead and config.engine_tensor_parallel > 1:
+        raise UserError(
+            f"rollouts_ahead = 1 with engine_tensor_parallel = {config.engine_tensor_parallel}: an engine that samples "
+            "ahead belongs to one rank; leave one of them out"
+        )
+    if config.evaluator_device != config.policy_device and not config.samples_ahead:
         raise UserError(
             f"policy_device = {config.policy_device} and evaluator_device = {config.evaluator_device}: each rank has "
-            "one GPU for both; use cuda:0 for both, as in preset=eight-gpu"
+            "one GPU for both; use cuda:0 for both, as in preset=eight-gpu, or rollouts_ahead = 1 with two for each"
         )
 
 
@@ -130,11 +135,11 @@ def require_one_process(program: str) -> None:
         raise UserError(f"{program} runs in one process: start it without torchrun")
 
 
-def environment_of_one_process() -> dict[str, str]:
-    """Return this process's environment without what torchrun put there, for a program that is to run alone."""
+def environment_of_one_process(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment without what torchrun put there, for a program that is to run alone."""
     return {
         name: value
-        for name, value in os.environ.items()
+        for name, value in environment.items()
         if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
     }
 
@@ -209,6 +214,12 @@ def add_to(sums: dict[str, Any], name: str, value: Any) -> None:
 def largest(value: float) -> float:
     """Return the largest of all ranks' values."""
     return max(exchange(value))
+
+
+def first_on_machine() -> int:
+    """Return the number of the first rank on this rank's machine."""
+    names = exchange(socket.gethostname())
+    return names.index(names[rank()])
 
 
 def on_first(call: Callable[[], Result]) -> Result:

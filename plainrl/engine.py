@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from plainrl.config import RunConfig
 from plainrl.devices import can_compile, check_engine_device
-from plainrl.distributed import deal, engine_number, exchange, gather, whole
+from plainrl.distributed import deal, engine_number, exchange, first_on_machine, gather, rank, whole
 from plainrl.engine_process import in_shared_memory, new_processes, share_threads, told_if_it_ended, watch
 from plainrl.lora import merged_state_dict
 from plainrl.model_files import MOST_SHOWN
@@ -154,8 +155,7 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
     weights = ((name, whole(tensor.detach().to(dtype))) for name, tensor in merged_state_dict(policy))
     with _quiet_stderr(), told_if_it_ended():
         if is_in_own_process(llm):
-            with in_shared_memory(dict(weights)) as folder:
-                llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+            _load_by_file(llm, weights)
         else:
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if is_sleeping:
@@ -165,6 +165,17 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
             "vLLM did not give up its prefix cache: it would use keys and values of the old weights with the new "
             "ones; finish all requests before the weights change"
         )
+
+
+def _load_by_file(llm: "LLM", weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Hand weights to an engine in a process of its own: in a file that the first rank of each machine writes."""
+    writer, copies = first_on_machine(), {}
+    for name, tensor in weights:  # all ranks gather, but not all have room for a whole model
+        if rank() == writer:
+            copies[name] = tensor.to("cpu", copy=True)
+    with in_shared_memory(copies) if rank() == writer else contextlib.nullcontext("") as own:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": exchange(own)[writer]})
+        exchange(None)  # the file is there until the last engine has read it
 
 
 def sleep_vllm_instance(llm: "LLM") -> None:

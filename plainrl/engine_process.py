@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from plainrl.distributed import environment_of_one_process
 from plainrl.folder_lock import is_locked, lock_folder
 from plainrl.records import UserError
 
@@ -39,7 +40,7 @@ ENDED = (
 
 @contextmanager
 def share_threads(device: str) -> Iterator[None]:
-    """Give half of the threads to the process that is started within, and keep the other half.
+    """Give half of the threads to the process that is started within, and keep the other half. It is no rank.
 
     Two processes that both take all cores crawl: 8 s became 58 to 88 s on two cores.
 
@@ -51,14 +52,14 @@ def share_threads(device: str) -> Iterator[None]:
         num_threads = max(torch.get_num_threads() // 2, 1)
         torch.set_num_threads(num_threads)
         given["OMP_NUM_THREADS"] = str(num_threads)
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment_of_one_process(before) | given)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextmanager
@@ -68,7 +69,8 @@ def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
     A run that is killed at this moment leaves them behind. The next one removes them.
 
     Args:
-        weights: of a whole `state_dict()`. Tied weights stand there twice, as the engine's loader wants them.
+        weights: of a whole `state_dict()`, on the CPU. None shares memory with another, which the file format refuses.
+            Tied weights stand there twice, as the engine's loader wants them.
     """
     _remove_left_behind()
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
@@ -77,9 +79,7 @@ def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix=NAME, dir=SHARED_MEMORY if has_room else None) as folder,
         lock_folder(Path(folder)),
     ):
-        # Copies, because the file format refuses tensors that share their memory.
-        copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
-        save_file(copies, Path(folder) / "model.safetensors")
+        save_file(dict(weights), Path(folder) / "model.safetensors")
         yield folder
 
 

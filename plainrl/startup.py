@@ -64,19 +64,22 @@ def end_with_parent() -> None:
 
 
 def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what `torchrun --virtual-local-rank` would set for a rank: its own GPU as the only one.
+    """Return what a rank sets to see only its own GPU, and a second one where there are twice as many as ranks.
+
+    Without CUDA_VISIBLE_DEVICES it is not known yet how many there are. CUDA ignores a number that no GPU has.
 
     >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,7"})
     {'CUDA_VISIBLE_DEVICES': '7', 'LOCAL_RANK': '0'}
     >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}), own_gpu({"CUDA_VISIBLE_DEVICES": "4,7"})
-    ({'CUDA_VISIBLE_DEVICES': '1', 'LOCAL_RANK': '0'}, {})
+    ({'CUDA_VISIBLE_DEVICES': '1,3', 'LOCAL_RANK': '0'}, {})
     """
-    if int(environment.get("LOCAL_WORLD_SIZE", "1")) == 1:
+    num_ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if num_ranks == 1:
         return {}
     number = int(environment["LOCAL_RANK"])
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = [str(number)] if visible is None else visible.split(",")[number : number + 1]
-    return {"CUDA_VISIBLE_DEVICES": "".join(names), "LOCAL_RANK": "0"}
+    names = map(str, range(2 * num_ranks)) if visible is None else visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": ",".join([*names][number::num_ranks][:2]), "LOCAL_RANK": "0"}
 
 
 def is_own_program(main_file: str | None, command: list[str]) -> bool:

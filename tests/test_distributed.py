@@ -1,5 +1,6 @@
 """Several ranks are one process, to rounding: dealing, gradients, whole runs with the real engine, faults."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ GRPO = {
     "keep_last": 9,
 }
 OFF_POLICY = GRPO | {"loss_type": "grpo_clip", "train_batch_size": 32}
+AHEAD = GRPO | {"rollouts_ahead": 1, "engine_correction": "token_truncate", "n_grpo_steps": 4}
 # Differences between engine and policy are rounding themselves. The loss is a sum of terms that nearly cancel.
 SECONDS_TO_END = 150
 TOLERANCES = {"gap": (0, 1e-4), "difference": (0, 1e-4), "train/loss": (1e-4, 2e-7)}  # relative, absolute
@@ -49,7 +51,7 @@ def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, t
     )
 
 
-def run_plan(num_ranks, background):
+def run_plan(num_ranks, background, is_ahead=False):
     """Run SFT, GRPO on-policy and off-policy in one process or in several; return the folder of the runs."""
     folder = background.new_folder(f"ranks-{num_ranks}")
     model = background.answering_model
@@ -59,6 +61,8 @@ def run_plan(num_ranks, background):
         ["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **GRPO)],
         ["GRPO_train", grpo_arguments(model, folder, run_name="off-policy", **OFF_POLICY)],
     ]
+    if is_ahead:
+        plan = [["GRPO_train", grpo_arguments(model, folder, run_name="ahead", **AHEAD)]]
     (folder / "plan.json").write_text(json.dumps(plan))
     log = folder / "log"
     process = start(num_ranks, "tests/run_scripts.py", folder / "plan.json", log=log, start_process=background.start)
@@ -76,6 +80,14 @@ def run_as_one_rank(background):
 
 def run_as_two_ranks(background):
     return run_plan(2, background)
+
+
+def run_ahead_alone(background):
+    return run_plan(0, background, is_ahead=True)
+
+
+def run_ahead_as_two_ranks(background):
+    return run_plan(2, background, is_ahead=True)
 
 
 def tensors_in(folder):
@@ -121,6 +133,41 @@ def test_two_ranks_are_one_process_to_rounding(name, background, answering_model
 def test_one_rank_of_torchrun_is_no_torchrun(background):
     for name in ("sft", "grpo", "off-policy"):
         assert find_differences(background.result(run_alone) / name, background.result(run_as_one_rank) / name) == []
+
+
+@pytest.mark.background(job=run_ahead_alone)
+@pytest.mark.background(job=run_ahead_as_two_ranks)
+def test_two_ranks_that_sample_ahead_are_one_process_to_rounding(background):
+    """The engine of each has a process of its own. One rank writes the weights that both read."""
+    one, two = background.result(run_ahead_alone) / "ahead", background.result(run_ahead_as_two_ranks) / "ahead"
+    assert_equal_to_rounding(one, two)
+    rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
+    assert [row["rollout/policy_lag"] for row in rows if "rollout/policy_lag" in row] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy_device": "cuda:1", "evaluator_device": "cuda:0"}, "or rollouts_ahead = 1 with two for each"),
+        ({"engine_tensor_parallel": 2}, "an engine that samples ahead belongs to one rank"),
+        ({"policy_device": "cuda:1", "evaluator_device": "cuda:0", "rollouts_ahead": 1}, ""),
+        ({"policy_device": "cuda:0", "evaluator_device": "cuda:0"}, ""),
+    ],
+)
+def test_a_second_gpu_of_each_rank_is_for_an_engine_that_samples_ahead(settings, message, tiny_model_folder):
+    ahead = {"rollouts_ahead": 1} if "engine_tensor_parallel" in settings else {}
+    config = rank_gradients.config_of(tiny_model_folder, {}).model_copy(update=settings | ahead)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        distributed._require_divisible(config, 2)
+
+
+def test_the_first_rank_of_each_machine_is_known(monkeypatch):
+    monkeypatch.setattr(distributed, "exchange", lambda name: ["a", "b", "b", "a"])
+    found = []
+    for number in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        found.append(distributed.first_on_machine())
+    assert found == [0, 1, 1, 0]
 
 
 @pytest.fixture(scope="module")

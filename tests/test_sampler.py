@@ -164,8 +164,12 @@ def test_a_process_that_ends_while_it_is_awaited_is_told_at_once(monkeypatch):
         signal.signal(signal.SIGCHLD, before)
 
 
+def copies_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def test_weights_go_through_a_file_that_holds_tied_ones_twice(tiny_model):
-    with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
+    with engine_process.in_shared_memory(copies_of(tiny_model)) as folder:
         stored = load_file(f"{folder}/model.safetensors")
     assert not Path(folder).exists()
     assert stored.keys() == tiny_model.state_dict().keys() and "lm_head.weight" in stored
@@ -189,24 +193,26 @@ def test_weights_that_a_killed_run_left_in_memory_are_removed_by_the_next(tiny_m
     run = subprocess.Popen(command, cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout.readline() == "there\n"
     [theirs] = tmp_path.glob("plainrl-*")
-    with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
+    with engine_process.in_shared_memory(copies_of(tiny_model)) as folder:
         assert {*tmp_path.glob("plainrl-*")} == {theirs, Path(folder)}, "that of a run that goes on stays"
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["plainrl-mine"]
     run.kill()
     run.wait()
-    with engine_process.in_shared_memory(tiny_model.state_dict()) as folder:
+    with engine_process.in_shared_memory(copies_of(tiny_model)) as folder:
         assert [*tmp_path.glob("plainrl-*")] == [Path(folder)]
     assert not [*tmp_path.glob("plainrl-*")]
 
 
 def test_an_engine_on_a_cpu_gets_half_of_the_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("RANK", "1")
     given = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     with engine_process.share_threads("cpu"):
         assert (os.environ["OMP_NUM_THREADS"], os.environ["PLAINRL_ENGINE_PROCESS"]) == ("3", "1")
-    assert given == [3]
+        assert "RANK" not in os.environ, "the engine's process is no rank of torchrun"
+    assert given == [3] and os.environ["RANK"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "7" and "PLAINRL_ENGINE_PROCESS" not in os.environ
     with engine_process.share_threads("cuda:0"):
         assert os.environ["OMP_NUM_THREADS"] == "7"

@@ -266,7 +266,7 @@ class GRPOConfig(RolloutConfig):
     )
     rollouts_ahead: Literal[0, 1] = Field(
         0,
-        description="1: the engine samples the next rollouts while the policy trains, for two GPUs. They are then one "
+        description="1: the engine samples the next rollouts while the policy trains, on another GPU. They are one "
         "step older than the policy, which engine_correction accounts for. A resumed run is not bit-exact",
     )
     drop_solved_questions: bool = Field(False, description="do not ask a question again once it is solved")

@@ -6,10 +6,15 @@
 
 Of conversations only those of one turn are used: in longer ones the humans' later messages differ, too.
 
+    python -m supplement.preference_data PAIRS.jsonl [key=value ...]    writes the pairs that a run trains on
+
 Source: Stanford CS336 (Spring 2025), supplement of Assignment 5, section 5.2. Bai et al., Training a Helpful and
 Harmless Assistant, 2022.
 """
 
+import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
+
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from plainrl.data import VALIDATION_SUBSET_SEED, hold_out, keep_short
+from plainrl.cli import load_config, run_main
+from plainrl.data import VALIDATION_SUBSET_SEED, hold_out, keep_short, load_validation
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, UserError
 from plainrl.sources import (
@@ -65,6 +71,20 @@ class MalformedError(ValueError):
 
 class SeveralTurnsError(ValueError):
     """A conversation in which the human speaks more than once."""
+
+
+def main(arguments: list[str]) -> None:
+    """Write the pairs that `DPO_train.py` trains on with the same settings, one JSON object a line.
+
+    SFT_train.py reads the chosen responses with `question_field=question trace_field=chosen`.
+    """
+    if not arguments or "=" in arguments[0]:
+        raise UserError("write the name of a file for the pairs first, and key=value after it")
+    config = load_config(DPOConfig, Path(__file__).with_name("dpo_train.yaml"), arguments[1:])
+    validation = load_validation(config) if config.validation_data else None
+    pairs, _ = load_pairs(validation.everything if validation else [], config)
+    rows = ({"question": pair.instruction, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs)
+    Path(arguments[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load_pairs(held_out: Sequence[Example], config: DPOConfig) -> tuple[list[Pair], list[Pair]]:
@@ -239,3 +259,7 @@ def _read_tolerantly(source: str) -> Iterator[tuple[Any, str]]:
             except (ValueError, RecursionError):
                 record = "broken JSON"
             yield record, f"{source}, line {number}"
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -618,7 +618,7 @@ def documented_commands():
 
 
 ARGUMENTS = {  # of what is no script with a configuration
-    "tests/kill_and_resume.py": {"--kills", "20", "10", "--ranks", "2", "--soak", "200"},
+    "tests/kill_and_resume.py": {"--kills", "20", "10", "--ranks", "2", "--other-ranks", "--soak", "200"},
     "experiments.sweep": {
         "--dry-run",
         "--gpus",

@@ -100,7 +100,7 @@ def points_by_step(
     for row, of_step in zip(rows, sizes, strict=True):
         minutes += float(row["time/step"] or 0) / 60
         size += of_step
-        if row[panel.metric]:
+        if row.get(panel.metric):  # only a sweep with further validation sets has columns of theirs
             step = int(row["eval_step"] or row["train_step"])
             thousands = size * float(run["sampled_tokens"] or 0) / (sum(sizes) or 1) / 1000
             x = {"minutes": minutes, "sampled_tokens": thousands}.get(panel.axis, step)

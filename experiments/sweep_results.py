@@ -1,7 +1,8 @@
 """The committed figures of a sweep, results/<sweep>/: their columns, how a run comes in, how they are read.
 
     runs.csv      one row per run, RUN_COLUMNS. A run with a row is finished, also when its folder is gone
-    metrics.csv   the METRICS of its metrics.jsonl, in the order in which they were logged
+    metrics.csv   the METRICS of its metrics.jsonl, in the order in which they were logged, and the answer rewards of
+                  further validation sets (OF_A_SET)
 
     minutes         of training steps and evaluations, as logged, without loading, saving and lost work
     wall_minutes    of the run's processes, with a warm start that was made first
@@ -13,6 +14,7 @@ A cell is empty where the run logged no such value. Numbers have 5 significant d
 """
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ RUN_COLUMNS = (
     *("last_answer_reward", "best_answer_reward", "num_eval_examples", "final_answer_reward", "num_final_examples"),
     *("sampled_tokens", "peak_memory_gib"),
 )
+OF_A_SET = re.compile(r"eval(_all)?/[^/]+/answer_reward")  # of extra_validation_data
 COLUMNS = {"runs.csv": RUN_COLUMNS, "metrics.csv": METRIC_COLUMNS}
 
 
@@ -62,10 +65,7 @@ def collect_run(
 
 def forget_run(results: Path, variant: str, seed: int) -> None:
     """Remove a run's figures from a sweep's results, so that it is no longer finished."""
-    for name, columns in (
-        ("runs.csv", RUN_COLUMNS),
-        ("metrics.csv", METRIC_COLUMNS),
-    ):  # the row of a finished run first
+    for name, columns in COLUMNS.items():  # the row of a finished run first
         if (results / name).exists():
             rows = [row for row in read_table(results / name) if (row["variant"], row["seed"]) != (variant, str(seed))]
             _write_rows(results / name, columns, rows)
@@ -129,7 +129,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
     """Replace a run's rows in a CSV file. The file is written anew and then renamed, so it is never half written."""
-    texts = [{column: _text(row.get(column)) for column in columns} for row in rows]
+    texts = [{name: _text(row.get(name)) for name in [*columns, *filter(OF_A_SET.fullmatch, row)]} for row in rows]
     replaced = {(row["variant"], row["seed"]) for row in texts}
     texts += [row for row in read_table(path) if (row["variant"], row["seed"]) not in replaced]
     places = {variant: place for place, variant in enumerate(order)}
@@ -140,7 +140,8 @@ def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        of_sets = sorted({name for row in rows for name, text in row.items() if text and OF_A_SET.fullmatch(name)})
+        writer = csv.DictWriter(file, [*columns, *of_sets], "", "ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     unfinished.replace(path)

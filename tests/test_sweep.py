@@ -1,5 +1,6 @@
 """The sweep: its files, and its states, collecting and stopping with a script that only writes what a run would."""
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from experiments import sweep, sweep_plan
 from experiments.curves import Curve
 from experiments.sweep_figures import own_figure, write_figures_and_table
 from experiments.sweep_plan import plan
-from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
+from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, collect_run, forget_run, read_table
 from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.run_folder import lock_folder
@@ -296,6 +297,29 @@ def test_the_sweep_of_how_to_is_valid_and_gets_its_figure(workplace, monkeypatch
     rows = read_table(Path("results/my_sweep/runs.csv"))
     assert {(row["variant"], row["seed"]) for row in rows} == {(run.variant, str(run.seed)) for run in planned}
     assert Path("results/my_sweep/my_sweep.png").exists() and Path("results/my_sweep/README.md").exists()
+
+
+def test_the_rewards_of_further_validation_sets_are_kept(tmp_path):
+    """Also where another run of the sweep has none, or others."""
+    for seed, name in enumerate(("four", "", "six")):
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("seed: 0\n")
+        row = {"eval_step": 1, "eval/answer_reward": 0.5} | ({f"eval/{name}/answer_reward": seed / 8} if name else {})
+        (folder / "metrics.jsonl").write_text(json.dumps(row | {"eval/six/format_reward": 1.0}) + "\n")
+        collect_run(folder, tmp_path / "results", {"variant": "a", "seed": seed, "fingerprint": ""}, 1.0, ["a"])
+    header, *lines = (tmp_path / "results/metrics.csv").read_text().splitlines()
+    assert header.split(",")[len(METRIC_COLUMNS) :] == ["eval/four/answer_reward", "eval/six/answer_reward"]
+    assert [line.split(",")[len(METRIC_COLUMNS) :] for line in lines] == [["0", ""], ["", ""], ["", "0.25"]]
+    forget_run(tmp_path / "results", "a", 2)
+    assert (tmp_path / "results/metrics.csv").read_text().splitlines()[0].endswith("eval/four/answer_reward")
+
+
+def test_a_setting_may_be_a_mapping(workplace):
+    sets = {"four": "arithmetic:4", "six": "arithmetic:6"}
+    write_sweep(settings={"extra_validation_data": sets})
+    _, runs = plan(Path("mine.yaml"), ["preset=laptop"])
+    assert all(run.settings["extra_validation_data"] == sets for run in runs)
 
 
 def test_the_panels_of_a_figure_follow_from_what_was_logged(workplace, monkeypatch):

@@ -286,7 +286,7 @@ def choose_preset() -> tuple[str, str]:
     import torch
 
     num_devices = torch.cuda.device_count()
-    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2)]
+    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2 if NUM_RANKS == 1 else 1)]
     reason = f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
     if num_devices and torch.cuda.is_available():  # if the driver is too old, check_devices says so
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(min(num_devices, 2))]

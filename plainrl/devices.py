@@ -30,8 +30,8 @@ def check_devices(config: RunConfig) -> None:
         )
     if config.policy_device != "cpu" and int(config.policy_device.removeprefix("cuda:")) >= num_devices:
         raise UserError(
-            f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; "
-            "use preset=laptop, or run where the GPU is"
+            f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; use preset=laptop, or "
+            "run where the GPU is. By torchrun: start half as many ranks as there are GPUs, so that each has two"
         )
     compiles = (  # Triton compiles for vLLM's sampler on a GPU, whatever engine_eager says
         ("compile_policy = true", config.policy_device, config.compile_policy),

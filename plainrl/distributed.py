@@ -135,11 +135,11 @@ def require_one_process(program: str) -> None:
         raise UserError(f"{program} runs in one process: start it without torchrun")
 
 
-def environment_of_one_process(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return an environment without what torchrun put there, for a program that is to run alone."""
+def environment_of_one_process() -> dict[str, str]:
+    """Return this process's environment without what torchrun put there, for a program that is to run alone."""
     return {
         name: value
-        for name, value in environment.items()
+        for name, value in os.environ.items()
         if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
     }
 

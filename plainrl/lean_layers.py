@@ -6,7 +6,8 @@ Most of what a block keeps is cheap to compute again, because no matmul is neede
     gated layer    keeps its two products with x, instead of their activation and product beside them
 
 A block of width d and feed-forward width F keeps 4 F + 13 d bytes a token in 16 bits, and not 8 F + 21 d. docs/log.md
-has the time and the memory that this saves.
+has the time and the memory that this saves. It is not done where blocks are compiled. With gradient checkpointing or
+adapters the norms alone keep less.
 
 Only layers that compute exactly what is written here are changed. Each class's own `forward` shows it, called once on
 small layers.
@@ -28,7 +29,7 @@ def keep_less(model: nn.Module, in_gated_layers: bool = True) -> int:
 
     Args:
         model: changed in place. Its weights and their names stay.
-        in_gated_layers: whether gated layers do so, too. With gradient checkpointing it would save nothing.
+        in_gated_layers: whether gated layers do so, too.
     """
     num_changed = 0
     for module in model.modules():
@@ -44,11 +45,12 @@ def keep_less(model: nn.Module, in_gated_layers: bool = True) -> int:
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = w * n,  where n = x / r is rounded to the dtype of x, and r = sqrt(mean(x^2) + eps) over the last dimension.
+    """y = w * round(n),  where n = x / r,  and r = sqrt(mean(x^2) + eps) over the last dimension.
 
-        dx = (g - n mean(g n)) / r,  where g = w dy        dw = sum over tokens of n dy
+        dx = (g - n mean(g n)) / r,  where g = w dy        dw = sum over tokens of round(n) dy
 
-    Means and roots are computed in float32, as Transformers' norms do. n is computed again for the backward pass.
+    n and r are computed in float32, and n is rounded to the dtype of x, as Transformers' norms do. n is computed again
+    for the backward pass.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4.
     """

@@ -3,7 +3,7 @@
 The parts that depend on the number of parameters alone are exact. Activations are estimated for a Llama-like block in
 16 bits, as 8 F + 48 d bytes a token. That was found on an H200 (tests/test_memory.py). The code there kept 10 d more
 bytes of residuals, and 4 F + 8 d more of norms and gated layers (plainrl/lean_layers.py), so that the estimate is on
-the safe side. 4 F + 13 d are what the backward pass needs now, as counted on a CPU.
+the safe side. Without checkpointing, 4 F + 13 d are what the backward pass needs now, as counted on a CPU.
 """
 
 from typing import Any

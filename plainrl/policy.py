@@ -153,7 +153,8 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
     if config.compile_policy:  # the compiler chooses itself what is computed again
         compile_blocks(model)
     else:
-        keep_less(model, in_gated_layers=not config.gradient_checkpointing)
+        # Checkpointing computes them again anyhow. With adapters the last matmul would be computed again, too.
+        keep_less(model, in_gated_layers=not (config.gradient_checkpointing or config.lora_rank))
     model.train()
     optimizer = OPTIMIZERS[config.optimizer].make(parameter_groups(policy), config)
     optimizer.register_step_post_hook(lambda *_: refresh_working_copy(policy))

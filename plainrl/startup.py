@@ -7,8 +7,8 @@ would take its number, and be written to.
 
 The process of an engine, which vLLM starts for `rollouts_ahead`, imports this module, too. It ends with the run.
 
-Of several ranks on a machine, each sees only its own GPU, and calls it cuda:0. What a GPU is called has to be settled
-before CUDA starts.
+Of several ranks on a machine, each sees only its own GPU, and calls it cuda:0. If there are twice as many GPUs as
+ranks, each has a second one, cuda:1. What a GPU is called has to be settled before CUDA starts.
 """
 
 import ctypes
@@ -66,20 +66,24 @@ def end_with_parent() -> None:
 def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what a rank sets to see only its own GPU, and a second one where there are twice as many as ranks.
 
-    Without CUDA_VISIBLE_DEVICES it is not known yet how many there are. CUDA ignores a number that no GPU has.
+    Without CUDA_VISIBLE_DEVICES it is not known yet how many there are. The second one comes last, because CUDA
+    ignores a number that no GPU has, and all that follow it.
 
     >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,7"})
     {'CUDA_VISIBLE_DEVICES': '7', 'LOCAL_RANK': '0'}
     >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}), own_gpu({"CUDA_VISIBLE_DEVICES": "4,7"})
     ({'CUDA_VISIBLE_DEVICES': '1,3', 'LOCAL_RANK': '0'}, {})
+    >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "4,5,6"})["CUDA_VISIBLE_DEVICES"]
+    '4'
     """
     num_ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if num_ranks == 1:
         return {}
     number = int(environment["LOCAL_RANK"])
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    names = map(str, range(2 * num_ranks)) if visible is None else visible.split(",")
-    return {"CUDA_VISIBLE_DEVICES": ",".join([*names][number::num_ranks][:2]), "LOCAL_RANK": "0"}
+    names = [*map(str, range(2 * num_ranks))] if visible is None else visible.split(",")
+    num_own = 2 if len(names) >= 2 * num_ranks else 1
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[number::num_ranks][:num_own]), "LOCAL_RANK": "0"}
 
 
 def is_own_program(main_file: str | None, command: list[str]) -> bool:

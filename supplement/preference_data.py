@@ -6,7 +6,7 @@
 
 Of conversations only those of one turn are used: in longer ones the humans' later messages differ, too.
 
-    python -m supplement.preference_data PAIRS.jsonl [key=value ...]    writes the pairs that a run trains on
+    python -m supplement.preference_data PAIRS.jsonl [key=value ...]    writes the pairs that a run would train on
 
 Source: Stanford CS336 (Spring 2025), supplement of Assignment 5, section 5.2. Bai et al., Training a Helpful and
 Harmless Assistant, 2022.
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from plainrl.cli import load_config, run_main
 from plainrl.data import VALIDATION_SUBSET_SEED, hold_out, keep_short, load_validation
+from plainrl.distributed import require_one_process
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, UserError
 from plainrl.sources import (
@@ -74,17 +75,24 @@ class SeveralTurnsError(ValueError):
 
 
 def main(arguments: list[str]) -> None:
-    """Write the pairs that `DPO_train.py` trains on with the same settings, one JSON object a line.
+    """Write the pairs that DPO_train.py reads with the same settings to a new file, one JSON object a line.
 
-    SFT_train.py reads the chosen responses with `question_field=question trace_field=chosen`.
+    It holds them before long ones are left out. DPO_train.py can read it, and SFT_train.py the chosen responses.
     """
-    if not arguments or "=" in arguments[0]:
-        raise UserError("write the name of a file for the pairs first, and key=value after it")
+    require_one_process("preference_data")
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:
+        raise UserError("write the name of a new file first, and key=value after it: PAIRS.jsonl preset=laptop")
+    if (path := Path(arguments[0])).exists():
+        raise UserError(f"{path} is there already: remove it, or write to another file")
     config = load_config(DPOConfig, Path(__file__).with_name("dpo_train.yaml"), arguments[1:])
     validation = load_validation(config) if config.validation_data else None
     pairs, _ = load_pairs(validation.everything if validation else [], config)
-    rows = ({"question": pair.instruction, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs)
-    Path(arguments[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = (  # the first three are DPO's, the last two SFT's
+        {"prompt": p.instruction, "chosen": p.chosen, "rejected": p.rejected}
+        | {"question": p.instruction, "response": p.chosen}
+        for p in pairs
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load_pairs(held_out: Sequence[Example], config: DPOConfig) -> tuple[list[Pair], list[Pair]]:

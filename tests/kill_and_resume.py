@@ -2,7 +2,7 @@
 
     uv run python tests/kill_and_resume.py --kills 20    SFT, GRPO on-policy and GRPO off-policy in turn
     uv run python tests/kill_and_resume.py --kills 10 --ranks 2    the same by torchrun; who is killed is drawn
-    uv run python tests/kill_and_resume.py --kills 10 --ranks 2 --other-ranks    each resume is by one rank or by two
+    uv run python tests/kill_and_resume.py --kills 10 --ranks 2 --other-ranks    each start is by one rank or by two
     uv run python tests/kill_and_resume.py --soak 200    GRPO of 200 steps, left alone: its memory must stay flat
 
 Another number of ranks adds in another order. Such runs are compared to rounding.
@@ -157,11 +157,12 @@ def differences_to_rounding(one: Path, two: Path, factor: float = 1.0) -> list[s
             is_number = isinstance(a[key], float) and isinstance(b[key], float)
             if not (is_number and math.isclose(a[key], b[key], rel_tol=factor * rel, abs_tol=factor * most)):
                 found += [f"{key}: {a[key]}, {b[key]}"] if a[key] != b[key] else []
-    for file in (one / "samples").iterdir():
-        texts = [
-            [json.loads(line)["response"] for line in (path / "samples" / file.name).open()] for path in (one, two)
-        ]
-        found += [f"texts of {file.name}"] if texts[0] != texts[1] else []
+    names = [sorted(file.name for file in (path / "samples").iterdir()) for path in (one, two)]
+    found += ["names of samples"] if names[0] != names[1] else []
+    for name in set(names[0]) & set(names[1]):
+        files = (path / "samples" / name for path in (one, two))
+        texts = [[json.loads(line)["response"] for line in file.open()] for file in files]
+        found += [f"texts of {name}"] if texts[0] != texts[1] else []
     weights, others = (
         {name: value for file in (path / "final").glob("*.safetensors") for name, value in load_file(file).items()}
         for path in (one, two)
@@ -206,7 +207,8 @@ def kill_and_resume(
         run = folder / f"killed_{num_runs}"
         arguments = arguments_of(model, folder, run_name=run.name, resume="auto", **settings)
         while True:
-            process = start(script, arguments, folder / f"{run.name}.log", num_ranks=chance.choice(ranks))
+            num_ranks = chance.choice(ranks)
+            process = start(script, arguments, folder / f"{run.name}.log", num_ranks=num_ranks)
             if num_done == num_kills:
                 break
             moment = chance.choice(["start", "step", "step", "step", "save", "save"])
@@ -222,7 +224,8 @@ def kill_and_resume(
             saved = len(list(run.glob("checkpoints/step_*")))
             steps = steps_of(run) or [0]
             print(
-                f"{name}: kill {num_done} of {num_kills} at {moment}, {steps[-1]} optimizer steps logged, "
+                f"{name}: kill {num_done} of {num_kills} at {moment}, {num_ranks} ranks, "
+                f"{steps[-1]} optimizer steps logged, "
                 f"checkpoints: {saved} whole, {halves} half written",
                 flush=True,
             )
@@ -280,6 +283,8 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=0, help="how many steps")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     options = parser.parse_args()
+    if options.other_ranks and options.ranks < 2:
+        parser.error("--other-ranks: give --ranks, too, 2 or more")
     shared_memory = set(os.listdir("/dev/shm"))
     chance = random.Random(options.seed)
     wrong, num_halves = [], 0

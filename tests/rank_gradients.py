@@ -16,7 +16,7 @@ from test_GRPO_train import LENGTH_NORMALIZATIONS, LOSS_TYPES, ragged_rollouts, 
 from GRPO_train import accumulate_gradients
 from plainrl import distributed
 from plainrl import policy as policy_module
-from plainrl.policy import load_policy, parameter_groups
+from plainrl.policy import load_policy, parameter_groups, prepare_training
 
 # name -> settings, and how many of the rollouts are in the step
 CASES = {f"{loss} {length}": ({"loss_type": loss, "length_normalization": length}, 8) for loss in LOSS_TYPES
@@ -55,8 +55,7 @@ def main(model, folder):
         key = (config.compute_dtype, config.gradient_checkpointing, config.num_replicas)
         if key not in loaded:
             loaded[key], _ = load_policy(config)
-            if config.gradient_checkpointing:
-                loaded[key].gradient_checkpointing_enable()
+            prepare_training(loaded[key], config)
         policy = loaded[key]
         policy.zero_grad()
         policy.train()

@@ -42,6 +42,8 @@ def test_advantages_by_hand():
     assert advantages.tolist() == pytest.approx([a, -a, -a, a, b, b, c, b], abs=1e-6)
     assert raw.tolist() == [1, 0, 0, 1, 1, 1, 0, 1]
     assert metadata["reward_mean"] == pytest.approx(0.625)
+    assert (metadata["reward_min"], metadata["reward_max"]) == (0, 1)
+    assert metadata["reward_std"] == pytest.approx(math.sqrt(15 / 56))  # 5 of 8 are right; sample std
     advantages, _, _ = compute_group_normalized_rewards(reward_fn, responses, truths, 4, 1e-6, False)
     assert advantages.tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5, 0.25, 0.25, -0.75, 0.25], abs=1e-7)
 

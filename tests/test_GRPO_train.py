@@ -185,6 +185,30 @@ def flat_gradient(model, rollouts, config):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]), loss_scale, sums
 
 
+def test_the_gradient_is_clipped_to_its_largest_norm(tiny_model):
+    rollouts = ragged_rollouts(tiny_model)
+    plain, *_ = flat_gradient(tiny_model, rollouts, tiny_config(max_grad_norm=1e9))
+    limit = plain.norm().item() / 4
+    clipped, *_ = flat_gradient(tiny_model, rollouts, tiny_config(max_grad_norm=limit))
+    torch.testing.assert_close(clipped, plain / 4, atol=1e-7, rtol=1e-4)
+
+
+def test_each_pass_takes_every_rollout_once_in_another_order(tiny_model, monkeypatch):
+    rollouts, seen, original = ragged_rollouts(tiny_model), [], GRPO_train.accumulate_gradients
+
+    def watched(policy, batch, *rest):
+        seen.append([id(rollout) for rollout in batch])
+        return original(policy, batch, *rest)
+
+    monkeypatch.setattr(GRPO_train, "accumulate_gradients", watched)
+    config = tiny_config(epochs_per_rollout_batch=2, train_batch_size=4, loss_type="grpo_clip")
+    update_policy(tiny_model, torch.optim.SGD(tiny_model.parameters(), lr=0.0), rollouts, 0, 1, config)
+    half = len(seen) // 2
+    first, second = ([one for batch in part for one in batch] for part in (seen[:half], seen[half:]))
+    given = [id(rollout) for rollout in rollouts]
+    assert sorted(first) == sorted(second) == sorted(given) and first != second and given not in (first, second)
+
+
 def test_small_gradients_do_not_vanish_in_float16(tiny_model):
     """A loss of 1e-8 of the usual size: its gradient lies below float16's smallest number, but not times 2^24."""
     rollouts = ragged_rollouts(tiny_model)
@@ -701,3 +725,21 @@ def test_a_run_from_a_warm_start_is_resumed_by_the_command_that_began_it(
     assert not policy.get_input_embeddings().weight.any()
     with pytest.raises(UserError, match="this run is finished"):
         GRPO_train.main([*arguments, f"resume={tmp_path / 'x'}"])
+
+
+@pytest.mark.usefixtures("cpu_engine", "scripted_engine")
+def test_the_engine_sleeps_while_the_policy_trains(tiny_model_folder, tmp_path, monkeypatch):
+    """On a GPU that both share there is no room for both."""
+    events, update = [], GRPO_train.update_policy
+
+    def watched(*arguments):
+        events.append("update")
+        return update(*arguments)
+
+    monkeypatch.setattr(GRPO_train.Evaluator, "sync", lambda *_, **__: events.append("sync") or {})
+    monkeypatch.setattr(GRPO_train.Evaluator, "sleep", lambda self: events.append("sleep"))
+    monkeypatch.setattr(GRPO_train, "update_policy", watched)
+    GRPO_train.main(scripted_arguments(tiny_model_folder, tmp_path, run_name="x", eval_interval=99))
+    steps = " ".join(events).split("sync")[1:]
+    assert any("update" in step for step in steps)
+    assert all(step.split() == ["sleep", "update"] for step in steps if "update" in step), events

@@ -192,11 +192,25 @@ def test_weights_that_are_no_numbers_are_not_saved(saved, bad):
     assert [file.name for file in path.parent.iterdir()] == ["step_000002"]
 
 
+def test_a_state_counts_as_being_saved_while_it_is(saved, monkeypatch):
+    """A signal's time of grace must not end within."""
+    (path, state), seen, original = saved, [], checkpoint.save_share
+
+    def watched(one, folder):
+        seen.append(one.is_being_saved)
+        return original(one, folder)
+
+    monkeypatch.setattr(checkpoint, "save_share", watched)
+    write_checkpoint(path.with_name("step_000003"), state, {})
+    assert seen == [True] and not state.is_being_saved
+
+
 def test_no_room_is_found_before_anything_is_written(saved, monkeypatch):
     """The earlier checkpoint stays, and the message says how much is missing."""
     path, state = saved
     usage = namedtuple("usage", "total free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(total=10**9, free=10**7))
+    monkeypatch.setattr(checkpoint, "save_share", lambda *_: pytest.fail("something was written"))
     with pytest.raises(UserError, match=r"takes 0\.07 GB, 0\.01 GB are free, 0\.06 GB are missing; earlier"):
         write_checkpoint(path.with_name("step_000003"), state, {})
     assert [file.name for file in path.parent.iterdir()] == ["step_000002"]

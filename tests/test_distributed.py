@@ -7,16 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import rank_gradients
 import torch
 from kill_and_resume import TORCHRUN, differences_to_rounding, find_differences
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import REPOSITORY, grpo_arguments, tiny_arguments
 
-from plainrl import distributed
+from plainrl import cli, distributed
 from plainrl.microbatches import plan_microbatches
 from plainrl.records import UserError
 
@@ -115,7 +116,7 @@ def test_one_rank_of_torchrun_is_no_torchrun(background):
 @pytest.mark.background(job=run_ahead_alone)
 @pytest.mark.background(job=run_ahead_as_two_ranks)
 def test_two_ranks_that_sample_ahead_are_one_process_to_rounding(background):
-    """The engine of each has a process of its own. One rank writes the weights that both read."""
+    """The engine of each has a process of its own."""
     one, two = background.result(run_ahead_alone) / "ahead", background.result(run_ahead_as_two_ranks) / "ahead"
     assert differences_to_rounding(one, two) == []
     rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
@@ -136,6 +137,32 @@ def test_a_second_gpu_of_each_rank_is_for_an_engine_that_samples_ahead(settings,
     config = rank_gradients.config_of(tiny_model_folder, {}).model_copy(update=settings | ahead)
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         distributed._require_divisible(config, 2)
+
+
+def test_by_torchrun_auto_is_a_preset_for_one_gpu_each(monkeypatch):
+    """Also where a rank sees a second one, which is for an engine that samples ahead."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    found = []
+    for number in (1, 2):
+        monkeypatch.setattr(cli, "NUM_RANKS", number)
+        found.append(cli.choose_preset())
+    assert [preset for preset, _ in found] == ["two-gpu", "one-gpu"]
+    assert "1 used" in found[1][1]
+
+
+def test_differences_beyond_rounding_are_found(tmp_path):
+    for name, number, text in (("one", 1.0, "a"), ("near", 1.000001, "a"), ("other", 1.1, "b")):
+        for folder in ("samples", "final"):
+            (tmp_path / name / folder).mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"train_step": 1, "train/loss": number}) + "\n")
+        (tmp_path / name / "samples/a.jsonl").write_text(json.dumps({"response": text}) + "\n")
+        save_file({"w": torch.tensor([number])}, tmp_path / name / "final/model.safetensors")
+    one, near, other = (tmp_path / name for name in ("one", "near", "other"))
+    assert differences_to_rounding(one, one) == differences_to_rounding(one, near) == []
+    assert len(differences_to_rounding(one, other)) == 3
 
 
 def test_the_first_rank_of_each_machine_is_known(monkeypatch):
@@ -225,13 +252,13 @@ def test_the_plan_for_ranks_is_even(monkeypatch):
 
 
 def test_a_child_that_runs_alone_finds_nothing_of_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "GROUP_RANK", "ROLE_NAME"):
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    names |= {"TORCHELASTIC_RUN_ID", "GROUP_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"}
+    for name in names:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("MINE", "1")
     found = distributed.environment_of_one_process()
-    assert found["MINE"] == "1" and not [
-        name for name in found if name.startswith(("RANK", "TORCHELASTIC", "GROUP_", "MAST"))
-    ]
+    assert found["MINE"] == "1" and not names & found.keys()
 
 
 def run_fault(who, fault, model, folder, **settings):
@@ -276,6 +303,8 @@ def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_traceback
     errors, tracebacks = said(text)
     assert len(errors) <= len(lines) and all(any(e.startswith(line) for line in lines) for e in errors), text[-3000:]
     assert errors or "stopped by SIGTERM" in text, text[-3000:]  # torchrun's signal may come before its own error
+    if lines[0].startswith("rank 1: "):  # it speaks before it ends
+        assert any(error.startswith(lines[0]) for error in errors), text[-3000:]
     assert tracebacks == num_tracebacks, text[-3000:]
     assert saved == ["step_000001"]
 

@@ -9,7 +9,7 @@ import torch
 from tiny import run_python
 from transformers import AutoModelForCausalLM
 
-from plainrl.config import GRPOConfig
+from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.engine import (
     SyncError,
     _start_and_tell,
@@ -20,11 +20,12 @@ from plainrl.engine import (
     register_model_class,
     require_small_sync_error,
     sample_responses,
+    sampling_params,
     sleep_vllm_instance,
 )
 from plainrl.policy import score_responses
 from plainrl.precision import add_working_copy
-from plainrl.records import Example, Rollout, UserError
+from plainrl.records import Example, Response, Rollout, UserError
 from plainrl.rollouts import measure_gap
 from SFT_helper import encode_prompt
 
@@ -326,3 +327,26 @@ def test_a_prefix_cache_that_stays_is_an_error(tiny_model):
     engine.gives_up_its_cache = False
     with pytest.raises(SyncError, match="did not give up its prefix cache"):
         load_policy_into_vllm_instance(tiny_model, engine)
+
+
+@pytest.mark.usefixtures("cpu_engine")
+def test_the_engine_samples_with_the_settings_of_the_run():
+    numbers = {"sampling_temperature": 0.7, "sampling_top_p": 0.8, "sampling_min_tokens": 3, "sampling_max_tokens": 9}
+    found = sampling_params(SFTConfig(stop_string="END", **numbers))
+    assert (found.temperature, found.top_p, found.min_tokens, found.max_tokens) == (0.7, 0.8, 3, 9)
+    assert found.stop == ["END"] and found.include_stop_str_in_output
+    assert not sampling_params(SFTConfig(stop_string="")).stop
+
+
+@pytest.mark.usefixtures("cpu_engine")
+def test_one_engine_of_several_that_is_not_the_policy_is_named(monkeypatch):
+    """The mean over all of them is below the limit."""
+    good = Response([1], "", [2] * 4, [-1.0] * 4, "length")
+    bad = good._replace(log_probs=[-1.5] * 4)
+    monkeypatch.setattr("plainrl.engine.stream_responses", lambda *_: iter([(0, good)]))
+    monkeypatch.setattr("plainrl.engine.exchange", lambda own: [own] * 7 + [[bad]])
+    monkeypatch.setattr(
+        "plainrl.engine.score_responses", lambda policy, rows, *_: [{"log_probs": torch.full((4,), -1.0)} for _ in rows]
+    )
+    with pytest.raises(SyncError, match="the engine of rank 7 and policy disagree"):
+        check_policy_sync(None, None, [[1]], 0, num_tokens=4, max_error=1.1)

@@ -1,6 +1,5 @@
 """Damaged data and damaged models: each is read, or refused in one line. The damages come from a fixed seed."""
 
-import contextlib
 import json
 import random
 import shutil
@@ -47,8 +46,12 @@ BYTES = (
 
 def ends_well(function, *arguments):
     """Call it; return its result, or None where it was refused as a user's mistake. Other errors are bugs."""
-    with contextlib.suppress(UserError):
+    said = ""
+    try:
         return function(*arguments)
+    except UserError as error:
+        said = str(error)
+    assert "\n" not in said, said
     return None
 
 
@@ -85,11 +88,12 @@ def test_odd_values_and_damaged_files_of_data_are_read_or_refused_in_one_line(tm
     whole = "\n".join(json.dumps(row) for row in ROWS).encode()
     inputs += [(f"damage {index}", damage(whole, generator)) for index in range(200)]
     assert len(inputs) > 600
-    path = tmp_path / "data.jsonl"
+    path, num_read = tmp_path / "data.jsonl", 0
     for name, content in inputs:
         path.write_bytes(content)
         config = SFTConfig(train_data=str(path), num_eval_examples=1)
         examples = ends_well(load_sft_examples, config)
+        num_read += bool(examples)
         config = ExpertIterationConfig(train_data=str(path), ei_batch_size=1)
         questions = ends_well(load_questions, [], config)
         for example in [*(examples or []), *(questions or [])]:
@@ -99,6 +103,7 @@ def test_odd_values_and_damaged_files_of_data_are_read_or_refused_in_one_line(tm
         ends_well(load_validation, SFTConfig(validation_data=str(path), num_eval_examples="all"))
         ends_well(load_prompt_template, str(path))
     capsys.readouterr()
+    assert 50 < num_read < len(inputs) - 50, "some are read, and some are refused"
 
 
 def odd_model_files(folder, generator):

@@ -249,3 +249,28 @@ def test_a_phase_that_hangs_ends_the_process_and_leaves_its_stacks(case, tmp_pat
         (line,) = result.stderr.strip().splitlines()
         assert line.startswith("error: rollout took longer than its limit of 0.3 seconds")
         assert str(Path(tmp_path)) in line and "resume=" in line
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ends"),
+    [
+        (signal.SIGINT, signal.SIGINT, True),
+        (signal.SIGTERM, signal.SIGINT, True),
+        (signal.SIGINT, signal.SIGHUP, False),  # the terminal was closed meanwhile
+    ],
+)
+def test_which_later_signal_ends_the_process(guarded, monkeypatch, first, second, ends):
+    ended, (guard, _, _) = [], guarded
+    monkeypatch.setattr("os._exit", ended.append)
+    guard._requested, guard._requested_at = first, time.monotonic() - 1.5
+    guard._remember(second, None)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert ended == ([128 + second] if ends else [])
+
+
+def test_of_several_ranks_none_gives_a_phase_up(guarded, monkeypatch):
+    """The others would wait for it."""
+    guard, _, _ = guarded
+    guard._requested = signal.SIGTERM
+    monkeypatch.setattr("plainrl.guard.num_ranks", lambda: 2)
+    guard._give_up(signal.SIGALRM, None)

@@ -24,7 +24,7 @@ def outputs_and_gradient(model):
     model.zero_grad()
     logits = model(torch.arange(3, 10)[None]).logits
     (logits.float() * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-    return logits.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters()])
+    return logits.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize(
@@ -99,15 +99,18 @@ def test_a_block_keeps_4_f_and_8_d_bytes_a_token_less():
     assert saved == length * (4 * feed_forward + 8 * width + of_last_norm)
 
 
-def test_no_matmul_is_computed_again():
-    model = make_model("llama")
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}])
+def test_no_matmul_is_computed_again(tiny_model_folder, settings):
+    sizes = {"max_context_tokens": 256, "sampling_max_tokens": 8, "compute_dtype": "float32"}
+    config = SFTConfig(model=tiny_model_folder, **sizes, **settings)
+    policy, _ = load_policy(config)
     counts = []
     for _ in range(2):
         with FlopCounterMode(display=False) as counter:
-            outputs_and_gradient(model)
+            outputs_and_gradient(policy)
         counts.append(counter.get_total_flops())
-        keep_less(model)
-    assert counts[0] == counts[1]
+        prepare_training(policy, config)
+    assert counts[0] == counts[1] > 0
 
 
 def test_random_numbers_are_left_alone():
@@ -115,15 +118,19 @@ def test_random_numbers_are_left_alone():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     keep_less(model)
+    outputs_and_gradient(model)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(
     ("settings", "changed"),
-    [({}, {"LlamaRMSNorm", "LlamaMLP"}), ({"gradient_checkpointing": True}, {"LlamaRMSNorm"})],
+    [
+        ({}, {"LlamaRMSNorm", "LlamaMLP"}),
+        ({"gradient_checkpointing": True}, {"LlamaRMSNorm"}),  # a block is computed again as a whole
+        ({"lora_rank": 2}, {"LlamaRMSNorm"}),
+    ],
 )
 def test_training_uses_them(tiny_model_folder, settings, changed):
-    """With gradient checkpointing a block is computed again as a whole."""
     sizes = {"max_context_tokens": 256, "sampling_max_tokens": 8}
     config = SFTConfig(model=tiny_model_folder, compute_dtype="float32", **sizes, **settings)
     policy, _ = load_policy(config)

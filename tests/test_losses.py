@@ -472,3 +472,11 @@ def test_a_normalization_takes_no_notice_of_what_stands_outside_the_mask(normali
     assert torch.equal(results[0][0], results[1][0]) and results[0][0].isfinite()
     assert torch.equal(results[0][1], results[1][1]) and results[0][1].isfinite().all()
     assert torch.equal(results[0][1] != 0, inputs.mask)
+
+
+def test_cispo_counts_the_tokens_whose_weight_is_cut():
+    log_probs = torch.log(torch.tensor([[1.5, 0.5, 1.1]]))
+    _, metadata = compute_policy_gradient_loss(
+        log_probs, "cispo", advantages=torch.ones(1, 1), old_log_probs=torch.zeros(1, 3), ratio_cap=1.2
+    )
+    assert metadata["ratio_capped_fraction"].tolist() == [[True, False, False]]

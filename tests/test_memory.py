@@ -39,6 +39,11 @@ def test_the_parts_are_those_worked_out_by_hand():
     assert gib["activations"] == 1024 * 2 * (8 * 16 + 48 * 8)
     assert gib["logits"] == 1024 * 1000 * 4 + 12 * 2**26
     assert set(found) == {"weights", "gradients", "moments", "16-bit copies", "activations", "logits"}
+    two = estimate_training_memory(model, gpu_config(**limits), num_shards=2)  # a block has 680 parameters
+    assert all(two[name] == found[name] / 2 for name in ("weights", "gradients", "moments"))
+    assert two["gathered"] * 2**30 == 4 * (8000 + 8 + 2 * 680) and "16-bit copies" not in two
+    half = estimate_training_memory(model, gpu_config(**limits, optimizer="rmsprop"))
+    assert half["moments"] == found["moments"] / 2
     wide = gpu_config(**limits, float32_output_layer=True)
     logits = estimate_training_memory(model, wide)["logits"] * 2**30
     assert logits == 1024 * 1000 * 8 + 8 * 1000 * 8 + 12 * 2**26

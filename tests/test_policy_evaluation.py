@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -255,3 +256,24 @@ def test_help_knows_data_by_its_short_name(capsys):
         main(["--help", "data"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("validation_data   (")
+
+
+def test_the_final_evaluation_stands_at_the_step_where_the_run_ended():
+    """A run may end early, by its clock."""
+    asked, evaluator = [], Evaluator.__new__(Evaluator)
+    evaluator.examples, evaluator._last_step = [], sys.maxsize
+    evaluator._evaluate = lambda policy, step, examples, prefix: asked.append((step, prefix)) or {}
+    evaluator.evaluate(None, 3)
+    evaluator.evaluate_finally(None, 100, [])
+    assert asked == [(3, "eval"), (3, "eval_all")]
+
+
+@pytest.mark.usefixtures("cpu_engine")
+def test_the_seed_of_a_run_does_not_reach_its_evaluations(monkeypatch, tokenizer, tmp_path):
+    seen = []
+    monkeypatch.setattr(policy_evaluation, "evaluate_vllm", lambda *_, **given: seen.append(given["seed"]) or ({}, []))
+    for seed in (0, 1):
+        evaluator = Evaluator.__new__(Evaluator)
+        evaluator.config, evaluator.llm, evaluator.tokenizer = SFTConfig(seed=seed), None, tokenizer
+        evaluator._measure(None, [], tmp_path / "x")
+    assert seen == [0, 0]

@@ -8,11 +8,12 @@ import pytest
 from tiny import REPOSITORY, write_lines
 
 from plainrl.cli import load_config
-from plainrl.data import load_validation_set
+from plainrl.config import SFTConfig
+from plainrl.data import load_sft_examples, load_validation_set
 from plainrl.grading.rewards import REWARD_FUNCTIONS, grade_responses
 from plainrl.records import UserError
 from plainrl.supplement_config import DPOConfig
-from supplement.preference_data import Pair, load_pairs, read_pairs, tokenize_pairs
+from supplement.preference_data import Pair, load_pairs, main, read_pairs, tokenize_pairs
 
 
 def config_of(*arguments):
@@ -170,3 +171,22 @@ def test_long_pairs_are_an_error_or_left_out(tokenizer, capsys):
     kept = tokenize_pairs(pairs, tokenizer, config_of("max_context_tokens=256", "drop_long_examples=true"))
     assert [row.pair.source for row in kept] == ["first"]
     assert "left out: 1 of 2 preference pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings", [[], ["prompt=alpaca", "train_data=FILE", "num_pairs=1", "num_validation_pairs=1"]]
+)
+def test_pairs_are_written_for_dpo_and_their_chosen_responses_for_sft(settings, tmp_path, capsys):
+    rows = [{"prompt": f"Say {n}", "chosen": f"{n}, with pleasure.", "rejected": "No."} for n in range(3)]
+    source, path = write_lines(tmp_path / "source.jsonl", rows), tmp_path / "pairs.jsonl"
+    settings = [text.replace("FILE", source) for text in settings]
+    main([str(path), "preset=laptop", *settings])
+    pairs, _ = load_pairs(load_validation_set(config_of(*settings)), config_of(*settings))
+    assert [pair._replace(source="") for pair in read_pairs(str(path))] == [pair._replace(source="") for pair in pairs]
+    prompt = "alpaca" if settings else "r1_zero"
+    examples = load_sft_examples(SFTConfig(train_data=str(path), prompt=prompt, num_eval_examples=1))
+    assert {(one.question, one.response) for one in examples} == {(pair.instruction, pair.chosen) for pair in pairs}
+    for wrong, message in ((str(path), "is there already"), ("--help", "name of a new file"), ("a=b", "new file")):
+        with pytest.raises(UserError, match=message):
+            main([wrong])
+    capsys.readouterr()

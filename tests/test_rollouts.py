@@ -92,6 +92,21 @@ def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
     assert len(set(seeds_used[8:])) == 12
 
 
+def test_a_sample_has_another_seed_in_each_step_and_run(monkeypatch):
+    seeds_used = []
+
+    def stream_responses(llm, prompt_ids, sampling_params, seeds, **_):
+        seeds_used.extend(seeds)
+        yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
+
+    replace_engine(monkeypatch, stream_responses)
+    questions = [Example("q", "p", "6", None, "s")] * 2
+    with ThreadPoolExecutor(1) as threads:
+        for step, config in ((1, tiny_config()), (2, tiny_config()), (1, tiny_config(seed=1))):
+            sample_groups(None, questions, [[0], [1]], [0, 1], step, config, threads)
+    assert len(set(seeds_used)) == len(seeds_used) == 24
+
+
 def test_grading_keeps_rewards_groups_and_order():
     answers = ["1", "2", "1", "1", "4", "4", "4", "4"]
     responses = [Response([1], f"</think> <answer> {answer} </answer>", [2], [0.0], "stop") for answer in answers]

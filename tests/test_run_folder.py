@@ -579,15 +579,6 @@ def test_out_of_memory_on_a_gpu_names_the_three_settings(tmp_path, error):
     assert "Tried to allocate 2.00 GiB" in message
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    with (
-        pytest.raises(UserError, match=r"the disk of .* is full .*resume="),
-        RunFolder.create(config_in(tmp_path), "sft") as run,
-    ):
-        run.log({"train_step": 1})
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_a_signal_before_the_first_metrics_keeps_a_state_that_was_saved(tmp_path, tiny_model, tokenizer):
     with pytest.raises(KeyboardInterrupt), RunFolder.create(config_in(tmp_path, run_name="mine"), "sft") as run:
         run.save_checkpoint(new_state(tiny_model, tokenizer))

@@ -67,7 +67,9 @@ def run_steps(own_sampler, steps, events, is_evaluated=lambda step: False):
             own_sampler.finish()
             events.append(("sync", step - 1))
             sampled = own_sampler.sample(step)
-            assert len(sampled.wait_for_grades()) == 4
+            grades = sampled.wait_for_grades()
+            assert len(grades) == 4
+            own_sampler.order.record(sampled.chosen, grades)
             found.append((sampled.chosen, {response.policy_step for response in sampled.responses}))
             events.append(("train", step))
             if is_evaluated(step):
@@ -109,6 +111,7 @@ def test_a_resumed_run_asks_the_batch_ahead_again_and_none_twice(is_evaluated, e
     begun = run_steps(stopped, range(1, 3), events, lambda step: is_evaluated)
     state = stopped.state_dict()
     assert state["position"] == 4
+    assert state["visits"].keys() == {str(index) for chosen, _ in begun for index in chosen}
     resumed.load_state_dict(state, step=2)
     went_on = run_steps(resumed, range(3, 6), events)
     assert [chosen for chosen, _ in begun + went_on] == [chosen for chosen, _ in straight]

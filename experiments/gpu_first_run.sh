@@ -36,7 +36,9 @@ run_part() {
     echo "$name,$status,$((SECONDS - started))" >> "$folder/parts.csv"
     if ((status)); then
         all_passed=false
-        echo "$name: exit status $status; the last line of its log: $(tail -n 1 "$folder/$name.log")"
+        local why="exit status $status"
+        if ((status == 124)); then why="cut off at its share of the time (TIME_LIMIT=720 gives it more)"; fi
+        echo "$name: $why; the last line of its log: $(tail -n 1 "$folder/$name.log")"
     fi
 }
 

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -95,6 +96,7 @@ def init_vllm(
     }
     if tensor_parallel_size > 1:  # torchrun has started the processes already
         options |= {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "external_launcher"}
+        options["disable_custom_all_reduce"] = True  # it asks for the other ranks' GPUs, which this one does not see
     if device == "cpu":
         options |= {
             "kv_cache_memory_bytes": cpu_cache_gib * 2**30,
@@ -102,6 +104,8 @@ def init_vllm(
             "enable_chunked_prefill": False,  # fails with seeds: the CPU's generator has no offset (vLLM 0.32)
             "max_num_batched_tokens": max(4096, max_model_len or 0),
         }
+    if in_own_process:
+        options["use_tqdm_on_load"] = False  # a bar at each copy of the weights
     return _start_and_tell(device, options, in_own_process)
 
 
@@ -404,6 +408,8 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
         try:
             llm = LLM(**options)
         except refusals as error:  # the settings do not fit this model or this device's memory
+            if not is_known:  # these errors may be bugs, too
+                traceback.print_exc()
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"vLLM did not start on {device} ({reason[:MOST_SHOWN]}); look at gpu_memory_utilization, "

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -106,10 +107,12 @@ def watch(processes: Sequence[BaseProcess]) -> None:
 def told_if_it_ended() -> Iterator[None]:
     """Raise a UserError if a process that is watched has ended, or ends within. With no such process do nothing.
 
+    Only the main thread can be told. In another one nothing is done.
+
     Raises:
         UserError: the process was killed, or it failed.
     """
-    if not _watched.processes:
+    if not _watched.processes or threading.current_thread() is not threading.main_thread():
         yield
         return
     from vllm.v1.engine.exceptions import EngineDeadError

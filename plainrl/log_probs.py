@@ -82,14 +82,15 @@ def _score_masked(
 ) -> dict[str, Tensor]:
     if shares_prefixes(model):
         tree = prefix_tree or build_prefix_tree(input_ids, response_mask)
-        hidden_states = gather_rows(compute_hidden_states(model, tree), tree.scored_nodes)
-        scored_labels = labels.flatten()[tree.scored]
+        scored, hidden_states = tree.scored, gather_rows(compute_hidden_states(model, tree), tree.scored_nodes)
     else:
         outputs = model.base_model(input_ids=input_ids, use_cache=False)
-        hidden_states, scored_labels = outputs.last_hidden_state[response_mask], labels[response_mask]
+        scored, hidden_states = response_mask.flatten().nonzero()[:, 0], outputs.last_hidden_state[response_mask]
+    scored_labels = labels.flatten()[scored]
     scores = _score_in_chunks(model, hidden_states, scored_labels, return_token_entropy, temperature)
+    # By places, because on a GPU the backward pass of a scatter by a mask would wait for the forward pass.
     return {
-        name: torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(response_mask, values)
+        name: values.new_zeros(labels.numel()).index_copy(0, scored, values).view(labels.shape)
         for name, values in scores.items()
     }
 

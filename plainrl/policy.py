@@ -280,9 +280,10 @@ def score_responses(
             part_scores = get_masked_response_log_probs(
                 model, **part.tensors, return_token_entropy=True, temperature=temperature
             )
+        mask = part.tensors["response_mask"].cpu()
+        part_scores = {name: values.float().cpu() for name, values in part_scores.items()}
         for row, index in enumerate(part.indices):
-            mask = part.tensors["response_mask"][row]
-            scores[index] = {name: values[row, mask].float().cpu() for name, values in part_scores.items()}
+            scores[index] = {name: values[row, mask[row]] for name, values in part_scores.items()}
     model.train(was_training)
     scores = {index: score for of_rank in exchange(scores) for index, score in of_rank.items()}
     return [scores[index] for index in range(len(responses))]

@@ -67,7 +67,7 @@ def sample_groups(
         while the engine goes on with the others.
     """
     groups = submit_groups(llm, prompt_ids, chosen, step, config, step - 1, asked_before)
-    return collect_groups(llm, questions, groups, config, grading_threads)
+    return gather_groups(collect_groups(llm, questions, groups, config, grading_threads), config)
 
 
 class Groups(NamedTuple):
@@ -107,16 +107,23 @@ def submit_groups(
     return Groups(requests, submitted, policy_step)
 
 
+class Collected(NamedTuple):
+    """The finished responses of this rank's engine in the order of their requests, and their grades to come."""
+
+    responses: list[Response]
+    gradings: list[Future[Grade]]
+
+
 def collect_groups(
     llm: "LLM",
     questions: Sequence[Example],
     groups: Groups,
     config: RolloutConfig,
     grading_threads: Executor,
-) -> tuple[list[Response], "Grades"]:
-    """Wait for the responses that the engine was asked for, and grade them.
+) -> Collected:
+    """Wait for the responses that this rank's engine was asked for, and have them graded.
 
-    Args, Returns: as for `sample_groups`.
+    Args: as for `sample_groups`.
     """
     requests, submitted, policy_step = groups
     reward = config.reward_function
@@ -129,12 +136,20 @@ def collect_groups(
             grade_response, response.text, question.ground_truth or "", reward, question.reward_fields
         )
     order = range(len(requests))
+    return Collected([responses[position] for position in order], [gradings[position] for position in order])
+
+
+def gather_groups(collected: Collected, config: RolloutConfig) -> tuple[list[Response], "Grades"]:
+    """Return what the engines of all ranks collected.
+
+    Returns: as for `sample_groups`.
+    """
 
     @cache
     def wait_for_grades() -> list[Grade]:
-        return gather([gradings[position].result() for position in order], config.group_size)
+        return gather([grading.result() for grading in collected.gradings], config.group_size)
 
-    return gather([responses[position] for position in order], config.group_size), wait_for_grades
+    return gather(collected.responses, config.group_size), wait_for_grades
 
 
 Grades = Callable[[], list[Grade]]  # waits until the responses of a round are graded, and returns their grades

@@ -3,19 +3,34 @@
     rollouts_ahead = 0     sync(pi_k)  sample batch k+1  train on batch k+1                          pi_k+1
     rollouts_ahead = 1     sync(pi_k)  ask for batch k+2, and train on batch k+1 of pi_k-1 meanwhile  pi_k+1
 
+A thread takes the responses from the engine meanwhile. vLLM looks for stop strings not in the engine's process, but in
+its client here, which then has the engine end the response. The thread also hands responses over to the graders.
+
 A batch that was asked for before an evaluation is finished before that, because the evaluation copies the weights. A
 checkpoint does not hold the batch that is ahead. A resumed run asks its questions again, with the policy it has then.
 
 Source: Noukhovitch et al. 2024 (arXiv 2410.18252), one-step off-policy training.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from plainrl.config import GRPOConfig
+from plainrl.engine_process import told_if_it_ended
 from plainrl.grading.rewards import NUM_WORKERS
 from plainrl.records import Example
-from plainrl.rollouts import Groups, Sampled, collect_groups, sample_rounds, submit_groups, thread_pool
+from plainrl.rollouts import (
+    Collected,
+    Sampled,
+    collect_groups,
+    gather_groups,
+    sample_rounds,
+    submit_groups,
+    thread_pool,
+)
 from plainrl.selection import QuestionOrder
 
 if TYPE_CHECKING:
@@ -51,7 +66,8 @@ class Sampler:
         self._llm, self._questions, self._prompt_ids = evaluator.llm, questions, prompt_ids
         evaluator.before_sync = self.finish
         self._config, self._threads = config, thread_pool(NUM_WORKERS)
-        self._asked: tuple[list[int], Groups] | None = None  # the questions of the batch ahead, which is sampled now
+        # The questions of the batch ahead, which is sampled now, and its responses to come.
+        self._asked: tuple[list[int], Future[Collected]] | None = None
         self._ready: Sampled | None = None  # the batch ahead, once it is finished
         self._position: dict[str, Any] = {}  # of the order, before it drew the batch ahead
 
@@ -69,8 +85,10 @@ class Sampler:
     def finish(self) -> None:
         """Wait for the batch ahead, if one was asked for. The engine's weights must not change before."""
         if self._asked is not None:
-            (chosen, groups), self._asked = self._asked, None
-            responses, grades = collect_groups(self._llm, self._questions, groups, self._config, self._grading_threads)
+            (chosen, collected), self._asked = self._asked, None
+            with told_if_it_ended():
+                own = collected.result()
+            responses, grades = gather_groups(own, self._config)
             self._ready = Sampled(chosen, responses, [grades])
 
     def sample(self, step: int) -> Sampled:
@@ -107,4 +125,19 @@ class Sampler:
         self._position = {"position": self.order.state_dict()["position"]}
         chosen = self.order.draw(self._config.num_questions_per_step)
         groups = submit_groups(self._llm, self._prompt_ids, chosen, step, self._config, policy_step)
-        self._asked = chosen, groups
+        of_batch = (self._llm, self._questions, groups, self._config, self._grading_threads)
+        self._asked = chosen, _in_a_thread(partial(collect_groups, *of_batch))
+
+
+def _in_a_thread(call: Callable[[], Collected]) -> Future[Collected]:
+    """Call it in a thread that does not keep the program from ending. It may wait for an engine that has ended."""
+    future: Future[Collected] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # raised again by whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

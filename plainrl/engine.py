@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from plainrl.config import RunConfig
 from plainrl.devices import can_compile, check_engine_device
-from plainrl.distributed import deal, engine_number, exchange, first_on_machine, gather, rank, whole
-from plainrl.engine_process import in_shared_memory, new_processes, share_threads, told_if_it_ended, watch
+from plainrl.distributed import deal, engine_number, exchange, gather, whole
+from plainrl.engine_process import load_by_file, new_processes, share_threads, told_if_it_ended, watch
 from plainrl.lora import merged_state_dict
 from plainrl.model_files import MOST_SHOWN
 from plainrl.policy import score_responses
@@ -38,6 +37,14 @@ if TYPE_CHECKING:
 
 # vLLM's level while it starts, and afterwards. On a GPU its start takes minutes, in which it says what it does.
 LOG_LEVELS = {"cpu": ("ERROR", "ERROR"), "cuda": ("INFO", "WARNING")}
+CPU_OPTIONS = {
+    "block_size": 32,  # with the default of 128, a prompt as short as r1_zero's would never be cached
+    "enable_chunked_prefill": False,  # fails with seeds: the CPU's generator has no offset (vLLM 0.32)
+}
+OPTIONS_OF_RANKS = {
+    "distributed_executor_backend": "external_launcher",  # torchrun has started the processes already
+    "disable_custom_all_reduce": True,  # it asks for the other ranks' GPUs, which this one does not see
+}
 
 
 class SyncError(UserError):
@@ -94,16 +101,11 @@ def init_vllm(
         "disable_log_stats": True,
         "hf_overrides": {"head_dtype": "float32"} if float32_output_layer else {},
     }
-    if tensor_parallel_size > 1:  # torchrun has started the processes already
-        options |= {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "external_launcher"}
-        options["disable_custom_all_reduce"] = True  # it asks for the other ranks' GPUs, which this one does not see
+    if tensor_parallel_size > 1:
+        options |= {"tensor_parallel_size": tensor_parallel_size} | OPTIONS_OF_RANKS
     if device == "cpu":
-        options |= {
-            "kv_cache_memory_bytes": cpu_cache_gib * 2**30,
-            "block_size": 32,  # with the default of 128, a prompt as short as r1_zero's would never be cached
-            "enable_chunked_prefill": False,  # fails with seeds: the CPU's generator has no offset (vLLM 0.32)
-            "max_num_batched_tokens": max(4096, max_model_len or 0),
-        }
+        sizes = {"max_num_batched_tokens": max(4096, max_model_len or 0)}
+        options |= CPU_OPTIONS | sizes | {"kv_cache_memory_bytes": cpu_cache_gib * 2**30}
     if in_own_process:
         options["use_tqdm_on_load"] = False  # a bar at each copy of the weights
     return _start_and_tell(device, options, in_own_process)
@@ -159,7 +161,7 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
     weights = ((name, whole(tensor.detach().to(dtype))) for name, tensor in merged_state_dict(policy))
     with _quiet_stderr(), told_if_it_ended():
         if is_in_own_process(llm):
-            _load_by_file(llm, weights)
+            load_by_file(llm, weights)
         else:
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if is_sleeping:
@@ -169,17 +171,6 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
             "vLLM did not give up its prefix cache: it would use keys and values of the old weights with the new "
             "ones; finish all requests before the weights change"
         )
-
-
-def _load_by_file(llm: "LLM", weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Hand weights to an engine in a process of its own: in a file that the first rank of each machine writes."""
-    writer, copies = first_on_machine(), {}
-    for name, tensor in weights:  # all ranks gather, but not all have room for a whole model
-        if rank() == writer:
-            copies[name] = tensor.to("cpu", copy=True)
-    with in_shared_memory(copies) if rank() == writer else contextlib.nullcontext("") as own:
-        llm.collective_rpc("reload_weights", kwargs={"weights_path": exchange(own)[writer]})
-        exchange(None)  # the file is there until the last engine has read it
 
 
 def sleep_vllm_instance(llm: "LLM") -> None:

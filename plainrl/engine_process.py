@@ -16,19 +16,23 @@ import signal
 import tempfile
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plainrl.distributed import environment_of_one_process
+from plainrl.distributed import environment_of_one_process, exchange, first_on_machine, rank
 from plainrl.folder_lock import is_locked, lock_folder
 from plainrl.records import UserError
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 SHARED_MEMORY = Path("/dev/shm")
 NAME = "plainrl-weights-"  # how the names of our folders there begin
@@ -90,6 +94,17 @@ def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
     ):
         save_file(dict(weights), Path(folder) / "model.safetensors")
         yield folder
+
+
+def load_by_file(llm: "LLM", weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Hand weights to an engine in a process of its own: in a file that the first rank of each machine writes."""
+    writer, copies = first_on_machine(), {}
+    for name, tensor in weights:  # all ranks gather, but not all have room for a whole model
+        if rank() == writer:
+            copies[name] = tensor.to("cpu", copy=True)
+    with in_shared_memory(copies) if rank() == writer else nullcontext("") as own:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": exchange(own)[writer]})
+        exchange(None)  # the file is there until the last engine has read it
 
 
 def new_processes(before: Collection[BaseProcess]) -> list[BaseProcess]:

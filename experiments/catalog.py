@@ -56,7 +56,6 @@ LONG = [
     Curve("long_grpo", "default", "GRPO, no further traces", "GRPO"),
     Curve("long_sft", "default", "SFT on the warm start's 256 traces", "SFT, the same 256 traces"),
 ]
-BEYOND_TRACES = Curve("beyond_traces", "default", "GRPO on sums of 2 to 6 terms", "GRPO")
 SFT_CHOSEN = Curve("sft_chosen", "default", "SFT on the chosen traces of the pairs", "SFT, chosen traces")
 EXPERT_ITERATION = Curve("expert_iteration", "default", "expert iteration")
 DPO = Curve("dpo", "default", "DPO, 1,024 pairs of traces", "DPO")
@@ -96,21 +95,6 @@ FIGURES = {
                 Panel("optimizer_steps", "eval/response_length"),
             ],
         )
-    ],
-    "beyond_traces/lengths.png": [
-        Group(
-            "GRPO on sums of 2 to 6 terms, with traces of 2 and 3 terms alone",
-            [BEYOND_TRACES],
-            [Panel("rollout_batches", "rollout/reward"), Panel("rollout_batches", "rollout/response_length")],
-        ),
-        Group(
-            "Held-out sums of 2 and 3 terms, and of 4, 5 and 6",
-            [BEYOND_TRACES],
-            [
-                Panel("rollout_batches", EVAL_SCORE),
-                *(Panel("rollout_batches", f"eval/{n}/answer_reward") for n in ("four", "five", "six")),
-            ],
-        ),
     ],
     "RL-eval-reward.png": [Group("GRPO on held-out questions", LEARNING_RATES, REWARD_AND_ENTROPY)],
     "Module-ablation-eval.png": [
@@ -164,7 +148,6 @@ TABLES = {
     "expert_iteration": METHODS,
     "dpo": WITH_DPO,
     "sft_chosen": [SFT_CHOSEN],
-    "beyond_traces": [BEYOND_TRACES],
     "long_grpo": LONG,
     "long_sft": LONG[1:],
     "zero_shot": [Curve("zero_shot", "r1_zero", "untrained, r1_zero prompt")],

@@ -120,9 +120,12 @@ def state_of(run: Run, results: Path) -> str:
             return "finished"
     if not (run.folder / "config.yaml").is_file():
         return "to do"
-    saved = with_defaults(read_yaml(run.folder / "config.yaml"), SCRIPTS[run.script].schema)
-    changes = describe_changes({key: saved.get(key) for key in run.settings}, run.settings)
-    if changes:
+    schema = SCRIPTS[run.script].schema
+    saved = with_defaults(read_yaml(run.folder / "config.yaml"), schema)
+    asked = with_defaults(run.values, schema) | {"seed": run.seed}  # with what the preset gives, like a fingerprint
+    asked.pop("warm_start", None)  # `values` has the values of a warm start there, and the run's folder its name
+    asked |= run.settings
+    if changes := describe_changes({key: saved.get(key) for key in asked}, asked):
         raise UserError(
             f"{run.folder} was run with other settings: {', '.join(changes)}; --rerun {run.variant} runs it again"
         )

@@ -31,6 +31,8 @@ def main(arguments: list[str]) -> None:
     """Print the table of runs, compare two, or write a page."""
     if arguments[:1] == ["compare"] and len(arguments) in (3, 4):
         one, other, *figure = map(Path, arguments[1:])
+        if figure and figure[0].suffix != ".png":
+            raise UserError(f"compare: the figure {figure[0]} is no .png; name it {figure[0].with_suffix('.png')}")
         print("\n".join(compare_settings(one, other)))  # before the figure, which it may not be possible to write
         print(f"curves: {draw_curves(one, other, *figure)}")
     elif arguments[:1] == ["report"] and len(arguments) > 1:

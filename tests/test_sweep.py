@@ -160,6 +160,30 @@ def test_weights_are_kept_where_asked_for(workplace, capsys, kept, left):
     assert f"weights of finished runs: {sweep.KEPT[kept]}" in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_is_by_the_measure_of_the_script(workplace, monkeypatch):
+    """DPO's is the accuracy on held-out pairs, which was best at step 2; the answer reward was best at step 1."""
+    accuracies = (
+        'for row, accuracy in zip((rows[0], rows[4], rows[5]), (0.5, 0.6, 0.7)): row["eval/accuracy"] = accuracy'
+    )
+    Path("DPO_train.py").write_text(FAKE_SCRIPT.replace('(folder / "metrics', f'{accuracies}\n(folder / "metrics', 1))
+    monkeypatch.setitem(
+        sweep_plan.SCRIPTS, "DPO_train.py", sweep_plan.SCRIPTS["DPO_train.py"]._replace(command=("DPO_train.py",))
+    )
+    (workplace / "supplement").mkdir()
+    shutil.copy(REPOSITORY / "supplement/dpo_train.yaml", workplace / "supplement")
+    write_sweep({"a": {}}, script="DPO_train.py", seeds=[0])
+    run_sweep("keep_weights=best")
+    assert weights_in(Path("runs/mine-a-seed0")) == {"best": "2"}
+
+
+def test_a_best_checkpoint_of_before_is_replaced(workplace):
+    run_sweep("keep_weights=all", "seeds=[0]", "--variant", "a")
+    shutil.copytree("runs/mine-a-seed0/final", "runs/mine-a-seed0/best")
+    shutil.rmtree("results")
+    run_sweep("keep_weights=best", "seeds=[0]", "--variant", "a")
+    assert weights_in(Path("runs/mine-a-seed0")) == {"best": "1"}
+
+
 def test_a_sweep_file_may_keep_weights_and_the_command_line_counts_more(workplace):
     write_sweep(keep_weights="best")
     assert plan(Path("mine.yaml"), ["preset=laptop"])[1][0].keep_weights == "best"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main
+from plainrl.clock import OF_RUN
 from plainrl.devices import run_command
 from plainrl.folder_lock import is_locked
 from plainrl.help import SCHEMAS
@@ -75,7 +76,7 @@ def describe_run(folder: Path) -> tuple[dict[str, str], str | None]:
         return [row[name] for row in rows if row.get(name) is not None]
 
     scores = known(EVAL_SCORE)
-    seconds = sum(sum(known(name)) for name in ("time/step", "eval/seconds", "eval_all/seconds"))
+    seconds = sum(sum(known(name)) for name in OF_RUN)
     return cells | {
         "step": str(max(known("train_step"), default=0)),
         "last reward": f"{scores[-1]:.3f}" if scores else "-",

@@ -10,8 +10,9 @@ from test_run_records import BrokenWandb, read_wandb
 from tiny import REPOSITORY, read_lines
 
 from experiments import runs
-from experiments.sweep_results import collect_run
+from experiments.sweep_results import collect_run, summarize_run
 from plainrl.cli import load_config
+from plainrl.clock import is_out_of_time, training_seconds
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import Example, Response, Rollout, UserError
 from plainrl.report import contents, curves, page, renew
@@ -115,6 +116,22 @@ def test_the_axes_of_an_off_policy_run():
     assert [row["step"] for row in placed] == [0, 0.5, 1, 1.5, 2, 2, 2]
     assert [row["minutes"] for row in placed] == [1, 2, 3, 3.5, 4, 4.5, 6]
     assert with_axes([{"eval_step": 4}, {"train_step": 9}])[1]["step"] == 5  # a resumed run's, before it is complete
+
+
+def test_the_time_in_which_dpo_scores_its_pairs_counts(tmp_path):
+    """It is most of the time of an evaluation, or all of it: `max_training_hours`, the table and the page have it."""
+    with RunFolder.create(SFTConfig(runs_dir=str(tmp_path), wandb_mode="disabled", run_name="mine"), "dpo") as run:
+        run.log({"eval_step": 0, "eval/accuracy": 0.5, "eval/pair_seconds": 40.0})
+        run.log({"eval_step": 0, "eval/answer_reward": 0.5, "eval/seconds": 20.0})
+        run.log({"train_step": 1, "time/step": 60.0})
+        run.log({"eval_step": 1, "eval/accuracy": 0.75, "eval/pair_seconds": 60.0})
+    rows = run.read_metrics()
+    assert [row["minutes"] for row in with_axes(rows)] == [pytest.approx(40 / 60, abs=1e-4), 1, 2, 3]
+    assert training_seconds(rows) == 180
+    assert is_out_of_time(rows, max_hours=0.08) and not is_out_of_time(rows, max_hours=0.09)  # another 140 seconds
+    assert runs.describe_run(run.path)[0]["time"] == "0:03:00"
+    assert summarize_run(run.path)["minutes"] == 3
+    assert dict(contents.sum_times(with_axes(rows)))["evaluation"] == 120
 
 
 def test_the_values_of_a_page_are_those_of_the_metrics_and_of_the_committed_csv(tmp_path):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from plainrl.changes import changed_keys, with_defaults
 from plainrl.cli import read_yaml, resolve
+from plainrl.clock import OF_ALL_EVALUATIONS
 from plainrl.config import NUM_STEPS_KEYS, GRPOConfig, RunConfig
 from plainrl.diagnosis import find_remarks
 from plainrl.help import SCHEMAS
@@ -199,7 +200,7 @@ def sum_times(rows: Sequence[Row]) -> list[list[Any]]:
     """Return the seconds of each phase of the steps, and of the evaluations."""
     phases = [name for name in names_in(rows) if name.startswith("time/")]
     phases = [name for name in phases if name not in ("time/step", "time/tokens_per_second")] or ["time/step"]
-    names = {"evaluation": ["eval/seconds", "eval_all/seconds"]}
+    names = {"evaluation": list(OF_ALL_EVALUATIONS)}
     names = {name.removeprefix("time/"): [name] for name in phases} | names
     sums = [[label, sum(row.get(name) or 0.0 for row in rows for name in of)] for label, of in names.items()]
     return [entry for entry in sums if entry[1] > 0]

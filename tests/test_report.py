@@ -162,6 +162,16 @@ def test_the_values_of_a_page_are_those_of_the_metrics_and_of_the_committed_csv(
     assert run["times"] == [["rollout", 60.0], ["train", 120.0], ["evaluation", 150.0]]
 
 
+def test_the_data_of_a_page_are_those_that_were_read():
+    def facts(**settings):
+        return dict(contents.describe_facts({"train_data": "a.jsonl", "validation_data": "b.jsonl"} | settings, {}))
+
+    assert facts()["data"] == "a.jsonl, validated on b.jsonl"
+    assert facts(validation_data="a.jsonl")["data"] == "a.jsonl"
+    assert facts(validation_fraction=0.05)["data"] == "a.jsonl, validated on 5 % of a.jsonl"
+    assert facts(validation_data="")["data"] == "a.jsonl"  # DPO without questions
+
+
 def test_the_settings_that_differ_from_the_preset(tmp_path):
     run = read_run(make_run(tmp_path, learning_rate="3e-5"), "finished")
     changed = {key: (old, new) for key, old, new in run["preset"]["changed"]}

@@ -37,6 +37,7 @@ from plainrl.report.samples import (
 )
 from plainrl.run_records import EVAL_SCORE, read_metrics
 from plainrl.several_samples import wilson_interval
+from plainrl.shared_config import validation_source
 
 MOST_POINTS = 1000  # of a metric in a page
 FINAL_SCORE = "eval_all/answer_reward"
@@ -92,7 +93,7 @@ def describe_facts(settings: Row, environment: Row) -> list[list[str]]:
     """Return label and text of what is run, with what, since when and where."""
     devices = environment.get("cuda_devices") or [f"{environment.get('cpu_count')} cores, {environment.get('cpu')}"]
     commit = str(environment.get("git_commit") or "")[:10]
-    data = dict.fromkeys([str(settings.get("train_data")), str(settings.get("validation_data"))])
+    data = dict.fromkeys(filter(None, [str(settings.get("train_data")), validation_source(settings)]))
     facts = {
         "script": environment.get("script"),
         "model": settings.get("model"),

@@ -434,6 +434,30 @@ def test_curves_show_their_values_by_step_and_by_clock(browser, tmp_path):
     assert browser.errors == []
 
 
+def test_a_metric_that_is_thinned_out_keeps_the_means_of_all_its_values(monkeypatch):
+    """One value of ten is 1. The mean of the least and the greatest of each stretch would be one half."""
+    rows = with_axes(
+        [{"train_step": step, "train/a": float(step % 10 == 0), "time/step": 1.0} for step in range(1, 5001)]
+    )
+    places, values, means, window = contents.describe_curves(rows)["metrics"]["train/a"]
+    assert len(places) == len(values) == len(means) == 1000 and window == 250
+    assert sum(values) == 500 and max(abs(mean - 0.1) for mean in means[100:]) < 0.001
+    assert len(contents.describe_curves(rows[:1000])["metrics"]["train/a"]) == 2  # the page smooths these itself
+
+
+@needs_browser
+def test_the_thick_line_of_a_thinned_metric_is_its_mean(browser, tmp_path):
+    folder = make_run(tmp_path)
+    rows = [{"train_step": n, "train/grad_norm": float(n % 10 == 0), "time/step": 1.0} for n in range(1, 5001)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.main(["report", str(folder)])
+    browser.open(folder / "report.html")
+    assert any("(mean of 250)" in text for text in browser.texts(".legend"))
+    paths = "[...document.querySelectorAll('.chart svg path:not(.raw)')].map((path) => path.getBBox().height)"
+    assert max(browser.evaluate(paths)) < 25  # of 210 pixels: near 0.1 all along, but for its first values
+    assert browser.errors == []
+
+
 @needs_browser
 def test_a_page_fits_a_phone_in_both_schemes(tmp_path):
     folder = make_run(tmp_path, texts=[right(1), "w" * 3000, right(3), HOSTILE])

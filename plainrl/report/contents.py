@@ -1,11 +1,13 @@
 """What a page shows of one run, as JSON can hold it: read from the run's folder alone.
 
 A page has a limit. Of a metric with many values those are shown between which the curve moves most: the least and the
-greatest of each stretch. Of the responses, groups are taken until their share of the bytes is used up: first what was
-printed, then the first question of every file, and so on. The page says how many there are in all.
+greatest of each stretch. Their means are those of all values. Of the responses, groups are taken until their share of
+the bytes is used up: first what was printed, then the first question of every file, and so on. The page says how many
+there are in all.
 """
 
 import datetime
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -166,12 +168,20 @@ def describe_minutes(minutes: float) -> str:
 
 
 def describe_curves(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the metrics over both axes: `step`, `minutes`, and for each metric the places in them and its values."""
+    """Return the metrics over both axes: `step`, `minutes`, and for each metric the places in them and its values.
+
+    A metric that is thinned out also has its smoothed values at these places, and how many values each is the mean of.
+    The page smooths the others itself.
+    """
     metrics = {}
     for name in names_in(rows):
         if name not in ("step", "minutes"):
             points = [(place, row[name]) for place, row in enumerate(rows) if row.get(name) is not None]
-            metrics[name] = [list(column) for column in zip(*thin_out(points, MOST_POINTS), strict=True)]
+            shown = thin_out(points, MOST_POINTS)
+            metrics[name] = [list(column) for column in zip(*shown, strict=True)]
+            if len(shown) < len(points):  # the mean of what is shown would be that of the extremes
+                window = len(points) // 20
+                metrics[name] += [smooth_at([place for place, _ in shown], points, window), window]
     return {
         "step": [row["step"] for row in rows],
         "minutes": [row["minutes"] for row in rows],
@@ -195,6 +205,18 @@ def thin_out(points: Sequence[tuple[int, float]], most: int) -> list[tuple[int, 
         stretch = points[number * len(points) // num_stretches : (number + 1) * len(points) // num_stretches]
         kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
     return kept
+
+
+def smooth_at(places: Sequence[int], points: Sequence[tuple[int, float]], window: int) -> list[float]:
+    """Return the mean of the last `window` values at some places, to 5 digits; of all so far where there are fewer.
+
+    >>> smooth_at([3, 6], [(0, 4.0), (3, 2.0), (5, 0.0), (6, 1.0)], window=2)
+    [3.0, 0.5]
+    """
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    ends = {place: end for end, (place, _) in enumerate(points, start=1)}
+    spans = [(max(0, ends[place] - window), ends[place]) for place in places]
+    return [float(f"{(sums[end] - sums[begin]) / (end - begin):.5g}") for begin, end in spans]
 
 
 def sum_times(rows: Sequence[Row]) -> list[list[Any]]:

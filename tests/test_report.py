@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 from browser import PATH, WHY_NOT, Browser
@@ -476,6 +477,24 @@ def test_two_runs_in_one_page(browser, tmp_path):
     assert browser.texts("h1") == ["2 runs"]
     assert [row.split(" ")[0] for row in browser.texts(".runs tbody tr td:first-child")] == ["mine", "other"]
     assert browser.texts(".differ td") == ["learning_rate", "2e-05", "3e-05"]
+    assert browser.errors == []
+
+
+@needs_browser
+def test_a_run_without_responses_leaves_the_choice_of_the_run(browser, tmp_path):
+    folders = [make_run(tmp_path), make_run(tmp_path, name="other")]
+    shutil.rmtree(folders[0] / "samples")
+    runs.main(["report", *map(str, folders)])
+    for place in ("", "#run=0", "#run=0&kind=eval&step=2&search=x"):
+        browser.open(tmp_path / "report_mine_other.html", place)
+        assert browser.texts(".responses .list + *") == ["None."] and browser.texts(".question") == []
+        assert browser.evaluate("document.querySelector('.responses select').value") == "0"
+    browser.evaluate(
+        "(() => { const s = document.querySelector('.responses select'); s.value = '1'; "
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    assert browser.texts(".responses h2") == ["Responses"]
+    assert browser.evaluate("document.querySelector('.responses select').value") == "1"
     assert browser.errors == []
 
 

@@ -139,6 +139,7 @@ def describe_tiles(rows: Sequence[Row], settings: Row) -> list[dict[str, str]]:
         tiles.append(_tile("validation answer reward", value, note))
     for row in [row for row in rows if row.get(FINAL_SCORE) is not None][-1:]:
         tiles.append(_tile("at the end", f"{row[FINAL_SCORE]:.3f}", _describe_interval(row, "eval_all")))
+    tiles += _benchmark_tiles(rows)
     quantities = {
         "training reward": ("rollout/reward", "{:.3f}", "of all sampled responses"),
         "training loss": ("train/loss_per_token", "{:.4f}", "nats per token"),
@@ -369,6 +370,19 @@ def _describe_interval(row: Row, prefix: str) -> str:
     if sum(categories) == num_questions and 0 <= score <= 1:
         text += ", 95 % interval {:.3f} to {:.3f}".format(*wilson_interval(score, num_questions))
     return text
+
+
+def _benchmark_tiles(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return the accuracy of each task of supplement/evaluate_benchmark.py that has one."""
+    tiles = []
+    for row in rows:
+        for name in row:
+            task = name.removesuffix("_accuracy")
+            if task != name and row.get(f"{name}_low") is not None:
+                interval = "95 % interval {:.3f} to {:.3f}".format(row[f"{name}_low"], row[f"{name}_high"])
+                note = f"{row[f'{task}_num_examples']} questions, {interval}"
+                tiles.append(_tile(f"{task.removeprefix('eval/')}, accuracy", f"{row[name]:.3f}", note))
+    return tiles
 
 
 def _tile(label: str, value: str, note: str) -> dict[str, str]:

@@ -55,6 +55,7 @@ from plainrl.records import Example, Response, UserError, mean
 from plainrl.run_folder import EVALUATION, RunFolder
 from plainrl.run_records import describe_evaluation
 from plainrl.several_samples import is_of_several, samples_table, summarize_samples
+from plainrl.shared_config import validation_source
 from SFT_helper import encode_prompt, pad_token_id
 
 if TYPE_CHECKING:
@@ -415,7 +416,7 @@ def main(arguments: list[str]) -> None:
         path = evaluator.samples_path(0)
         if rank() == 0:  # which wrote the file, and alone prints
             print_categories(examples, [json.loads(line) for line in path.read_text().splitlines()])
-        print(f"\n{config.model} on {config.validation_data}, prompt {config.prompt}:")
+        print(f"\n{config.model} on {validation_source(config.model_dump())}, prompt {config.prompt}:")
         print(metrics_table({name: value for name, value in metrics.items() if not is_of_several(name)}))
         if config.num_eval_samples > 1:
             print(f"\n{config.num_eval_samples} responses per question:\n{samples_table(metrics)}\n")

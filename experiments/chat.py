@@ -12,15 +12,14 @@ weights of each are copied into it in turn, as in training.
 """
 
 import itertools
-import json
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.cli import answer_questions, read_yaml, resolve, run_main
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 COMMAND = "-m experiments.chat"
 YAML = Path(__file__).parent.parent / "config.yaml"
-# What a run's model is asked with, if the command line does not say otherwise.
+# What a run's model is asked with, if neither the command line nor a file config=FILE says otherwise.
 OF_THE_RUN = (
     *("prompt", "reward", "stop_string", "sampling_temperature", "sampling_top_p", "sampling_min_tokens"),
     *("sampling_max_tokens", "max_context_tokens"),
@@ -54,6 +53,15 @@ class ChatConfig(SFTConfig):
     question: str = Field("", description="the only question (empty: questions are read from the terminal)")
     answer: str = Field("", description="its right answer, by which responses are graded (empty: they are not)")
     num_samples: int = Field(1, ge=1, description="responses to each question, of each model")
+
+    @model_validator(mode="after")
+    def _check_answer(self) -> Self:
+        if self.answer and not self.question:
+            raise ValueError(
+                f"answer = {self.answer}: there is no question that it answers; give question, or leave answer out and "
+                "type `question => answer` in the terminal"
+            )
+        return self
 
 
 class Model(NamedTuple):
@@ -70,7 +78,7 @@ def main(arguments: list[str]) -> None:
     answer_questions(COMMAND, ChatConfig, YAML, arguments)
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
     others = [argument for argument in arguments if not argument.startswith("model=")]
-    configs = [resolve(ChatConfig, YAML, arguments_for(name, others)).config for name in names or [""]]
+    configs = [config_for(name, others) for name in names or [""]]
     check_devices(configs[0])
     models = [load_model(name or config.model, config) for name, config in zip(names or [""], configs, strict=True)]
     require_one_architecture(models)
@@ -79,8 +87,8 @@ def main(arguments: list[str]) -> None:
         ask(models, llm, number, question, answer)
 
 
-def arguments_for(model: str, others: Sequence[str]) -> list[str]:
-    """Return the arguments with which a model is asked: those of its run, and over them those of the user.
+def config_for(model: str, others: Sequence[str]) -> ChatConfig:
+    """Return how a model is asked: as its run was trained, where the user does not say otherwise.
 
     A run is represented by its final/.
     """
@@ -88,10 +96,12 @@ def arguments_for(model: str, others: Sequence[str]) -> list[str]:
     if model and (folder / "config.yaml").is_file() and (folder / "final").is_dir():
         folder = folder / "final"
     run = next((parent for parent in folder.parents if (parent / "config.yaml").is_file()), None) if model else None
-    settings = read_yaml(run / "config.yaml") if run and (run / "environment.json").is_file() else {}
-    texts = {key: settings[key] for key in OF_THE_RUN if key in settings}
-    of_run = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in texts.items()]
-    return [*of_run, *others, *([f"model={folder}"] if model else [])]
+    of_run: dict[Path, dict[str, Any]] = {}
+    if run and (run / "environment.json").is_file():
+        settings = read_yaml(run / "config.yaml")
+        of_run[run / "config.yaml"] = {key: settings[key] for key in OF_THE_RUN if key in settings}
+    arguments = [*others, *([f"model={folder}"] if model else [])]
+    return resolve(ChatConfig, YAML, arguments, of_run=of_run).config
 
 
 def load_model(name: str, config: ChatConfig) -> Model:

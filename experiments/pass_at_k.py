@@ -4,8 +4,8 @@
     uv run python -m experiments.pass_at_k                               draw and print what was collected
 
 A run is the folder of an evaluation or of a training run with `num_eval_samples` above 1. A training run is represented
-by its last evaluation. Runs of one label are its seeds. All runs must have asked the same number of questions, with as
-many samples at one temperature. What is collected stands in results/pass_at_k/pass_at_k.csv, one row for each run and
+by its last evaluation. Runs of one label are its seeds. All runs must have asked the same questions, with as many
+samples at one temperature. What is collected stands in results/pass_at_k/pass_at_k.csv, one row for each run and
 k. experiments/plot_results.py draws the figure from it too.
 
 A policy whose curve is higher at k = 1 and lower at the largest k has been sharpened: it gives its likely answers more
@@ -21,6 +21,7 @@ from typing import Any
 from experiments.intervals import difference_and_half_width, mean_and_half_width
 from experiments.result_tables import put_table
 from experiments.sweep_results import read_table
+from plainrl.changes import with_defaults
 from plainrl.cli import read_yaml, run_main
 from plainrl.config import SFTConfig
 from plainrl.devices import run_command
@@ -37,6 +38,7 @@ from plainrl.figure_style import (
 from plainrl.records import UserError
 from plainrl.run_records import read_metrics
 from plainrl.several_samples import sample_counts
+from plainrl.shared_config import is_embedded
 
 NAME = "pass_at_k"
 QUANTITIES = {"pass": "pass@k (share of questions)", "majority": "maj@k (share of questions)"}
@@ -82,6 +84,7 @@ def collect(runs: Sequence[tuple[str, Path]], results: Path) -> None:
                 raise UserError(
                     f"{key}: {rows[-1][key]:g} in {folder}, but {rows[0][key]:g} in {runs[0][1]}; evaluate both alike"
                 )
+        require_same_questions(folder, runs[0][1])
     path = results / NAME / f"{NAME}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
@@ -129,6 +132,29 @@ def read_run(folder: Path) -> list[dict[str, Any]]:
         for k in sample_counts(num_samples)
     }
     return [{"k": k, **of_run, **of_k} for k, of_k in values.items()]
+
+
+def require_same_questions(folder: Path, first: Path) -> None:
+    """Raise a UserError if the validation questions of two runs are not drawn from the same data in the same way."""
+    of_run, of_first = (questions_of(read_yaml(run / "config.yaml")) for run in (folder, first))
+    for key in of_run | of_first:
+        if of_run.get(key) != of_first.get(key):
+            texts = [f"{'none' if values.get(key) is None else values[key]} in" for values in (of_run, of_first)]
+            raise UserError(f"{key}: {texts[0]} {folder}, but {texts[1]} {first}; evaluate both alike")
+
+
+def questions_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a run's settings that say which its validation questions are.
+
+    >>> questions_of({"validation_data": "test.jsonl", "arithmetic_max_term": 10})
+    {'validation_fraction': 0.0, 'validation_data': 'test.jsonl'}
+    """
+    values = with_defaults(settings, SFTConfig)
+    source = "train_data" if values["validation_fraction"] else "validation_data"
+    keys = ["validation_fraction", source, *(["validation_seed"] if values["validation_fraction"] else [])]
+    if is_embedded(values[source]):
+        keys += ["arithmetic_terms", "arithmetic_max_term"]
+    return {key: values[key] for key in keys}
 
 
 def write_figure_and_table(results: Path, output: Path, suffix: str = "") -> bool:

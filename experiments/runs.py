@@ -14,6 +14,7 @@ from pathlib import Path
 
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main
+from plainrl.clock import OF_RUN
 from plainrl.devices import run_command
 from plainrl.folder_lock import is_locked
 from plainrl.help import SCHEMAS
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> None:
     """Print the table of runs, compare two, or write a page."""
     if arguments[:1] == ["compare"] and len(arguments) in (3, 4):
         one, other, *figure = map(Path, arguments[1:])
+        if figure and figure[0].suffix != ".png":
+            raise UserError(f"compare: the figure {figure[0]} is no .png; name it {figure[0].with_suffix('.png')}")
         print("\n".join(compare_settings(one, other)))  # before the figure, which it may not be possible to write
         print(f"curves: {draw_curves(one, other, *figure)}")
     elif arguments[:1] == ["report"] and len(arguments) > 1:
@@ -73,7 +76,7 @@ def describe_run(folder: Path) -> tuple[dict[str, str], str | None]:
         return [row[name] for row in rows if row.get(name) is not None]
 
     scores = known(EVAL_SCORE)
-    seconds = sum(sum(known(name)) for name in ("time/step", "eval/seconds", "eval_all/seconds"))
+    seconds = sum(sum(known(name)) for name in OF_RUN)
     return cells | {
         "step": str(max(known("train_step"), default=0)),
         "last reward": f"{scores[-1]:.3f}" if scores else "-",

@@ -35,7 +35,7 @@ from plainrl.devices import run_command
 from plainrl.distributed import require_one_process
 from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints, lock_folder
-from plainrl.run_records import EVAL_SCORE, read_metrics
+from plainrl.run_records import read_metrics
 
 COMMAND = "python -m experiments.sweep"
 POLL_SECONDS = 0.5
@@ -120,9 +120,12 @@ def state_of(run: Run, results: Path) -> str:
             return "finished"
     if not (run.folder / "config.yaml").is_file():
         return "to do"
-    saved = with_defaults(read_yaml(run.folder / "config.yaml"), SCRIPTS[run.script].schema)
-    changes = describe_changes({key: saved.get(key) for key in run.settings}, run.settings)
-    if changes:
+    schema = SCRIPTS[run.script].schema
+    saved = with_defaults(read_yaml(run.folder / "config.yaml"), schema)
+    asked = with_defaults(run.values, schema) | {"seed": run.seed}  # with what the preset gives, like a fingerprint
+    asked.pop("warm_start", None)  # `values` has the values of a warm start there, and the run's folder its name
+    asked |= run.settings
+    if changes := describe_changes({key: saved.get(key) for key in asked}, asked):
         raise UserError(
             f"{run.folder} was run with other settings: {', '.join(changes)}; --rerun {run.variant} runs it again"
         )
@@ -184,22 +187,24 @@ def collect(run: Run, results: Path, order: Sequence[str]) -> None:
     wall_minutes = sum(map(float, re.findall(r"^sweep: .* after ([\d.]+) minutes$", log, re.MULTILINE)))
     names = {"variant": run.variant, "seed": run.seed, "fingerprint": run.fingerprint}
     row = collect_run(run.folder, results, names, wall_minutes, order)
-    remove_weights(run.folder, run.keep_weights)
+    remove_weights(run)
     reward = row["last_answer_reward"]
     print(f"finished: {run.folder.name}, {wall_minutes:.1f} minutes, answer reward {reward}", flush=True)
 
 
-def remove_weights(folder: Path, kept: str) -> None:
+def remove_weights(run: Run) -> None:
     """Remove a finished run's weights, but for those that are to be kept: see `Sweep.keep_weights`.
 
-    The best checkpoint is the first with the best score of those that were both saved and evaluated. If there is none,
-    final/ stays.
+    The best checkpoint is the first with the best score, by the script's own measure, of those that were both saved and
+    evaluated. If there is none, final/ stays.
     """
+    folder, kept, score = run.folder, run.keep_weights, SCRIPTS[run.script].schema.model_construct().eval_score
     removed = {"all": [], "last": ["checkpoints"]}.get(kept, ["checkpoints", "final"])
     if kept == "best":
-        scores = {row["eval_step"]: row[EVAL_SCORE] for row in read_metrics(folder) if row.get(EVAL_SCORE) is not None}
+        scores = {row["eval_step"]: row[score] for row in read_metrics(folder) if row.get(score) is not None}
         saved = {int(path.name.removeprefix("step_")): path for path in list_checkpoints(folder)}
         if evaluated := [step for step in saved if step in scores]:
+            shutil.rmtree(folder / "best", ignore_errors=True)  # of the same run, collected before
             (saved[max(evaluated, key=lambda step: scores[step])] / "model").rename(folder / "best")
         else:
             removed = ["checkpoints"]

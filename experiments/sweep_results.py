@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from plainrl.cli import read_yaml
+from plainrl.clock import OF_RUN
 from plainrl.records import UserError
 from plainrl.run_records import EVAL_SCORE, read_metrics
 
@@ -85,7 +86,7 @@ def summarize_run(folder: Path) -> dict[str, Any]:
     settings = read_yaml(folder / "config.yaml")
     batch_size = settings.get("rollout_batch_size") or settings.get("ei_batch_size", 0) * settings.get("group_size", 0)
     return {
-        "minutes": sum(sum(known(name)) for name in ("time/step", "eval/seconds", "eval_all/seconds")) / 60,
+        "minutes": sum(sum(known(name)) for name in OF_RUN) / 60,
         "train_steps": last("train_step"),
         "last_answer_reward": last(EVAL_SCORE),
         "best_answer_reward": max(known(EVAL_SCORE), default=None),

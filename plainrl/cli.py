@@ -104,6 +104,7 @@ def resolve(
     yaml_path: Path,
     arguments: Sequence[str],
     choose: Callable[[], tuple[str, str]] | None = None,
+    of_run: Files | None = None,
 ) -> Resolved[ConfigType]:
     """Return the validated configuration of a script, without printing it.
 
@@ -112,6 +113,7 @@ def resolve(
         yaml_path: the script's YAML file. Each `config=path` among the arguments names one that overlays it.
         arguments: the command line after the script's name, each `key=value` (value in YAML syntax).
         choose: what `preset: auto` means, with the reason; by default `choose_preset`.
+        of_run: settings of another run, by the file that holds them. They count over `yaml_path`, and under `config=`.
 
     With `resume`, the resolved configuration of that run replaces the YAML files; see `resumed_config`.
 
@@ -125,7 +127,7 @@ def resolve(
         given_files[path] = given_files.pop(path, None) or read_yaml(path)
     if overrides.get("resume", "auto") not in ("", "auto"):
         return resumed_config(schema, Path(overrides["resume"]), overrides, given_files)
-    files = ({} if yaml_path in given_files else {yaml_path: read_yaml(yaml_path)}) | given_files
+    files = ({} if yaml_path in given_files else {yaml_path: read_yaml(yaml_path)}) | dict(of_run or {}) | given_files
     given = {key: value for key, value in overrides.items() if key != "config"}
     preset, notes = named_last("preset", [*files.values(), given], default="auto"), []
     if preset == "auto":

@@ -49,6 +49,7 @@ from plainrl.report.renew import renew_page, show_evaluation
 from plainrl.run_records import (
     Metrics,
     describe_environment,
+    is_evaluated,
     json_number,
     make_samples_table,
     read_metrics,
@@ -385,7 +386,7 @@ def script_of(folder: Path) -> str | None:
 
 def state_at_rest(folder: Path) -> str:
     """Return the state of a run that no process holds: finished, or whether it can be resumed."""
-    if (folder / "final").is_dir() or (script_of(folder) == EVALUATION and (folder / "metrics.jsonl").exists()):
+    if (folder / "final").is_dir() or (script_of(folder) == EVALUATION and is_evaluated(folder)):
         return FINISHED
     return "stopped, can be resumed" if list_checkpoints(folder) else "stopped"
 

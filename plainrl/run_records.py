@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from plainrl.cli import read_yaml
 from plainrl.config import RunConfig
 from plainrl.distributed import rank
 from plainrl.figure_style import PANEL_HEIGHT, PANEL_WIDTH, describe_axis, draw_series, new_figure, put_legend_above
@@ -200,6 +201,16 @@ def describe_evaluations(rows: Sequence[Mapping[str, Any]], temperature: float) 
         f"{first[EVAL_SCORE]:.3f}, on {last['eval/num_examples']} held-out questions; after the last step on "
         f"{final['eval_all/num_examples']}: {final['eval_all/answer_reward']:.3f} (temperature {temperature:g})"
     )
+
+
+def is_evaluated(folder: Path) -> bool:
+    """Return whether an evaluation has logged all it measures: a line for each task, or the only one."""
+    try:
+        num_rows = (folder / "metrics.jsonl").read_bytes().count(b"\n")
+        tasks = read_yaml(folder / "config.yaml").get("tasks")  # of supplement/evaluate_benchmark.py
+    except (OSError, UserError):
+        return False
+    return num_rows >= (len(set(tasks)) if isinstance(tasks, list) else 1)
 
 
 class Line(NamedTuple):

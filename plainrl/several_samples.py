@@ -10,7 +10,8 @@ An interval is over questions. The responses to one question depend on each othe
 observation, however many responses it has.
 
 Sources: Chen et al. 2021 (Codex, arXiv 2107.03374), equation 1; Wang et al. 2023 (self-consistency, arXiv 2203.11171);
-Wilson 1927, "Probable inference"; Kish 1965, "Survey Sampling" (the effective number of observations).
+Wilson 1927, "Probable inference"; Kish 1965, "Survey Sampling" (the effective number of observations); Agresti and
+Coull 1998, "Approximate is better than exact".
 """
 
 import math
@@ -127,25 +128,26 @@ def interval_of_mean(values: Sequence[float]) -> tuple[float, float]:
 
     It is Wilson's interval for the number of yes-or-no questions that would give the mean the same variance:
 
-        n' = m (1 - m) / (s^2 / n),      m: mean, s^2: mean squared deviation from it, n: number of questions
+        n' = n m (1 - m) / s^2,      n: number of questions
 
-    With values of 0 and 1, n' = n. So it is set where all values are equal, which say nothing about the spread. Unlike
-    m +- 2 s / sqrt(n), it ends at 0 and 1 and has a width where all values are 0.
+    The mean m and the variance s^2 = mean squared deviation are here those of the n values, one 0 and one 1. The two
+    stand for the questions that were not asked: n values close to each other do not show that all others are, too.
+    Without them one right response among thousands would narrow the interval to nearly nothing. With values of 0 and 1
+    alone, n' = n. Unlike m +- 2 s / sqrt(n), the interval ends at 0 and 1 and has a width where all values are 0.
 
     Args:
         values: one for each question, at least one.
 
-    Source: Wilson 1927; Kish 1965.
+    Source: Wilson 1927; Kish 1965; Agresti and Coull 1998 (values that are added).
 
     >>> low, high = interval_of_mean([0.0] * 5 + [1.0] * 5)
     >>> round(low, 4), round(high, 4)
     (0.2366, 0.7634)
     """
-    share, num_questions = fmean(values), float(len(values))
-    variance = fmean([(value - share) ** 2 for value in values])
-    if max(values) - min(values) > 1e-12:  # the variance of equal numbers may be rounding
-        num_questions *= share * (1 - share) / variance
-    return wilson_interval(share, num_questions)
+    added = [*values, 0.0, 1.0]
+    share = fmean(added)
+    variance = fmean([(value - share) ** 2 for value in added])
+    return wilson_interval(fmean(values), len(values) * share * (1 - share) / variance)
 
 
 def wilson_interval(share: float, num_trials: float) -> tuple[float, float]:

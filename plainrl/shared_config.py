@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -25,6 +26,19 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 def is_embedded(source: str) -> bool:
     """Return whether a source of data is the embedded arithmetic, with a number of terms of its own or without."""
     return source.partition(":")[0] == EMBEDDED_DATA
+
+
+def validation_source(settings: Mapping[str, Any]) -> str:
+    """Return where the validation questions of a run are from; an empty text if it has none.
+
+    >>> validation_source({"train_data": "a.jsonl", "validation_data": "b.jsonl"})
+    'b.jsonl'
+    >>> validation_source({"train_data": "a.jsonl", "validation_data": "b.jsonl", "validation_fraction": 0.1})
+    '10 % of a.jsonl'
+    """
+    if share := settings.get("validation_fraction"):
+        return f"{100 * share:g} % of {settings.get('train_data')}"  # then validation_data is not read
+    return str(settings.get("validation_data", ""))
 
 
 class RunConfig(BaseModel):

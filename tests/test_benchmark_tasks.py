@@ -8,6 +8,8 @@ from tiny import REPOSITORY, read_lines, write_lines
 from plainrl.cli import load_config
 from plainrl.data import load_prompt_template
 from plainrl.records import UserError
+from plainrl.report.contents import read_run
+from plainrl.run_folder import state_at_rest
 from plainrl.several_samples import wilson_interval
 from plainrl.supplement_config import BenchmarkConfig
 from supplement import evaluate_benchmark
@@ -160,6 +162,38 @@ def test_a_whole_run_writes_the_official_formats(engine, folder, tiny_model_fold
     output = capsys.readouterr().out
     assert f"They need a judge, a model of 70B. Its input is {run}/alpaca_eval.json." in output
     assert "=== mmlu: accuracy " in output and "abstract algebra" in output and " errors:\n--- " in output
+
+
+def test_a_page_shows_the_accuracy_of_each_task_that_has_one(engine, folder, tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_benchmark, "init_vllm", lambda *_, **__: engine)
+    evaluate_benchmark.main(arguments_of(tiny_model_folder, tmp_path, folder))
+    run = read_run(tmp_path / "evaluated", "finished")
+    tiles = {tile["label"]: tile for tile in run["tiles"]}
+    assert [label for label in tiles if "accuracy" in label] == ["mmlu, accuracy", "gsm8k, accuracy"]
+    metrics = read_lines(tmp_path / "evaluated/metrics.jsonl")[0]
+    low, high = wilson_interval(metrics["eval/mmlu_accuracy"], 3)
+    assert tiles["mmlu, accuracy"]["value"] == f"{metrics['eval/mmlu_accuracy']:.3f}"
+    assert tiles["mmlu, accuracy"]["note"] == f"3 questions, 95 % interval {low:.3f} to {high:.3f}"
+    assert state_at_rest(tmp_path / "evaluated") == "finished"
+
+
+def test_an_evaluation_that_was_stopped_after_a_task_is_not_finished(
+    engine, folder, tiny_model_folder, tmp_path, monkeypatch
+):
+    answer, asked = evaluate_benchmark.answer, []
+
+    def stop_after_one(*arguments):
+        asked.append(arguments[1])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(evaluate_benchmark, "init_vllm", lambda *_, **__: engine)
+    monkeypatch.setattr(evaluate_benchmark, "answer", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_benchmark.main(arguments_of(tiny_model_folder, tmp_path, folder))
+    assert asked == ["mmlu", "gsm8k"] and len(read_lines(tmp_path / "evaluated/metrics.jsonl")) == 1
+    assert state_at_rest(tmp_path / "evaluated") == "stopped"
 
 
 def test_a_subset_is_the_same_in_every_run(folder):

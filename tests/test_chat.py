@@ -8,7 +8,7 @@ import yaml
 from tiny import tiny_arguments
 
 from experiments import chat
-from experiments.chat import ChatConfig, arguments_for, describe_response, read_questions, side_by_side
+from experiments.chat import ChatConfig, config_for, describe_response, read_questions, side_by_side
 from plainrl.records import Response, UserError
 
 
@@ -22,14 +22,29 @@ def make_run(folder, **settings):
 
 def test_a_model_is_asked_as_its_run_was_trained(tmp_path):
     run = make_run(tmp_path / "mine", prompt="question_only", stop_string="", sampling_max_tokens=7, learning_rate=1.0)
-    own = ["prompt=question_only", "stop_string=", "sampling_max_tokens=7"]
+    own = {"prompt": "question_only", "stop_string": "", "sampling_max_tokens": 7}
+
+    def asked(model, *others):
+        config = config_for(str(model), ["preset=laptop", *others]).model_dump()
+        return {key: config[key] for key in own}, config["seed"], config["model"]
+
     for model in (run, run / "final"):  # the folder of a run stands for its final policy
-        assert arguments_for(str(model), ["seed=1"]) == [*own, "seed=1", f"model={run / 'final'}"]
+        assert asked(model, "seed=1") == (own, 1, str(run / "final"))
     checkpoint = run / "checkpoints/step_000001/model"
-    assert arguments_for(str(checkpoint), ["prompt=r1_zero"])[-2:] == ["prompt=r1_zero", f"model={checkpoint}"]
+    assert asked(checkpoint, "prompt=r1_zero") == (own | {"prompt": "r1_zero"}, 0, str(checkpoint))
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("prompt: r1_zero\npresets: {laptop: {sampling_max_tokens: 9}}\n")
+    others = {"prompt": "r1_zero", "sampling_max_tokens": 9}
+    assert asked(run, f"config={mine}")[0] == own | others  # a file of the user's counts more than the run
+    assert asked(run, f"config={mine}", "prompt=question_only")[0] == own | others | {"prompt": "question_only"}
     (run / "environment.json").unlink()  # another program's config.yaml says nothing
-    assert arguments_for(str(run / "final"), []) == [f"model={run / 'final'}"]
-    assert arguments_for("", ["seed=1"]) == ["seed=1"]
+    of_preset = {key: value for key, value in config_for("", ["preset=laptop"]).model_dump().items() if key in own}
+    assert asked(run / "final") == (of_preset, 0, str(run / "final")) and of_preset != own
+
+
+def test_an_answer_without_a_question_is_refused():
+    with pytest.raises(UserError, match="^answer = 7: there is no question that it answers; give question, or leave "):
+        config_for("", ["preset=laptop", "answer=7"])
 
 
 def test_questions_are_read_with_their_answers(monkeypatch):

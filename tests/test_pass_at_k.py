@@ -108,6 +108,40 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"arithmetic_max_term": 10}, "arithmetic_max_term: 10 in other, but 20 in base"),
+        ({"arithmetic_terms": [5, 6]}, r"arithmetic_terms: \[5, 6\] in other, but \[2, 4\] in base"),
+        ({"validation_data": "test.jsonl"}, "validation_data: test.jsonl in other, but arithmetic in base"),
+        ({"validation_fraction": 0.1}, "validation_fraction: 0.1 in other, but 0.0 in base"),
+    ],
+)
+def test_runs_on_other_questions_are_refused(settings, message, runs, tmp_path):
+    write_run(tmp_path / "other", [1, 1, 1, 1], **settings)
+    with pytest.raises(UserError, match=f"^{message}; evaluate both alike$"):
+        pass_at_k.main(["a=base", "b=other"])
+
+
+def test_only_what_decides_about_the_questions_is_compared(runs, tmp_path):
+    """The training data where questions of them are held out; how embedded questions are made where there are any."""
+    of_file = {"validation_data": "test.jsonl"}
+    write_run(tmp_path / "one", [1, 1], **of_file, train_data="a.jsonl")
+    write_run(tmp_path / "two", [1, 1], **of_file, train_data="b.jsonl", arithmetic_max_term=10, validation_seed=1)
+    pass_at_k.main(["a=one", "b=two"])
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        part = {
+            "validation_fraction": 0.5,
+            "validation_seed": seed,
+            "train_data": "a.jsonl" if seed else f"{name}.jsonl",
+        }
+        write_run(tmp_path / name, [1, 1], **part)
+    with pytest.raises(UserError, match="^train_data: b.jsonl in b, but a.jsonl in a; "):
+        pass_at_k.main(["a=a", "b=b"])
+    with pytest.raises(UserError, match="^validation_seed: 1 in c, but 0 in a; "):
+        pass_at_k.main(["a=a", "c=c"])
+
+
 @pytest.mark.parametrize("arguments", [["base"], ["=base"], ["a="]])
 def test_mistakes_on_the_command_line(arguments, runs):
     with pytest.raises(UserError, match="^usage: uv run python -m experiments.pass_at_k"):

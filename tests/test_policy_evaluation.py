@@ -210,8 +210,8 @@ def test_the_script_shows_pass_at_k_and_samples_at_the_evaluations_temperature(
     monkeypatch.setattr(policy_evaluation, "init_vllm", lambda *_, **__: engine)
     for name, settings in (
         ("several", {"num_eval_samples": 6, "num_eval_examples": 16}),
-        ("greedy", {"eval_sampling_temperature": 0}),
-        ("again", {"eval_sampling_temperature": 0, "sampling_top_p": 0.5}),
+        ("greedy", {"eval_sampling_temperature": 0, "validation_fraction": 0.5}),
+        ("again", {"eval_sampling_temperature": 0, "validation_fraction": 0.5, "sampling_top_p": 0.5}),
     ):
         main(tiny_arguments(answering_model_folder, tmp_path, run_name=name, **settings))
     several, greedy, _ = re.split(r"(?m)^all examples: .*$", capsys.readouterr().out)[:3]
@@ -221,6 +221,7 @@ def test_the_script_shows_pass_at_k_and_samples_at_the_evaluations_temperature(
     assert metrics["eval/pass_at_1"] == pytest.approx(metrics["eval/answer_reward"])
     assert metrics["eval/majority_at_1"] == pytest.approx(metrics["eval/pass_at_1"])
     assert 0 < metrics["eval/pass_at_1"] < metrics["eval/pass_at_2"] < metrics["eval/pass_at_6"] <= 1
+    assert re.search(r"^\S+ on 50 % of arithmetic, prompt ", greedy, re.M)  # of which the questions were held out
     assert "6 responses per question:" in several and "pass_at" not in several
     shown = [line.split() for line in several.splitlines() if re.match(r" +\d+ +\d\.\d{3} \(", line)]
     assert [line[0] for line in shown] == ["1", "2", "4", "6"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 from browser import PATH, WHY_NOT, Browser
@@ -10,8 +11,9 @@ from test_run_records import BrokenWandb, read_wandb
 from tiny import REPOSITORY, read_lines
 
 from experiments import runs
-from experiments.sweep_results import collect_run
+from experiments.sweep_results import collect_run, summarize_run
 from plainrl.cli import load_config
+from plainrl.clock import is_out_of_time, training_seconds
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import Example, Response, Rollout, UserError
 from plainrl.report import contents, curves, page, renew
@@ -117,6 +119,22 @@ def test_the_axes_of_an_off_policy_run():
     assert with_axes([{"eval_step": 4}, {"train_step": 9}])[1]["step"] == 5  # a resumed run's, before it is complete
 
 
+def test_the_time_in_which_dpo_scores_its_pairs_counts(tmp_path):
+    """It is most of the time of an evaluation, or all of it: `max_training_hours`, the table and the page have it."""
+    with RunFolder.create(SFTConfig(runs_dir=str(tmp_path), wandb_mode="disabled", run_name="mine"), "dpo") as run:
+        run.log({"eval_step": 0, "eval/accuracy": 0.5, "eval/pair_seconds": 40.0})
+        run.log({"eval_step": 0, "eval/answer_reward": 0.5, "eval/seconds": 20.0})
+        run.log({"train_step": 1, "time/step": 60.0})
+        run.log({"eval_step": 1, "eval/accuracy": 0.75, "eval/pair_seconds": 60.0})
+    rows = run.read_metrics()
+    assert [row["minutes"] for row in with_axes(rows)] == [pytest.approx(40 / 60, abs=1e-4), 1, 2, 3]
+    assert training_seconds(rows) == 180
+    assert is_out_of_time(rows, max_hours=0.08) and not is_out_of_time(rows, max_hours=0.09)  # another 140 seconds
+    assert runs.describe_run(run.path)[0]["time"] == "0:03:00"
+    assert summarize_run(run.path)["minutes"] == 3
+    assert dict(contents.sum_times(with_axes(rows)))["evaluation"] == 120
+
+
 def test_the_values_of_a_page_are_those_of_the_metrics_and_of_the_committed_csv(tmp_path):
     folder = make_run(tmp_path)
     (run,) = data_of(folder / "report.html")["runs"]
@@ -143,6 +161,16 @@ def test_the_values_of_a_page_are_those_of_the_metrics_and_of_the_committed_csv(
         "note": "4 questions, 95 % interval 0.150 to 0.850; best 0.500 at step 3",
     }
     assert run["times"] == [["rollout", 60.0], ["train", 120.0], ["evaluation", 150.0]]
+
+
+def test_the_data_of_a_page_are_those_that_were_read():
+    def facts(**settings):
+        return dict(contents.describe_facts({"train_data": "a.jsonl", "validation_data": "b.jsonl"} | settings, {}))
+
+    assert facts()["data"] == "a.jsonl, validated on b.jsonl"
+    assert facts(validation_data="a.jsonl")["data"] == "a.jsonl"
+    assert facts(validation_fraction=0.05)["data"] == "a.jsonl, validated on 5 % of a.jsonl"
+    assert facts(validation_data="")["data"] == "a.jsonl"  # DPO without questions
 
 
 def test_the_settings_that_differ_from_the_preset(tmp_path):
@@ -407,6 +435,30 @@ def test_curves_show_their_values_by_step_and_by_clock(browser, tmp_path):
     assert browser.errors == []
 
 
+def test_a_metric_that_is_thinned_out_keeps_the_means_of_all_its_values(monkeypatch):
+    """One value of ten is 1. The mean of the least and the greatest of each stretch would be one half."""
+    rows = with_axes(
+        [{"train_step": step, "train/a": float(step % 10 == 0), "time/step": 1.0} for step in range(1, 5001)]
+    )
+    places, values, means, window = contents.describe_curves(rows)["metrics"]["train/a"]
+    assert len(places) == len(values) == len(means) == 1000 and window == 250
+    assert sum(values) == 500 and max(abs(mean - 0.1) for mean in means[100:]) < 0.001
+    assert len(contents.describe_curves(rows[:1000])["metrics"]["train/a"]) == 2  # the page smooths these itself
+
+
+@needs_browser
+def test_the_thick_line_of_a_thinned_metric_is_its_mean(browser, tmp_path):
+    folder = make_run(tmp_path)
+    rows = [{"train_step": n, "train/grad_norm": float(n % 10 == 0), "time/step": 1.0} for n in range(1, 5001)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.main(["report", str(folder)])
+    browser.open(folder / "report.html")
+    assert any("(mean of 250)" in text for text in browser.texts(".legend"))
+    paths = "[...document.querySelectorAll('.chart svg path:not(.raw)')].map((path) => path.getBBox().height)"
+    assert max(browser.evaluate(paths)) < 25  # of 210 pixels: near 0.1 all along, but for its first values
+    assert browser.errors == []
+
+
 @needs_browser
 def test_a_page_fits_a_phone_in_both_schemes(tmp_path):
     folder = make_run(tmp_path, texts=[right(1), "w" * 3000, right(3), HOSTILE])
@@ -425,6 +477,24 @@ def test_two_runs_in_one_page(browser, tmp_path):
     assert browser.texts("h1") == ["2 runs"]
     assert [row.split(" ")[0] for row in browser.texts(".runs tbody tr td:first-child")] == ["mine", "other"]
     assert browser.texts(".differ td") == ["learning_rate", "2e-05", "3e-05"]
+    assert browser.errors == []
+
+
+@needs_browser
+def test_a_run_without_responses_leaves_the_choice_of_the_run(browser, tmp_path):
+    folders = [make_run(tmp_path), make_run(tmp_path, name="other")]
+    shutil.rmtree(folders[0] / "samples")
+    runs.main(["report", *map(str, folders)])
+    for place in ("", "#run=0", "#run=0&kind=eval&step=2&search=x"):
+        browser.open(tmp_path / "report_mine_other.html", place)
+        assert browser.texts(".responses .list + *") == ["None."] and browser.texts(".question") == []
+        assert browser.evaluate("document.querySelector('.responses select').value") == "0"
+    browser.evaluate(
+        "(() => { const s = document.querySelector('.responses select'); s.value = '1'; "
+        "s.dispatchEvent(new Event('change')); })()"
+    )
+    assert browser.texts(".responses h2") == ["Responses"]
+    assert browser.evaluate("document.querySelector('.responses select').value") == "1"
     assert browser.errors == []
 
 

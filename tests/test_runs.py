@@ -65,6 +65,8 @@ def test_the_commands_of_the_table(stopped_run, capsys):
     for arguments, message in (
         (["compare", "a"], f"usage: {run_command('python -m experiments.runs')}"),
         (["compare", "a", "b"], "a is no run"),
+        (["compare", "a", "b", "c.xyz"], "^compare: the figure c.xyz is no .png; name it c.png$"),
+        (["compare", "a", "b", "c"], "^compare: the figure c is no .png; name it c.png$"),
         (["none"], "no run"),
     ):
         with pytest.raises(UserError, match=message):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 import random
 from statistics import fmean
 
@@ -164,6 +165,30 @@ def test_an_interval_covers_the_mean_of_the_questions_95_times_in_100():
         narrow += low <= fmean([0.02, 0.4, 0.9]) <= high
     assert 930 <= covered <= 970
     assert narrow < 700
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_an_interval_does_not_jump_where_one_response_differs(value):
+    """128 questions with 32 responses each: one response that differs says next to nothing about other questions."""
+    same, nearly = [value] * 128, [value] * 127 + [abs(value - 1 / 32)]
+    for one, other in zip(interval_of_mean(same), interval_of_mean(nearly), strict=True):
+        assert one == pytest.approx(other, abs=0.002)
+    middle = interval_of_mean([0.5] * 128)
+    assert middle == pytest.approx(interval_of_mean([0.5] * 127 + [0.5 + 1 / 32]), abs=0.001)
+    assert middle[1] - middle[0] > 0.02  # and not nothing
+
+
+@pytest.mark.parametrize(
+    ("chances", "weights"), [((0.002, 1.0), (0.998, 0.002)), ((0.0, 0.05), (0.98, 0.02)), ((0.5, 0.0), (0.95, 0.05))]
+)
+def test_an_interval_covers_a_mean_that_few_questions_decide(chances, weights):
+    """Nearly all questions have one value. The few others are often not among those that were asked."""
+    generator, truth, covered = random.Random(0), sum(map(operator.mul, chances, weights)), 0
+    for _ in range(400):
+        asked = generator.choices(chances, weights, k=64)
+        low, high = interval_of_mean([fmean(generator.random() < chance for _ in range(16)) for chance in asked])
+        covered += low <= truth <= high
+    assert covered >= 375
 
 
 def row(question, answer, is_right):

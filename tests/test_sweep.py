@@ -19,6 +19,8 @@ from experiments.curves import Curve
 from experiments.sweep_figures import own_figure, write_figures_and_table
 from experiments.sweep_plan import plan
 from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, collect_run, forget_run, read_table
+from plainrl.cli import load_config
+from plainrl.config import GRPOConfig
 from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.run_folder import lock_folder
@@ -35,7 +37,7 @@ if (folder / "final").is_dir():
     sys.exit("error: finished already")
 is_resumed = (folder / "checkpoints").is_dir()
 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-settings = {key: yaml.safe_load(text) for key, text in values.items()} | {"rollout_batch_size": 16}
+settings = json.loads(Path("preset.json").read_text()) | {key: yaml.safe_load(text) for key, text in values.items()}
 (folder / "config.yaml").write_text(yaml.safe_dump(settings))
 print("a line of output")
 if values.get("length_normalization") == "token_mean":
@@ -67,6 +69,8 @@ VARIANTS = {"b": {"epochs_per_rollout_batch": 2}, "a": {"use_std_normalization":
 def workplace(tmp_path, monkeypatch):
     """A folder with a script that only looks like GRPO_train.py, and a sweep file of two variants and two seeds."""
     (tmp_path / "GRPO_train.py").write_text(FAKE_SCRIPT)
+    of_preset = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop"]).model_dump(mode="json")
+    (tmp_path / "preset.json").write_text(json.dumps(of_preset))
     shutil.copy(REPOSITORY / "grpo_train.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep_plan, "REPOSITORY", tmp_path)
@@ -96,7 +100,7 @@ def test_a_sweep_runs_collects_and_is_then_finished_without_its_runs(workplace, 
     assert first == {
         **{"variant": "b", "seed": "0", "minutes": "4", "train_steps": "3", "peak_memory_gib": "3.5"},  # 240 seconds
         **{"last_answer_reward": "0.25", "best_answer_reward": "0.5", "num_eval_examples": "8"},
-        **{"final_answer_reward": "0.375", "num_final_examples": "16", "sampled_tokens": "344"},  # 21.5 x 16
+        **{"final_answer_reward": "0.375", "num_final_examples": "16", "sampled_tokens": "2752"},  # 21.5 x 128
     }
     metrics = read_table(Path("results/mine/metrics.csv"))
     assert tuple(metrics[0]) == METRIC_COLUMNS
@@ -116,7 +120,8 @@ def test_a_sweep_runs_collects_and_is_then_finished_without_its_runs(workplace, 
 def test_dry_run_prints_states_and_time_and_runs_nothing(workplace, capsys):
     run_sweep("seeds=[1]")
     Path("runs/mine-a-seed0").mkdir()
-    Path("runs/mine-a-seed0/config.yaml").write_text("preset: laptop\nuse_std_normalization: false\n")
+    of_preset = json.loads(Path("preset.json").read_text())
+    Path("runs/mine-a-seed0/config.yaml").write_text(yaml.safe_dump(of_preset | {"use_std_normalization": False}))
     capsys.readouterr()
     run_sweep("--dry-run")
     lines = capsys.readouterr().out.splitlines()
@@ -153,6 +158,30 @@ def test_weights_are_kept_where_asked_for(workplace, capsys, kept, left):
     run_sweep(f"keep_weights={kept}", "seeds=[0]", "--variant", "a")
     assert weights_in(Path("runs/mine-a-seed0")) == left
     assert f"weights of finished runs: {sweep.KEPT[kept]}" in capsys.readouterr().out
+
+
+def test_the_best_checkpoint_is_by_the_measure_of_the_script(workplace, monkeypatch):
+    """DPO's is the accuracy on held-out pairs, which was best at step 2; the answer reward was best at step 1."""
+    accuracies = (
+        'for row, accuracy in zip((rows[0], rows[4], rows[5]), (0.5, 0.6, 0.7)): row["eval/accuracy"] = accuracy'
+    )
+    Path("DPO_train.py").write_text(FAKE_SCRIPT.replace('(folder / "metrics', f'{accuracies}\n(folder / "metrics', 1))
+    monkeypatch.setitem(
+        sweep_plan.SCRIPTS, "DPO_train.py", sweep_plan.SCRIPTS["DPO_train.py"]._replace(command=("DPO_train.py",))
+    )
+    (workplace / "supplement").mkdir()
+    shutil.copy(REPOSITORY / "supplement/dpo_train.yaml", workplace / "supplement")
+    write_sweep({"a": {}}, script="DPO_train.py", seeds=[0])
+    run_sweep("keep_weights=best")
+    assert weights_in(Path("runs/mine-a-seed0")) == {"best": "2"}
+
+
+def test_a_best_checkpoint_of_before_is_replaced(workplace):
+    run_sweep("keep_weights=all", "seeds=[0]", "--variant", "a")
+    shutil.copytree("runs/mine-a-seed0/final", "runs/mine-a-seed0/best")
+    shutil.rmtree("results")
+    run_sweep("keep_weights=best", "seeds=[0]", "--variant", "a")
+    assert weights_in(Path("runs/mine-a-seed0")) == {"best": "1"}
 
 
 def test_a_sweep_file_may_keep_weights_and_the_command_line_counts_more(workplace):
@@ -199,7 +228,7 @@ def test_a_fingerprint_follows_from_what_is_computed_alone(workplace):
 
 
 def test_a_changed_preset_is_found_but_a_row_of_before_presets_were_counted_is_taken(workplace):
-    run_sweep("seeds=[0]")
+    run_sweep("seeds=[0]", "keep_weights=all")
     table = Path("results/mine/runs.csv")
     old = re.sub("(,[0-9a-f]{12})-[0-9a-f]{12},", r"\1,", table.read_text())
     presets = Path("grpo_train.yaml").read_text()
@@ -207,6 +236,11 @@ def test_a_changed_preset_is_found_but_a_row_of_before_presets_were_counted_is_t
     assert Path("grpo_train.yaml").read_text() != presets
     with pytest.raises(UserError, match="b, seed 0 was run with other values of its preset, or of a default"):
         run_sweep("seeds=[0]")
+    table.unlink()  # the run's folder alone tells: neither collected nor resumed as if it had today's preset
+    for _ in ("to collect", "interrupted"):
+        with pytest.raises(UserError, match="mine-b-seed0 was run with other settings: n_grpo_steps 24 -> 25; --rerun"):
+            run_sweep("seeds=[0]")
+        shutil.rmtree("runs/mine-b-seed0/final", ignore_errors=True)
     table.write_text(old)
     run_sweep("seeds=[0]")  # nothing is left to do
 
@@ -410,7 +444,8 @@ def test_a_run_of_before_a_key_was_there_has_its_default(workplace):
     folder.mkdir(parents=True)
     write_sweep({"a": {"drop_long_examples": False}})
     (run,) = plan(Path("mine.yaml"), ["seeds=[0]", "preset=laptop"])[1]
-    old = {key: value for key, value in run.settings.items() if key != "drop_long_examples"}
+    values = json.loads(Path("preset.json").read_text()) | run.settings
+    old = {key: value for key, value in values.items() if key != "drop_long_examples"}
     (folder / "config.yaml").write_text(yaml.safe_dump(old))
     assert sweep.state_of(run, Path("results/mine")) == "interrupted"
     write_sweep({"a": {"drop_long_examples": True}})

@@ -1,11 +1,13 @@
 """What a page shows of one run, as JSON can hold it: read from the run's folder alone.
 
 A page has a limit. Of a metric with many values those are shown between which the curve moves most: the least and the
-greatest of each stretch. Of the responses, groups are taken until their share of the bytes is used up: first what was
-printed, then the first question of every file, and so on. The page says how many there are in all.
+greatest of each stretch. Their means are those of all values. Of the responses, groups are taken until their share of
+the bytes is used up: first what was printed, then the first question of every file, and so on. The page says how many
+there are in all.
 """
 
 import datetime
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from pydantic import ValidationError
 
 from plainrl.changes import changed_keys, with_defaults
 from plainrl.cli import read_yaml, resolve
+from plainrl.clock import OF_ALL_EVALUATIONS
 from plainrl.config import NUM_STEPS_KEYS, GRPOConfig, RunConfig
 from plainrl.diagnosis import find_remarks
 from plainrl.help import SCHEMAS
@@ -36,6 +39,7 @@ from plainrl.report.samples import (
 )
 from plainrl.run_records import EVAL_SCORE, read_metrics
 from plainrl.several_samples import wilson_interval
+from plainrl.shared_config import validation_source
 
 MOST_POINTS = 1000  # of a metric in a page
 FINAL_SCORE = "eval_all/answer_reward"
@@ -91,7 +95,7 @@ def describe_facts(settings: Row, environment: Row) -> list[list[str]]:
     """Return label and text of what is run, with what, since when and where."""
     devices = environment.get("cuda_devices") or [f"{environment.get('cpu_count')} cores, {environment.get('cpu')}"]
     commit = str(environment.get("git_commit") or "")[:10]
-    data = dict.fromkeys([str(settings.get("train_data")), str(settings.get("validation_data"))])
+    data = dict.fromkeys(filter(None, [str(settings.get("train_data")), validation_source(settings)]))
     facts = {
         "script": environment.get("script"),
         "model": settings.get("model"),
@@ -135,6 +139,7 @@ def describe_tiles(rows: Sequence[Row], settings: Row) -> list[dict[str, str]]:
         tiles.append(_tile("validation answer reward", value, note))
     for row in [row for row in rows if row.get(FINAL_SCORE) is not None][-1:]:
         tiles.append(_tile("at the end", f"{row[FINAL_SCORE]:.3f}", _describe_interval(row, "eval_all")))
+    tiles += _benchmark_tiles(rows)
     quantities = {
         "training reward": ("rollout/reward", "{:.3f}", "of all sampled responses"),
         "training loss": ("train/loss_per_token", "{:.4f}", "nats per token"),
@@ -164,12 +169,20 @@ def describe_minutes(minutes: float) -> str:
 
 
 def describe_curves(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return the metrics over both axes: `step`, `minutes`, and for each metric the places in them and its values."""
+    """Return the metrics over both axes: `step`, `minutes`, and for each metric the places in them and its values.
+
+    A metric that is thinned out also has its smoothed values at these places, and how many values each is the mean of.
+    The page smooths the others itself.
+    """
     metrics = {}
     for name in names_in(rows):
         if name not in ("step", "minutes"):
             points = [(place, row[name]) for place, row in enumerate(rows) if row.get(name) is not None]
-            metrics[name] = [list(column) for column in zip(*thin_out(points, MOST_POINTS), strict=True)]
+            shown = thin_out(points, MOST_POINTS)
+            metrics[name] = [list(column) for column in zip(*shown, strict=True)]
+            if len(shown) < len(points):  # the mean of what is shown would be that of the extremes
+                window = len(points) // 20
+                metrics[name] += [smooth_at([place for place, _ in shown], points, window), window]
     return {
         "step": [row["step"] for row in rows],
         "minutes": [row["minutes"] for row in rows],
@@ -195,11 +208,23 @@ def thin_out(points: Sequence[tuple[int, float]], most: int) -> list[tuple[int, 
     return kept
 
 
+def smooth_at(places: Sequence[int], points: Sequence[tuple[int, float]], window: int) -> list[float]:
+    """Return the mean of the last `window` values at some places, to 5 digits; of all so far where there are fewer.
+
+    >>> smooth_at([3, 6], [(0, 4.0), (3, 2.0), (5, 0.0), (6, 1.0)], window=2)
+    [3.0, 0.5]
+    """
+    sums = [0.0, *itertools.accumulate(value for _, value in points)]
+    ends = {place: end for end, (place, _) in enumerate(points, start=1)}
+    spans = [(max(0, ends[place] - window), ends[place]) for place in places]
+    return [float(f"{(sums[end] - sums[begin]) / (end - begin):.5g}") for begin, end in spans]
+
+
 def sum_times(rows: Sequence[Row]) -> list[list[Any]]:
     """Return the seconds of each phase of the steps, and of the evaluations."""
     phases = [name for name in names_in(rows) if name.startswith("time/")]
     phases = [name for name in phases if name not in ("time/step", "time/tokens_per_second")] or ["time/step"]
-    names = {"evaluation": ["eval/seconds", "eval_all/seconds"]}
+    names = {"evaluation": list(OF_ALL_EVALUATIONS)}
     names = {name.removeprefix("time/"): [name] for name in phases} | names
     sums = [[label, sum(row.get(name) or 0.0 for row in rows for name in of)] for label, of in names.items()]
     return [entry for entry in sums if entry[1] > 0]
@@ -345,6 +370,19 @@ def _describe_interval(row: Row, prefix: str) -> str:
     if sum(categories) == num_questions and 0 <= score <= 1:
         text += ", 95 % interval {:.3f} to {:.3f}".format(*wilson_interval(score, num_questions))
     return text
+
+
+def _benchmark_tiles(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Return the accuracy of each task of supplement/evaluate_benchmark.py that has one."""
+    tiles = []
+    for row in rows:
+        for name in row:
+            task = name.removesuffix("_accuracy")
+            if task != name and row.get(f"{name}_low") is not None:
+                interval = "95 % interval {:.3f} to {:.3f}".format(row[f"{name}_low"], row[f"{name}_high"])
+                note = f"{row[f'{task}_num_examples']} questions, {interval}"
+                tiles.append(_tile(f"{task.removeprefix('eval/')}, accuracy", f"{row[name]:.3f}", note))
+    return tiles
 
 
 def _tile(label: str, value: str, note: str) -> dict[str, str]:

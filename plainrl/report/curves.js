@@ -19,7 +19,7 @@ function linesOf(metrics) {
       label: isOne ? metrics[name] : `${run.name}${names.length > 1 ? `, ${metrics[name]}` : ""}`,
       color: (isOne ? colorOf(names, name) : place) % NUM_COLORS,
       dash: isOne ? "" : DASHES[Math.min(number, 2)],
-      curves: run.curves, places: found[0], values: found[1],
+      curves: run.curves, places: found[0], values: found[1], ...smoothing(found),
     });
   }));
   return lines;
@@ -50,13 +50,19 @@ function smoothed(values, window) {
   });
 }
 
+// A metric with more values than are shown comes with its means. They are of all values, and not of those shown.
+function smoothing([, values, means, window]) {
+  if (means) return { means, window };
+  const length = values.length > 60 ? Math.floor(values.length / 20) : 1;
+  return { means: smoothed(values, length), window: length };
+}
+
 function chart(title, metrics, low) {
   const lines = linesOf(metrics);
   const svg = s("svg", { role: "img", tabindex: "0", "aria-label": title });
   const tip = h("div", { class: "tip", hidden: "" });
-  const windows = lines.map((line) => (line.values.length > 60 ? Math.floor(line.values.length / 20) : 1));
   const legend = h("div", { class: "legend" }, isOne
-    ? lines.map((line, index) => h("span", {}, swatch(line), line.label, windows[index] > 1 ? ` (mean of ${windows[index]})` : ""))
+    ? lines.map((line) => h("span", {}, swatch(line), line.label, line.window > 1 ? ` (mean of ${line.window})` : ""))
     : [runs.map((run, place) => (lines.some((line) => line.curves === run.curves)
       ? h("span", {}, swatch({ color: place % NUM_COLORS, dash: "" }), run.name) : null)), styles(Object.values(metrics))]);
   const box = h("figure", { class: "chart card" }, h("h3", {}, title), svg, legend, tip);
@@ -99,10 +105,10 @@ function chart(title, metrics, low) {
     points.forEach((line, index) => {
       const path = (values) => line.map((point, number) => `${number ? "L" : "M"}${x(point[0]).toFixed(1)} ${y(values[number]).toFixed(1)}`).join("");
       const values = line.map((point) => point[1]);
-      const { color, dash } = lines[index];
-      if (windows[index] > 1) svg.append(s("path", { class: `raw s${color}`, d: path(values) }));
+      const { color, dash, means, window } = lines[index];
+      if (window > 1) svg.append(s("path", { class: `raw s${color}`, d: path(values) }));
       const dashes = { dashed: "7 4", dotted: "1.5 4.5" }[dash] || "none";
-      svg.append(s("path", { class: `s${color}`, d: path(smoothed(values, windows[index])), "stroke-dasharray": dashes }));
+      svg.append(s("path", { class: `s${color}`, d: path(means), "stroke-dasharray": dashes }));
       if (line.length <= 30) line.forEach((point) => svg.append(s("circle", { class: `s${color}`, cx: x(point[0]), cy: y(point[1]), r: 2.6 })));
     });
     places = [...new Set(all.map((point) => point[0]))].sort((a, b) => a - b);

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plainrl.clock import OF_ALL_EVALUATIONS
 from plainrl.run_records import Line, plot_metrics, read_metrics
 
 SMOOTHED_FROM = 60  # a line of more points is smoothed in the figure, over a twentieth of them
@@ -101,7 +102,7 @@ def with_axes(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 placed.append({**member, "step": place, "minutes": round((seconds + taken * share) / 60, 4)})
             step, seconds, batch = step + 1, seconds + taken, []
         if is_evaluation:
-            seconds += sum(float(row.get(f"{prefix}/seconds") or 0.0) for prefix in ("eval", "eval_all"))
+            seconds += sum(float(row.get(name) or 0.0) for name in OF_ALL_EVALUATIONS)
             step = row["eval_step"]
             placed.append({**row, "step": step, "minutes": round(seconds / 60, 4)})
     return placed

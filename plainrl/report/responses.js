@@ -128,8 +128,9 @@ function refresh() {
   remember();
   const run = runs[filter.run] || runs[0];
   const kinds = [...new Set(run.groups.map((group) => group.kind))];
-  if (!kinds.length) return browser.replaceChildren();
-  if (!filter.question && !kinds.includes(filter.kind)) [filter.kind, filter.step] = [kinds[0], ""];
+  if (!runs.some((other) => other.groups.length)) return browser.replaceChildren();
+  // Another run may have some: the choice of the run stays, and stands in the address.
+  if (!filter.question && kinds.length && !kinds.includes(filter.kind)) [filter.kind, filter.step] = [kinds[0], ""];
   const ofKind = run.groups.filter((group) => (filter.question ? group.question === filter.question : group.kind === filter.kind));
   const steps = [...new Set(ofKind.map((group) => group.step))].sort((a, b) => a - b);
   const isEveryStep = filter.question || filter.step === "every";

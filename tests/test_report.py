@@ -22,6 +22,7 @@ from plainrl.report.curves import with_axes
 from plainrl.report.samples import Template, describe_examples, list_sample_files, read_samples, shorten
 from plainrl.rollouts import write_rollouts
 from plainrl.run_folder import RunFolder
+from plainrl.several_samples import interval_of_mean, summarize_samples
 from policy_evaluation import log_generations
 
 HOSTILE = "<script>document.title = 'broken'</script><img src=x onerror=alert(1)>&amp; \u202e </script><!-- "
@@ -171,6 +172,18 @@ def test_the_data_of_a_page_are_those_that_were_read():
     assert facts(validation_data="a.jsonl")["data"] == "a.jsonl"
     assert facts(validation_fraction=0.05)["data"] == "a.jsonl, validated on 5 % of a.jsonl"
     assert facts(validation_data="")["data"] == "a.jsonl"  # DPO without questions
+
+
+def test_the_score_of_several_responses_has_its_interval_over_questions():
+    samples = [{"question": n, "response": str(s), "answer_reward": float(s < 3 * n)} for n in (0, 1) for s in range(4)]
+    several = {f"eval/{name}": value for name, value in summarize_samples(samples, None).items()}
+    row = {"eval_step": 0, "step": 0, "minutes": 0.0, "eval/answer_reward": 3 / 8, "eval/num_examples": 2} | several
+    row |= {"eval/num_format_1_answer_1": 3, "eval/num_format_1_answer_0": 5, "eval/num_format_0": 0}
+    (tile, _) = contents.describe_tiles([row], {})
+    low, high = interval_of_mean([0.0, 0.75])
+    assert tile["note"] == f"2 questions, 95 % interval {low:.3f} to {high:.3f}"
+    (tile, _) = contents.describe_tiles([row | {"eval/answer_reward": 0.5}], {})  # rewards between 0 and 1
+    assert tile["note"] == "2 questions"
 
 
 def test_the_settings_that_differ_from_the_preset(tmp_path):

@@ -493,6 +493,49 @@ def test_two_runs_in_one_page(browser, tmp_path):
     assert browser.errors == []
 
 
+LOOKS = """[...document.querySelector('.chart').querySelectorAll('svg path:not(.raw)')].map(
+    (path) => `${path.getAttribute('class')} ${path.getAttribute('stroke-dasharray')}`)"""
+
+
+@needs_browser
+def test_no_two_curves_of_a_panel_look_alike(browser, tmp_path):
+    """Further validation sets of one run, and more runs than there are colors; the legend shows each as it is."""
+    folders = [make_run(tmp_path, num_steps=2, name=f"run{number}") for number in range(8)]
+    runs.main(["report", *map(str, folders), str(tmp_path / "page.html")])
+    browser.open(tmp_path / "page.html")
+    looks = browser.evaluate(LOOKS)
+    assert len(looks) == len(set(looks)) == 8 * 3
+    swatches = "[...document.querySelectorAll('.chart:first-child .legend > span .swatch')].map((s) => s.className)"
+    assert len(set(browser.evaluate(swatches)[:8])) == 8
+    rows = read_lines(folders[0] / "metrics.jsonl")
+    for row in rows:
+        row |= {f"eval/set{n}/answer_reward": n / 8 for n in range(4)} if "eval/answer_reward" in row else {}
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.main(["report", str(folders[0])])
+    browser.open(folders[0] / "report.html")
+    looks = browser.evaluate(LOOKS)
+    assert len(looks) == len(set(looks)) == 3 + 4
+    assert browser.errors == []
+
+
+@needs_browser
+def test_times_have_no_part_of_sixty(browser, tmp_path):
+    browser.open(make_run(tmp_path) / "report.html")
+    for seconds, text in (
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (119.7, "2 min 0 s"),
+        (3599.8, "1 h 0 min"),
+        (7180, "2 h 0 min"),
+    ):
+        assert browser.evaluate(f"duration({seconds})") == text
+    assert [browser.evaluate(f"duration({seconds})") for seconds in (0.25, 90, 5400)] == [
+        "0.25 s",
+        "1 min 30 s",
+        "1 h 30 min",
+    ]
+
+
 @needs_browser
 def test_a_run_without_responses_leaves_the_choice_of_the_run(browser, tmp_path):
     folders = [make_run(tmp_path), make_run(tmp_path, name="other")]

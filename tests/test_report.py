@@ -254,6 +254,16 @@ def test_what_does_not_fit_is_left_out_evenly_and_counted(tmp_path, monkeypatch)
     assert len(contents.to_json(found["groups"])) < 6000 and found["numResponses"] == 10 * 4 + 8 + 9 * 4
 
 
+def test_without_training_responses_the_page_is_filled_with_evaluations(tmp_path, monkeypatch):
+    """SFT and an evaluation sample no training responses. They had half a page."""
+    folder = make_run(tmp_path, num_steps=9)
+    for file in (folder / "samples").glob("rollouts_*"):
+        file.unlink()
+    monkeypatch.setattr(contents, "SHOWN_BYTES", 6000)
+    groups = describe_responses(folder, {"prompt": "r1_zero", "group_size": 4})["groups"]
+    assert 5000 < len(contents.to_json(groups)) < 6000
+
+
 def test_a_damaged_line_of_the_samples_is_counted(tmp_path):
     folder = make_run(tmp_path)
     with (folder / "samples/eval_000003.jsonl").open("a") as file:

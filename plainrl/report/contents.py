@@ -287,7 +287,9 @@ def describe_responses(folder: Path, settings: Row) -> dict[str, Any]:
                 group = {"kind": kind, "step": file.step, "rank": rank, **group}
                 is_printed = kind == "eval" and bool(printed & set(indices))
                 found.append(((not is_printed, rank, places[place]), group))
-    shown = _take(found, lambda kind: kind != ROLLOUTS, SHOWN_BYTES // 2)
+    trained = _take(found, lambda kind: kind == ROLLOUTS, SHOWN_BYTES)
+    # Half of the bytes, and what training leaves of the other half.
+    shown = _take(found, lambda kind: kind != ROLLOUTS, max(SHOWN_BYTES // 2, SHOWN_BYTES - _num_bytes(trained)))
     shown += _take(found, lambda kind: kind == ROLLOUTS, SHOWN_BYTES - _num_bytes(shown))
     shown.sort(key=lambda group: (group["kind"] == ROLLOUTS, group["kind"], group["step"], group["rank"]))
     return {

@@ -2,6 +2,7 @@
 
     uv run python -m experiments.pass_at_k LABEL=RUN [LABEL=RUN ...]     collect runs, then draw and print
     uv run python -m experiments.pass_at_k                               draw and print what was collected
+    uv run python -m experiments.pass_at_k --results=FOLDER ...          in FOLDER/pass_at_k, not results/pass_at_k
 
 A run is the folder of an evaluation or of a training run with `num_eval_samples` above 1. A training run is represented
 by its last evaluation. Runs of one label are its seeds. All runs must have asked the same questions, with as many
@@ -48,15 +49,19 @@ COLUMNS = (
     *(f"{quantity}{end}" for quantity in QUANTITIES for end in ("", "_low", "_high")),
 )
 COMMAND = "python -m experiments.pass_at_k"
+OPTION = "--results="
 Row = Mapping[str, str]
 
 
 def main(arguments: list[str]) -> None:
     """Collect runs if any are named, then draw the figure and print the table."""
-    pairs = [argument.partition("=") for argument in arguments]
+    named = [argument.removeprefix(OPTION) for argument in arguments if argument.startswith(OPTION)]
+    pairs = [argument.partition("=") for argument in arguments if not argument.startswith(OPTION)]
     if not all(label and folder for label, _, folder in pairs):
-        raise UserError(f"usage: {run_command(COMMAND)} [LABEL=RUN ...], where RUN is the folder of a run")
-    results = Path("results")
+        raise UserError(
+            f"usage: {run_command(COMMAND)} [{OPTION}FOLDER] [LABEL=RUN ...], where RUN is the folder of a run"
+        )
+    results = Path(*named[-1:] or ["results"])
     if pairs:
         collect([(label, Path(folder)) for label, _, folder in pairs], results)
     if not write_figure_and_table(results, results):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.catalog import BASELINE, ENTROPY, GRAD_NORM, LOSS
+from experiments.catalog import BASELINE, ENTROPY, GRAD_NORM, LOSS, ON_POLICY
 from experiments.curves import Curve, Group, Panel, Series, read_series
 from plainrl.figure_style import (
     PANEL_HEIGHT,
@@ -80,8 +80,13 @@ def draw(groups: Sequence[Group], results: Path, path: Path, suffix: str = "") -
 
 
 def own_curves(curves: Sequence[Curve]) -> Sequence[Curve]:
-    """Return a figure's curves without the sweep of the baseline, unless it shows nothing else."""
-    return [curve for curve in curves if curve.sweep != BASELINE.sweep] or curves
+    """Return a figure's curves without the sweep of the baseline and the on-policy run, unless it shows nothing else.
+
+    Other experiments borrow these two.
+    """
+    on_policy = (ON_POLICY.sweep, ON_POLICY.variant)
+    own = [curve for curve in curves if (curve.sweep, curve.variant) != on_policy and curve.sweep != BASELINE.sweep]
+    return own or curves
 
 
 def _draw_groups(

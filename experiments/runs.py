@@ -20,6 +20,7 @@ from plainrl.folder_lock import is_locked
 from plainrl.help import SCHEMAS
 from plainrl.records import UserError
 from plainrl.report.contents import read_run
+from plainrl.report.curves import with_axes
 from plainrl.report.page import NAME, write_page
 from plainrl.run_folder import FINISHED, state_at_rest
 from plainrl.run_records import EVAL_SCORE, Line, plot_metrics, read_metrics
@@ -64,7 +65,8 @@ def list_runs(runs_dir: Path) -> str:
 def describe_run(folder: Path) -> tuple[dict[str, str], str | None]:
     """Return one line of the table of runs, and what is wrong with its metrics, if anything is.
 
-    Its time is that of training steps and evaluations, as logged, without loading, saving and lost work.
+    Its steps are those of its page: rollout batches in GRPO, optimizer steps in SFT. Its time is that of training steps
+    and evaluations, as logged, without loading, saving and lost work.
     """
     cells = {"name": folder.name, "state": state_of(folder)}
     try:
@@ -75,10 +77,11 @@ def describe_run(folder: Path) -> tuple[dict[str, str], str | None]:
     def known(name: str) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
+    steps = [int(row["step"]) for row in with_axes(rows) if row.get("train_step") is not None]
     scores = known(EVAL_SCORE)
     seconds = sum(sum(known(name)) for name in OF_RUN)
     return cells | {
-        "step": str(max(known("train_step"), default=0)),
+        "step": str(max(steps, default=0)),
         "last reward": f"{scores[-1]:.3f}" if scores else "-",
         "best reward": f"{max(scores):.3f}" if scores else "-",
         "time": str(datetime.timedelta(seconds=round(min(seconds, MOST_SECONDS)))),

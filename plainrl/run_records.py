@@ -248,10 +248,13 @@ def plot_metrics(panels: Mapping[str, Sequence[Line]], path: Path, step_name: st
     with new_figure(path, PANEL_WIDTH, PANEL_HEIGHT * len(panels)) as figure:
         for index, (quantity, lines) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(len(panels), 1, index, xlabel=axis_names[lines[0].axis])
-            axes.set_ylabel(describe_axis(quantity, lines[0].window))
             drawn = [line for line in lines if line.points]
+            windows = {line.window for line in drawn}
+            # If only some lines are smoothed, the legend says which.
+            axes.set_ylabel(describe_axis(quantity, max(windows, default=1) if len(windows) < 2 else 1))
             for number, line in enumerate(drawn):
-                draw_series(axes, number, line.label, [line.points], window=line.window)
+                note = f" (mean of {line.window})" if line.window > 1 and len(windows) > 1 else ""
+                draw_series(axes, number, line.label + note, [line.points], window=line.window)
             if len(drawn) > 1:
                 put_legend_above(axes)
 

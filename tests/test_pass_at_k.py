@@ -82,6 +82,14 @@ def test_what_was_collected_is_drawn_again(runs, tmp_path, capsys):
     assert (tmp_path / "elsewhere/pass_at_k/pass_at_k.png").exists()
 
 
+def test_what_is_collected_elsewhere_leaves_the_committed_results(runs, tmp_path):
+    pass_at_k.main(runs)
+    before = (tmp_path / "results/pass_at_k/pass_at_k.csv").read_bytes()
+    pass_at_k.main(["--results=mine", *runs[:2]])
+    assert (tmp_path / "results/pass_at_k/pass_at_k.csv").read_bytes() == before
+    assert {path.name for path in (tmp_path / "mine/pass_at_k").iterdir()} == {"pass_at_k.csv", "pass_at_k.png"}
+
+
 def test_without_votes_pass_at_k_is_shown_alone(runs, tmp_path, capsys):
     """A reward function of one's own does not say what the answer is."""
     path = tmp_path / "base/metrics.jsonl"

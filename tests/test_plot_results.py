@@ -196,6 +196,16 @@ def test_all_is_drawn_and_written_that_has_results_and_the_rest_is_named(results
     assert readme.read_text() == text
 
 
+def test_a_figure_that_only_borrows_the_on_policy_run_waits_for_its_own(results, capsys):
+    for name in ("metrics.csv", "runs.csv"):
+        text = (results / "grpo_learning_rate" / name).read_text().replace("learning_rate=2e-05", "on_policy")
+        (results / "grpo_off_policy").mkdir(exist_ok=True)
+        (results / "grpo_off_policy" / name).write_text(text)
+    path = results / "prompt/prompts.png"
+    assert not draw(FIGURES["prompt/prompts.png"], results, path)
+    assert f"{path}: skipped, no results yet of prompt question_only" in capsys.readouterr().out and not path.exists()
+
+
 def test_few_seeds_are_said(results, capsys):
     path = results / "grpo_learning_rate/metrics.csv"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if "05,2," not in line) + "\n")

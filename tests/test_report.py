@@ -22,6 +22,7 @@ from plainrl.report.curves import with_axes
 from plainrl.report.samples import Template, describe_examples, list_sample_files, read_samples, shorten
 from plainrl.rollouts import write_rollouts
 from plainrl.run_folder import RunFolder
+from plainrl.several_samples import interval_of_mean, summarize_samples
 from policy_evaluation import log_generations
 
 HOSTILE = "<script>document.title = 'broken'</script><img src=x onerror=alert(1)>&amp; \u202e </script><!-- "
@@ -173,6 +174,18 @@ def test_the_data_of_a_page_are_those_that_were_read():
     assert facts(validation_data="")["data"] == "a.jsonl"  # DPO without questions
 
 
+def test_the_score_of_several_responses_has_its_interval_over_questions():
+    samples = [{"question": n, "response": str(s), "answer_reward": float(s < 3 * n)} for n in (0, 1) for s in range(4)]
+    several = {f"eval/{name}": value for name, value in summarize_samples(samples, None).items()}
+    row = {"eval_step": 0, "step": 0, "minutes": 0.0, "eval/answer_reward": 3 / 8, "eval/num_examples": 2} | several
+    row |= {"eval/num_format_1_answer_1": 3, "eval/num_format_1_answer_0": 5, "eval/num_format_0": 0}
+    (tile, _) = contents.describe_tiles([row], {})
+    low, high = interval_of_mean([0.0, 0.75])
+    assert tile["note"] == f"2 questions, 95 % interval {low:.3f} to {high:.3f}"
+    (tile, _) = contents.describe_tiles([row | {"eval/answer_reward": 0.5}], {})  # rewards between 0 and 1
+    assert tile["note"] == "2 questions"
+
+
 def test_the_settings_that_differ_from_the_preset(tmp_path):
     run = read_run(make_run(tmp_path, learning_rate="3e-5"), "finished")
     changed = {key: (old, new) for key, old, new in run["preset"]["changed"]}
@@ -239,6 +252,16 @@ def test_what_does_not_fit_is_left_out_evenly_and_counted(tmp_path, monkeypatch)
     assert {1, 9, 5} <= rollout_steps < set(range(1, 10))  # the first, the last and the middle before the others
     assert {("eval", 0), ("eval", 9)} <= {(group["kind"], group["step"]) for group in found["groups"]}
     assert len(contents.to_json(found["groups"])) < 6000 and found["numResponses"] == 10 * 4 + 8 + 9 * 4
+
+
+def test_without_training_responses_the_page_is_filled_with_evaluations(tmp_path, monkeypatch):
+    """SFT and an evaluation sample no training responses. They had half a page."""
+    folder = make_run(tmp_path, num_steps=9)
+    for file in (folder / "samples").glob("rollouts_*"):
+        file.unlink()
+    monkeypatch.setattr(contents, "SHOWN_BYTES", 6000)
+    groups = describe_responses(folder, {"prompt": "r1_zero", "group_size": 4})["groups"]
+    assert 5000 < len(contents.to_json(groups)) < 6000
 
 
 def test_a_damaged_line_of_the_samples_is_counted(tmp_path):
@@ -478,6 +501,49 @@ def test_two_runs_in_one_page(browser, tmp_path):
     assert [row.split(" ")[0] for row in browser.texts(".runs tbody tr td:first-child")] == ["mine", "other"]
     assert browser.texts(".differ td") == ["learning_rate", "2e-05", "3e-05"]
     assert browser.errors == []
+
+
+LOOKS = """[...document.querySelector('.chart').querySelectorAll('svg path:not(.raw)')].map(
+    (path) => `${path.getAttribute('class')} ${path.getAttribute('stroke-dasharray')}`)"""
+
+
+@needs_browser
+def test_no_two_curves_of_a_panel_look_alike(browser, tmp_path):
+    """Further validation sets of one run, and more runs than there are colors; the legend shows each as it is."""
+    folders = [make_run(tmp_path, num_steps=2, name=f"run{number}") for number in range(8)]
+    runs.main(["report", *map(str, folders), str(tmp_path / "page.html")])
+    browser.open(tmp_path / "page.html")
+    looks = browser.evaluate(LOOKS)
+    assert len(looks) == len(set(looks)) == 8 * 3
+    swatches = "[...document.querySelectorAll('.chart:first-child .legend > span .swatch')].map((s) => s.className)"
+    assert len(set(browser.evaluate(swatches)[:8])) == 8
+    rows = read_lines(folders[0] / "metrics.jsonl")
+    for row in rows:
+        row |= {f"eval/set{n}/answer_reward": n / 8 for n in range(4)} if "eval/answer_reward" in row else {}
+    (folders[0] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs.main(["report", str(folders[0])])
+    browser.open(folders[0] / "report.html")
+    looks = browser.evaluate(LOOKS)
+    assert len(looks) == len(set(looks)) == 3 + 4
+    assert browser.errors == []
+
+
+@needs_browser
+def test_times_have_no_part_of_sixty(browser, tmp_path):
+    browser.open(make_run(tmp_path) / "report.html")
+    for seconds, text in (
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (119.7, "2 min 0 s"),
+        (3599.8, "1 h 0 min"),
+        (7180, "2 h 0 min"),
+    ):
+        assert browser.evaluate(f"duration({seconds})") == text
+    assert [browser.evaluate(f"duration({seconds})") for seconds in (0.25, 90, 5400)] == [
+        "0.25 s",
+        "1 min 30 s",
+        "1 h 30 min",
+    ]
 
 
 @needs_browser

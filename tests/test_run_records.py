@@ -8,6 +8,7 @@ import pytest
 from test_run_folder import config_in, go_on, resumed
 from tiny import new_state
 
+from plainrl import run_records
 from plainrl.records import UserError
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import Line, plot_metrics, read_metrics, set_damaged_lines_aside, start_wandb
@@ -26,6 +27,21 @@ def test_figures_are_drawn_from_the_rows_that_have_the_metric(tmp_path):
     }
     plot_metrics(panels, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_panel_says_which_of_its_lines_are_smoothed(tmp_path, monkeypatch):
+    """All: on the axis. Some: in the legend, also where the first one is not."""
+    labels, axes = [], []
+    draw, describe = run_records.draw_series, run_records.describe_axis
+    monkeypatch.setattr(
+        run_records, "draw_series", lambda a, n, label, *r, **k: labels.append(label) or draw(a, n, label, *r, **k)
+    )
+    monkeypatch.setattr(run_records, "describe_axis", lambda *of: axes.append(describe(*of)) or axes[-1])
+    rows = [{"step": step, "a": 1.0, "b": 2.0} for step in range(1, 101)]
+    few, many = Line(rows[::20], "step", "a", "few"), Line(rows, "step", "b", "many", window=5)
+    plot_metrics({"mixed": [few, many], "all": [many, many], "none": [few]}, tmp_path / "figure.png")
+    assert labels == ["few", "many (mean of 5)", "many", "many", "few"]
+    assert axes == ["mixed", "all\nmean of the last 5 steps", "none"]
 
 
 @pytest.mark.parametrize(

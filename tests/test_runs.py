@@ -42,6 +42,15 @@ def test_the_table_of_runs(stopped_run):
         list_runs(stopped_run.path)
 
 
+def test_the_steps_of_an_off_policy_run_are_rollout_batches(tmp_path):
+    """As in its page and its key n_grpo_steps: two batches of four optimizer steps each."""
+    with RunFolder.create(config_in(tmp_path, run_name="mine"), "grpo") as run:
+        for step in range(1, 9):
+            run.log({"train_step": step, "rollout/reward": 0.5} | ({"time/step": 1.0} if step % 4 == 0 else {}))
+        run.log({"eval_step": 2, "eval/answer_reward": 0.25, "eval/seconds": 1.0})
+    assert list_runs(tmp_path).splitlines()[1].split() == "mine stopped 2 0.250 0.250 0:00:03".split()
+
+
 def test_the_states_of_runs(tmp_path):
     def state():
         return list_runs(tmp_path).splitlines()[1].split()[1]

@@ -14,7 +14,8 @@ const SHOWS = {
   unformatted: ["no format", (member) => member.format === 0],
 };
 const NUM_COLORS = 6;
-const DASHES = ["", "dashed", "dotted"];
+const DASHES = { "": "none", dashed: "7 4", dotted: "1.5 4.5", long: "14 4", mixed: "10 3 2 3", sparse: "4 8" };
+const dashOf = (number) => Object.keys(DASHES)[number % Object.keys(DASHES).length];
 const GROUPS_AT_A_TIME = 12;
 
 function h(tag, properties, ...children) {
@@ -44,9 +45,11 @@ function format(value) {
 }
 
 function duration(seconds) {
-  if (seconds < 60) return `${format(Number(seconds.toPrecision(2)))} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
-  return `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
+  if (seconds < 59.5) return `${format(Number(seconds.toPrecision(2)))} s`;
+  const whole = Math.round(seconds);  // before it is divided, so that no part is rounded up to 60
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  const minutes = Math.round(whole / 60);
+  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
 const swatch = (line) => h("span", { class: `swatch s${line.color} ${line.dash}` });

@@ -9,6 +9,7 @@ there are in all.
 import datetime
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,9 @@ def describe_responses(folder: Path, settings: Row) -> dict[str, Any]:
                 group = {"kind": kind, "step": file.step, "rank": rank, **group}
                 is_printed = kind == "eval" and bool(printed & set(indices))
                 found.append(((not is_printed, rank, places[place]), group))
-    shown = _take(found, lambda kind: kind != ROLLOUTS, SHOWN_BYTES // 2)
+    trained = _take(found, lambda kind: kind == ROLLOUTS, SHOWN_BYTES)
+    # Half of the bytes, and what training leaves of the other half.
+    shown = _take(found, lambda kind: kind != ROLLOUTS, max(SHOWN_BYTES // 2, SHOWN_BYTES - _num_bytes(trained)))
     shown += _take(found, lambda kind: kind == ROLLOUTS, SHOWN_BYTES - _num_bytes(shown))
     shown.sort(key=lambda group: (group["kind"] == ROLLOUTS, group["kind"], group["step"], group["rank"]))
     return {
@@ -361,15 +364,19 @@ def _describe_step(rows: Sequence[Row], settings: Row) -> str:
 
 
 def _describe_interval(row: Row, prefix: str) -> str:
-    """Return how many questions were asked, with the 95 % interval of the score where each has one response."""
+    """Return how many questions were asked, with the 95 % interval of the score where rewards are 0 or 1."""
     score, num_questions = row[f"{prefix}/answer_reward"], row.get(f"{prefix}/num_examples")
     if not num_questions:
         return ""
     categories = [row.get(f"{prefix}/num_format_{name}") or 0 for name in ("1_answer_1", "1_answer_0", "0")]
     text = f"{num_questions} questions"
+    interval: Sequence[float] = ()
     if sum(categories) == num_questions and 0 <= score <= 1:
-        text += ", 95 % interval {:.3f} to {:.3f}".format(*wilson_interval(score, num_questions))
-    return text
+        interval = wilson_interval(score, num_questions)
+    elif (share := row.get(f"{prefix}/pass_at_1")) is not None and math.isclose(share, score, abs_tol=1e-9):
+        # several responses to each question
+        interval = [row[f"{prefix}/pass_at_1_{end}"] for end in ("low", "high")]
+    return text + (", 95 % interval {:.3f} to {:.3f}".format(*interval) if interval else "")
 
 
 def _benchmark_tiles(rows: Sequence[Row]) -> list[dict[str, str]]:

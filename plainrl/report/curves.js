@@ -15,10 +15,12 @@ function linesOf(metrics) {
   runs.forEach((run, place) => names.forEach((name, number) => {
     const found = run.curves.metrics[name];
     if (!found) return;
+    const color = isOne ? colorOf(names, name) : place;
+    const round = Math.floor(color / NUM_COLORS);  // each time the colors are used up, the dash changes
     lines.push({
       label: isOne ? metrics[name] : `${run.name}${names.length > 1 ? `, ${metrics[name]}` : ""}`,
-      color: (isOne ? colorOf(names, name) : place) % NUM_COLORS,
-      dash: isOne ? "" : DASHES[Math.min(number, 2)],
+      color: color % NUM_COLORS,
+      dash: dashOf(isOne ? round : number + round * names.length),
       curves: run.curves, places: found[0], values: found[1], ...smoothing(found),
     });
   }));
@@ -28,7 +30,7 @@ function linesOf(metrics) {
 // Several runs: a color for each, and a style for each metric.
 function styles(labels) {
   if (labels.length < 2) return null;
-  return labels.map((label, number) => h("span", {}, h("span", { class: `swatch ${DASHES[Math.min(number, 2)]}` }), label));
+  return labels.map((label, number) => h("span", {}, h("span", { class: `swatch ${dashOf(number)}` }), label));
 }
 
 function ticks(low, high, count) {
@@ -64,7 +66,7 @@ function chart(title, metrics, low) {
   const legend = h("div", { class: "legend" }, isOne
     ? lines.map((line) => h("span", {}, swatch(line), line.label, line.window > 1 ? ` (mean of ${line.window})` : ""))
     : [runs.map((run, place) => (lines.some((line) => line.curves === run.curves)
-      ? h("span", {}, swatch({ color: place % NUM_COLORS, dash: "" }), run.name) : null)), styles(Object.values(metrics))]);
+      ? h("span", {}, swatch(lines.find((line) => line.curves === run.curves)), run.name) : null)), styles(Object.values(metrics))]);
   const box = h("figure", { class: "chart card" }, h("h3", {}, title), svg, legend, tip);
   box.style.margin = "0";
   let places = [];
@@ -107,8 +109,7 @@ function chart(title, metrics, low) {
       const values = line.map((point) => point[1]);
       const { color, dash, means, window } = lines[index];
       if (window > 1) svg.append(s("path", { class: `raw s${color}`, d: path(values) }));
-      const dashes = { dashed: "7 4", dotted: "1.5 4.5" }[dash] || "none";
-      svg.append(s("path", { class: `s${color}`, d: path(means), "stroke-dasharray": dashes }));
+      svg.append(s("path", { class: `s${color}`, d: path(means), "stroke-dasharray": DASHES[dash] }));
       if (line.length <= 30) line.forEach((point) => svg.append(s("circle", { class: `s${color}`, cx: x(point[0]), cy: y(point[1]), r: 2.6 })));
     });
     places = [...new Set(all.map((point) => point[0]))].sort((a, b) => a - b);

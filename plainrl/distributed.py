@@ -76,7 +76,7 @@ def join(config: "RunConfig") -> None:
     _require_divisible(config, num_started)
     if num_started == 1:
         return
-    end_with_parent()  # torchrun, when it is killed, could not end its ranks
+    end_with_parent()  # startup.py has done so already, but only in this project's own programs
     uses_gpu = config.policy_device != "cpu"
     if uses_gpu:
         torch.cuda.set_device(config.policy_device)

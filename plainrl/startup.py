@@ -44,6 +44,8 @@ def prepare_program() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(own_gpu(os.environ))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's. When it is killed, it could not end its ranks
+        end_with_parent()
     if not command.startswith("-m plainrl."):  # such a module must not be imported before it is run
         from plainrl.cli import check_arguments
 

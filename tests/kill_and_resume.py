@@ -12,6 +12,7 @@ start, between two steps after the start, while a checkpoint is being written.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -101,13 +102,22 @@ def wait_for_moment(moment: str, folder: Path, process: subprocess.Popen, chance
         time.sleep(chance.uniform(0, 0.02))
 
 
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """Return the ranks that torchrun has started."""
+    found = []
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.Error):  # a child of another kind, which has just ended
+            found += [child] if "TORCHELASTIC_RUN_ID" in child.environ() else []
+    return found
+
+
 def kill(process: subprocess.Popen, chance: random.Random | None = None) -> None:
     """Kill a process with SIGKILL; its own processes must notice and end.
 
     With `chance` it is torchrun: killed is that, or one of its ranks, or all ranks.
     """
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    ranks = [child for child in children if child.ppid() == process.pid and "RANK" in child.environ()]
+    ranks = ranks_of(process) if children else []
     victims = chance.choice([[process], ranks[-1:], ranks]) if chance else [process]
     for victim in victims or [process]:
         victim.send_signal(signal.SIGKILL)

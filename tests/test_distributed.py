@@ -13,7 +13,7 @@ import psutil
 import pytest
 import rank_gradients
 import torch
-from kill_and_resume import TORCHRUN, differences_to_rounding, find_differences
+from kill_and_resume import TORCHRUN, differences_to_rounding, find_differences, ranks_of
 from safetensors.torch import load_file, save_file
 from tiny import REPOSITORY, grpo_arguments, tiny_arguments
 
@@ -316,6 +316,21 @@ def test_ranks_with_other_settings_are_refused(setting, tiny_model_folder, tmp_p
     errors, tracebacks = said(text)
     assert any("has another configuration than the first" in error for error in errors) and not tracebacks, text[-3000:]
     assert not saved
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_end_with_torchrun_also_while_they_start(num_ranks, tiny_model_folder, tmp_path):
+    """Importing takes seconds, and more on a busy machine. Ranks do not know each other yet."""
+    arguments = tiny_arguments(tiny_model_folder, tmp_path, run_name="run")
+    process = start(num_ranks, "SFT_train.py", *arguments, log=tmp_path / "log")
+    ranks, deadline = [], time.monotonic() + 60
+    while len(ranks) < num_ranks and time.monotonic() < deadline:
+        ranks = ranks_of(process)
+    time.sleep(1)  # until Python itself has started
+    process.kill()
+    process.wait()
+    assert len(ranks) == num_ranks and psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert not (tmp_path / "run/metrics.jsonl").exists(), "they had not got far"
 
 
 def test_a_rank_that_hangs_is_ended_at_the_limit(tiny_model_folder, tmp_path):

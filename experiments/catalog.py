@@ -67,6 +67,7 @@ METHODS_TABLE = [
     BASELINE._replace(label="GRPO from the warm start, 24 steps, no further traces"),
     Curve("expert_iteration", "default", "expert iteration from the warm start, 6 steps, no further traces"),
     DPO._replace(label="DPO from the warm start, 32 steps on 1,024 pairs of right and wrong traces"),
+    SFT_CHOSEN._replace(label="SFT from the warm start, 32 steps on the right traces of these pairs"),
     Curve("long_grpo", "default", "GRPO from the warm start, 120 steps, no further traces"),
     Curve("long_sft", "default", "SFT from the warm start, 160 steps on its own 256 traces"),
     Curve("sft_continued", "all_traces", "SFT from the warm start, 100 steps on 1,600 traces"),

@@ -303,8 +303,8 @@ def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_traceback
     errors, tracebacks = said(text)
     assert len(errors) <= len(lines) and all(any(e.startswith(line) for line in lines) for e in errors), text[-3000:]
     assert errors or "stopped by SIGTERM" in text, text[-3000:]  # torchrun's signal may come before its own error
-    if lines[0].startswith("rank 1: "):  # it speaks before it ends
-        assert any(error.startswith(lines[0]) for error in errors), text[-3000:]
+    if lines[0].startswith("rank 1: "):  # it speaks before it ends, perhaps in the line of a progress bar
+        assert lines[0] in text
     assert tracebacks == num_tracebacks, text[-3000:]
     assert saved == ["step_000001"]
 

@@ -77,7 +77,7 @@ def test_the_training_half_alone_and_off_policy(tmp_path, capsys, monkeypatch):
     off_policy = ["epochs_per_rollout_batch=2", "train_batch_size=8", "loss_type=grpo_clip"]
     main(["gpu", *TINY, *off_policy, "part=training", f"results={tmp_path}/gpu.csv"])
     found = read_figures(tmp_path / "gpu.csv")
-    assert list(found)[2:] == [UPDATE, ("old log-probs", "64 rows a pass"), ("SFT step", UPDATE[1])]
+    assert list(found)[2:] == [UPDATE, ("old log-probs", "16 rows a pass"), ("SFT step", UPDATE[1])]
     assert found["environment", ""]["matmul_tflop_per_second"] == 0.5
     for figures in list(found.values())[2:]:
         row_tokens = int(figures["row_tokens"])

@@ -639,7 +639,7 @@ ARGUMENTS = {  # of what is no script with a configuration
     },
     "experiments.chat": {"question", "answer", "num_samples"},
     "experiments.benchmark": {*TURNS, "all", "gpu", "results_dir"},
-    "experiments.pass_at_k": {"warm start", "GRPO"},
+    "experiments.pass_at_k": {"warm start", "GRPO", "--results"},
     "experiments.runs": {"compare", "report", "runs/A", "runs/B", "other_runs"},
     "tests/grader_report.py": {"pairs.tsv", "--math-verify"},
     "tests/grading_pairs.py": {"answers.jsonl"},

@@ -76,34 +76,35 @@ def test_responses_are_graded_while_others_are_sampled(monkeypatch):
     assert [grade.rewards["reward"] for grade in wait_for_grades()] == [0, 0, 0, 0, 0, 0, 1, 0]
 
 
-def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(monkeypatch):
-    seeds_used = []
+@pytest.fixture
+def seeds_used(monkeypatch):
+    """The seeds of the samples that are asked for, in their order."""
+    seen = []
 
     def stream_responses(llm, prompt_ids, sampling_params, seeds, **_):
-        seeds_used.extend(seeds)
+        seen.extend(seeds)
         yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
 
     replace_engine(monkeypatch, stream_responses)
+    return seen
+
+
+def sample_two_questions(chosen, step, config):
     questions = [Example("q", "p", "6", None, "s")] * 2
     with ThreadPoolExecutor(1) as threads:
-        for chosen in ([0, 1], [0, 1, 0]):
-            sample_groups(None, questions, [[0], [1]], chosen, 1, tiny_config(), threads)
+        sample_groups(None, questions, [[0], [1]], chosen, step, config, threads)
+
+
+def test_a_question_that_comes_twice_in_a_batch_is_sampled_anew(seeds_used):
+    for chosen in ([0, 1], [0, 1, 0]):
+        sample_two_questions(chosen, 1, tiny_config())
     assert seeds_used[:8] == seeds_used[8:16]  # those of the first time are as ever
     assert len(set(seeds_used[8:])) == 12
 
 
-def test_a_sample_has_another_seed_in_each_step_and_run(monkeypatch):
-    seeds_used = []
-
-    def stream_responses(llm, prompt_ids, sampling_params, seeds, **_):
-        seeds_used.extend(seeds)
-        yield from ((index, Response(ids, "", [1], [0.0], "stop")) for index, ids in enumerate(prompt_ids))
-
-    replace_engine(monkeypatch, stream_responses)
-    questions = [Example("q", "p", "6", None, "s")] * 2
-    with ThreadPoolExecutor(1) as threads:
-        for step, config in ((1, tiny_config()), (2, tiny_config()), (1, tiny_config(seed=1))):
-            sample_groups(None, questions, [[0], [1]], [0, 1], step, config, threads)
+def test_a_sample_has_another_seed_in_each_step_and_run(seeds_used):
+    for step, config in ((1, tiny_config()), (2, tiny_config()), (1, tiny_config(seed=1))):
+        sample_two_questions([0, 1], step, config)
     assert len(set(seeds_used)) == len(seeds_used) == 24
 
 

@@ -1,5 +1,6 @@
 """Configuration as people expect it: files overlay, the last key wins, --show and --help say where values come from."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def test_the_names_of_a_table_in_the_source_are_those_of_the_table(module, name,
     assert list(named) == list(table) and len(named) == len(table) and module not in sys.modules
 
 
-def run_without_torch(arguments, tmp_path, **options):
+def run_without_torch(arguments, tmp_path, piped=""):
     """Run a script where torch cannot be imported; return status, output, error and the seconds of CPU time."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
     output, error = tmp_path / "output", tmp_path / "error"
@@ -147,10 +148,13 @@ def run_without_torch(arguments, tmp_path, **options):
         [sys.executable, *arguments],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.PIPE,
         stdout=output.open("w"),
         stderr=error.open("w"),
-        **options,
+        text=True,
     )
+    with contextlib.suppress(BrokenPipeError), process.stdin:  # most programs read nothing
+        process.stdin.write(piped)
     _, status, usage = os.wait4(process.pid, 0)  # of this child alone: other threads of the tests have theirs
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, output.read_text(), error.read_text(), usage.ru_utime + usage.ru_stime
@@ -175,7 +179,7 @@ def test_a_typo_and_help_are_answered_in_under_a_second(program, tmp_path):
 def test_a_configuration_from_a_pipe_is_left_to_the_script(tmp_path):
     """It could not be read a second time."""
     arguments = ["SFT_train.py", "config=/dev/stdin"]
-    assert run_without_torch(arguments, tmp_path, input="sed: 1")[:3] == (1, "", "torch was imported\n")
+    assert run_without_torch(arguments, tmp_path, piped="sed: 1")[:3] == (1, "", "torch was imported\n")
 
 
 def test_the_programs_of_others_are_left_alone(tmp_path):

@@ -182,7 +182,8 @@ def differences_to_rounding(one: Path, two: Path, factor: float = 1.0) -> list[s
     )
     found += ["names of weights"] if weights.keys() != others.keys() else []
     for name in weights.keys() & others.keys():
-        if not torch.allclose(weights[name], others[name], rtol=factor * 1e-5, atol=factor * 1e-6):
+        # AdamW makes a whole step of a tiny gradient, and so of its rounding.
+        if not torch.allclose(weights[name], others[name], rtol=factor * 1e-5, atol=factor**2 * 1e-6):
             found.append(f"{name}: {(weights[name] - others[name]).abs().max():.1e} apart")
     return found
 

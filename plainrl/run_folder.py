@@ -270,10 +270,10 @@ class RunFolder:
 
     def watched(self, phase: str, seconds: dict[str, float] | None = None) -> AbstractContextManager[None]:
         """Time a phase and end the process if it exceeds its limit. See `plainrl.guard.watched`."""
-        devices = {self.config.policy_device, self.config.evaluator_device} - {"cpu"}
-        if self.config.samples_ahead:  # the engine's GPU is that of another process
-            devices = {self.config.policy_device} - {"cpu"}
-        return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds, sorted(devices))
+        devices = {self.config.policy_device}
+        if not self.config.samples_ahead:  # else the engine's GPU is that of another process
+            devices.add(self.config.evaluator_device)
+        return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds, sorted(devices - {"cpu"}))
 
     def restore(self, state: TrainingState, num_steps: int) -> None:
         """Bring state and folder back to the step that the run goes on from. A new run stays at step 0.

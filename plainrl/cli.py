@@ -40,6 +40,7 @@ from plainrl.layers import (
     validate,
 )
 from plainrl.records import Stopped, UserError, first_line
+from plainrl.shared_config import DTYPE_KEYS
 from plainrl.sources import is_pipe
 
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
@@ -142,6 +143,8 @@ def resolve(
         layers,
         {key: value for key, value in {"preset": preset, "resume": ""}.items() if key in schema.model_fields},
     )
+    if slow := [key for key in DTYPE_KEYS if key not in sources and getattr(config, key) == "float32"]:
+        notes.append(f"{' and '.join(slow)}: float32 (this processor has no AVX-512, and is slow in 16 bits)")
     if overrides.get("resume") == "auto":
         if folder := newest_unfinished_run(schema, config):
             return resumed_config(schema, folder, overrides, given_files)

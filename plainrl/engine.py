@@ -30,6 +30,7 @@ from plainrl.engine_process import load_by_file, new_processes, share_threads, t
 from plainrl.lora import merged_state_dict
 from plainrl.model_files import MOST_SHOWN
 from plainrl.policy import score_responses
+from plainrl.processor import fast_dtype
 from plainrl.records import Response, UserError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def init_vllm(
     seed: int,
     gpu_memory_utilization: float = 0.85,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     max_model_len: int | None = None,
     cpu_cache_gib: int = 1,
     enforce_eager: bool = True,
@@ -73,7 +74,7 @@ def init_vllm(
         device: `cpu` or `cuda:0`. In one process vLLM takes the first visible GPU.
         seed: seed of the engine's own sampling. Requests carry their own.
         gpu_memory_utilization: share of the GPU's memory for weights and cache.
-        dtype: dtype of weights and cache.
+        dtype: dtype of weights and cache. None: bfloat16, on a CPU without AVX-512 float32.
         max_model_len: longest prompt plus response, in tokens.
         cpu_cache_gib: size of the key-value cache on the CPU, in GiB.
         enforce_eager: whether the engine runs without compiling.
@@ -90,7 +91,7 @@ def init_vllm(
     check_engine_device(device)
     options = {
         "model": model_id,
-        "dtype": dtype,
+        "dtype": dtype or fast_dtype(device),
         "seed": seed,
         "max_model_len": max_model_len,
         "gpu_memory_utilization": gpu_memory_utilization,

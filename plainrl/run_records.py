@@ -19,6 +19,7 @@ from plainrl.cli import read_yaml
 from plainrl.config import RunConfig
 from plainrl.distributed import rank
 from plainrl.figure_style import PANEL_HEIGHT, PANEL_WIDTH, describe_axis, draw_series, new_figure, put_legend_above
+from plainrl.processor import processor_name
 from plainrl.records import UserError, first_line
 from plainrl.shared_config import EVAL_SCORE
 
@@ -117,7 +118,7 @@ def describe_environment() -> dict[str, Any]:
         "git_diff": _git("diff", "HEAD"),
         "platform": platform.platform(),
         "host": platform.node(),
-        "cpu": _cpu_model(),
+        "cpu": processor_name(),
         "cpu_count": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "torch_threads": torch.get_num_threads(),
@@ -257,14 +258,6 @@ def plot_metrics(panels: Mapping[str, Sequence[Line]], path: Path, step_name: st
                 draw_series(axes, number, line.label + note, [line.points], window=line.window)
             if len(drawn) > 1:
                 put_legend_above(axes)
-
-
-def _cpu_model() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _git(*arguments: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_o
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from plainrl.lookup import TableOf
+from plainrl.processor import computes_fast_in_16_bits, fast_dtype
 from plainrl.reward_names import REWARD_FUNCTIONS, check_names, find_reward
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ EVAL_SCORE = "eval/answer_reward"
 LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one to this
 MOST_EVAL_SAMPLES = 1000  # of more, the numbers of subsets exceed what a float holds
 MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
+DTYPE_KEYS = {"compute_dtype": "policy_device", "engine_dtype": "evaluator_device"}  # each with its device
 OPTIMIZERS = TableOf("plainrl.optimizers", "OPTIMIZERS")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -65,11 +67,14 @@ class RunConfig(BaseModel):
         pattern=r"^(cpu|cuda:0)$",
         description="device of vLLM: cpu or cuda:0 (vLLM takes the first visible GPU; order CUDA_VISIBLE_DEVICES)",
     )
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="dtype in which the policy computes. Weights that are trained are kept in float32"
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        validate_default=True,
+        description="dtype in which the policy computes. Weights that are trained are kept in float32. auto: bfloat16, "
+        "on a CPU without AVX-512 float32",
     )
-    engine_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="dtype of the vLLM engine's weights and cache"
+    engine_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", validate_default=True, description="dtype of the vLLM engine's weights and cache. auto: likewise"
     )
     float32_output_layer: bool = Field(
         False,
@@ -187,6 +192,12 @@ class RunConfig(BaseModel):
             raise ValueError("the character 0 can stand in no file and in no name: remove it")
         return value
 
+    @field_validator("compute_dtype", "engine_dtype")
+    @classmethod
+    def _choose_dtype(cls, value: str, info: ValidationInfo) -> str:
+        device = info.data.get(DTYPE_KEYS[str(info.field_name)], "cpu")
+        return fast_dtype(device) if value == "auto" else value
+
     @field_validator("run_name")
     @classmethod
     def _check_run_name(cls, value: str) -> str:
@@ -252,6 +263,13 @@ class RunConfig(BaseModel):
             found.append(f"prompt = {self.prompt} does not ask for the format that reward = {self.reward} wants")
         if self.float32_output_layer and self.compute_dtype == self.engine_dtype == "float32":
             found.append("float32_output_layer has no effect: compute_dtype and engine_dtype are float32 already")
+        if not computes_fast_in_16_bits():
+            found += [
+                f"{key} = {getattr(self, key)}: this processor has no AVX-512, and takes many times as long as in "
+                "float32; leave it out, or set it to auto"
+                for key, device in DTYPE_KEYS.items()
+                if getattr(self, device) == "cpu" and getattr(self, key) != "float32"
+            ]
         if not is_embedded(self.train_data) and is_embedded(self.validation_data) and not self.validation_fraction:
             found.append(
                 f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data, "

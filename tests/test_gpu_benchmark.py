@@ -73,7 +73,7 @@ def test_the_whole_command(background):
 
 def test_the_training_half_alone_and_off_policy(tmp_path, capsys, monkeypatch):
     """The file is complete up to the part that was measured last."""
-    monkeypatch.setattr(gpu, "matmul_peak", lambda device: 0.5)  # measuring it takes seconds
+    monkeypatch.setattr(gpu, "matmul_peak", lambda device, compute_dtype: 0.5)  # measuring it takes seconds
     off_policy = ["epochs_per_rollout_batch=2", "train_batch_size=8", "loss_type=grpo_clip"]
     main(["gpu", *TINY, *off_policy, "part=training", f"results={tmp_path}/gpu.csv"])
     found = read_figures(tmp_path / "gpu.csv")
@@ -94,7 +94,7 @@ def test_the_training_half_alone_and_off_policy(tmp_path, capsys, monkeypatch):
 
 
 def test_without_vllm_one_line_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "matmul_peak", lambda device: 0.5)
+    monkeypatch.setattr(gpu, "matmul_peak", lambda device, compute_dtype: 0.5)
     monkeypatch.setattr("plainrl.devices.has_module", lambda name: False)
     main(["gpu", *TINY, "part=engine", f"results={tmp_path}/gpu.csv"])
     (skipped,) = [line for line in capsys.readouterr().out.splitlines() if "vLLM" in line]
@@ -106,7 +106,7 @@ def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more lines.")
 
-    monkeypatch.setattr(gpu, "matmul_peak", lambda device: 0.5)
+    monkeypatch.setattr(gpu, "matmul_peak", lambda device, compute_dtype: 0.5)
     monkeypatch.setattr(gpu, "measure_training", fail)
     with pytest.raises(UserError, match=r"part = training: .* Tried to allocate 2.00 GiB\.\); lower microbatch_tokens"):
         main(["gpu", *TINY, "part=training", f"results={tmp_path}/gpu.csv"])

@@ -19,10 +19,10 @@
 Each side runs in a process of its own in each turn (A B A B ...). The first step of a process is a warm-up and is not
 timed.
 
-mfu is the rate of floating-point operations in the timed steps, over the best rate of a plain bfloat16 matmul on this
-machine. That peak is measured anew before each turn. The operations of matmuls are counted in one more step, after
-times and memory are taken, because counting keeps tensors alive. Recomputation counts. Fused attention on the CPU,
-about 3 %, does not.
+mfu is the rate of floating-point operations in the timed steps, over the best rate of a plain matmul in compute_dtype
+on this machine. That peak is measured anew before each turn. The operations of matmuls are counted in one more step,
+after times and memory are taken, because counting keeps tensors alive. Recomputation counts. Fused attention on the
+CPU, about 3 %, does not.
 
 Written to results_dir: benchmark.csv (one line per figure), benchmark.png and environment.json. What is not measured
 now stays as it was, unless it is from another machine.

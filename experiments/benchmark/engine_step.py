@@ -74,7 +74,7 @@ def measure_engine(config: GPUBenchmarkConfig, peak: float) -> Iterator[Measured
 
     Args:
         config: the settings of GRPO_train.py.
-        peak: best rate of a bfloat16 matmul, in TFLOP/s.
+        peak: best rate of a matmul in compute_dtype, in TFLOP/s.
     """
     rollouts, _ = make_inputs(config)
     policy, tokenizer = load_policy(config)

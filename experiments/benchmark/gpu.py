@@ -68,7 +68,8 @@ def measure(config: GPUBenchmarkConfig, sft_config: SFTConfig, folder: str) -> I
     """
     environment = describe_environment()
     names = ("time", "python", "git_commit", "cpu", "cpu_count", "memory_gib")
-    peak = max(matmul_peak(config.device) for _ in range(1 if config.device == "cpu" else WARM_UP_MATMULS))
+    num_repetitions = 1 if config.device == "cpu" else WARM_UP_MATMULS
+    peak = max(matmul_peak(config.device, config.compute_dtype) for _ in range(num_repetitions))
     shown = {name: environment[name] for name in names} | environment["versions"] | card_figures(config.device)
     yield Measured(ENVIRONMENT, "", shown | {"matmul_tflop_per_second": peak})
     own = GPUBenchmarkConfig.model_fields.keys() - GRPOConfig.model_fields.keys() - {"results"}

@@ -5,7 +5,7 @@
     SFT step         `compute_clipped_gradient` and AdamW
 
 These are the functions of GRPO_train.py and SFT_train.py. MFU is the rate of useful operations (`count_work`), divided
-by the best rate of a bfloat16 matmul on the same device.
+by the best rate of a matmul in compute_dtype on the same device.
 """
 
 import gc
@@ -50,7 +50,7 @@ def measure_training(config: GPUBenchmarkConfig, sft_config: SFTConfig, peak: fl
 
     Args:
         config, sft_config: the settings of both scripts, for the same model.
-        peak: best rate of a bfloat16 matmul, in TFLOP/s.
+        peak: best rate of a matmul in compute_dtype, in TFLOP/s.
     """
     rollouts, examples = make_inputs(config)
     config = config.model_copy(update={"max_sync_error": math.inf})  # no engine sampled these responses
@@ -96,7 +96,7 @@ def take_sft_step(
 def describe(settings: TrainConfig) -> str:
     """Return what tells variants of training apart.
 
-    >>> describe(SFTConfig(microbatch_tokens=4096, gradient_checkpointing=True))
+    >>> describe(SFTConfig(microbatch_tokens=4096, compute_dtype="bfloat16", gradient_checkpointing=True))
     'microbatches of 4096 tokens, bfloat16, checkpointing'
     """
     limit = settings.microbatch_tokens

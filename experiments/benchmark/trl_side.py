@@ -8,7 +8,8 @@ on TRL.
 Settings are those that the documentation of TRL and Transformers recommends for this hardware. Of those that leave
 the result equal, they are the fastest that we found:
 
-    float32 weights with bfloat16 autocast; ours computes with a 16-bit copy beside them; the fused AdamW
+    float32 weights with bfloat16 autocast, if that is the compute_dtype; ours computes with a 16-bit copy beside them
+    the fused AdamW
     no gradient checkpointing, except where the task asks for it
     one optimizer step for all rollouts, so that no old log-probs are computed; no KL term
 
@@ -106,7 +107,7 @@ def common_settings(task: dict[str, Any], folder: str) -> dict[str, Any]:
     return {
         "output_dir": folder,
         "use_cpu": task["device"] == "cpu",
-        "bf16": True,
+        "bf16": task["compute_dtype"] == "bfloat16",
         "gradient_checkpointing": task["gradient_checkpointing"],
         "optim": "adamw_torch_fused",
         "adam_beta1": task["adam_betas"][0],

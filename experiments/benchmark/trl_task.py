@@ -27,6 +27,7 @@ def trl_task(name: str, turn: str, config: BenchmarkConfig, folder: Path) -> dic
         "benchmark": name,
         "model": str(Path(resolve_model(config.model)).absolute()),
         "device": config.policy_device,
+        "compute_dtype": config.compute_dtype,
         "batch_size": settings.train_batch_size,
         "num_measured_steps": config.num_measured_steps if name == "sft" else config.num_grpo_steps,
         "learning_rate": settings.learning_rate,

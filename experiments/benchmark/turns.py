@@ -41,7 +41,7 @@ def measure(name: str, config: BenchmarkConfig, trl: dict[str, Any]) -> list[Row
     for pair in range(1, config.num_pairs + 1):
         of_pair = config.model_copy(update={"seed": config.seed + pair - 1})
         for turn in TURNS[name]:
-            peak = matmul_peak(config.policy_device)
+            peak = matmul_peak(config.policy_device, config.compute_dtype)
             for side, figures in take_turn(name, turn, of_pair, trl).items():
                 if "tflop_per_second" in figures:
                     figures |= {"matmul_peak_tflop_per_second": peak, "mfu": figures["tflop_per_second"] / peak}

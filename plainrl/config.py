@@ -339,13 +339,11 @@ class GRPOConfig(RolloutConfig):
         self._require_multiple("rollout_batch_size", "train_batch_size")
         if self.train_batch_size < self.group_size:
             raise ValueError(
-                f"train_batch_size = {self.train_batch_size} is smaller than group_size = {self.group_size}: "
-                f"use train_batch_size = {self.group_size} or more"
+                f"train_batch_size = {self.train_batch_size} has no whole group: use {self.group_size} or more"
             )
         if self.group_size == 1 and "advantages" in self.loss.needs:
             raise ValueError(
-                f"group_size = 1 has no group mean to subtract: use group_size >= 2, or loss_type = no_baseline "
-                f"instead of {self.loss_type}"
+                "group_size = 1 has no group mean to subtract: use group_size >= 2, or loss_type = no_baseline"
             )
         return self
 
@@ -370,6 +368,8 @@ class GRPOConfig(RolloutConfig):
         for switch, keys in SWITCHED_KEYS.items():
             if not getattr(self, switch):
                 found += self._without_effect(keys, f"without {switch}")
+        if self.group_size == 1 and not needs:
+            found.append(f"group_size = 1: every advantage is 0, and loss_type = {self.loss_type} sees raw_rewards")
         if not self._is_changed("engine_correction"):
             reason = f"with engine_correction = {self.engine_correction}"
             found += self._without_effect(["engine_correction_cap"], reason)

@@ -130,15 +130,15 @@ def test_log_probs_by_hand():
 
 @pytest.mark.parametrize("autocasts", [False, True])
 def test_bfloat16_logits_are_scored_in_float32(autocasts):
-    """Also under autocast, which makes products bfloat16."""
+    """Also under autocast, which makes products bfloat16. These would be wrong by 1e-2."""
     logits = torch.randn(1, 2, 50_000, generator=torch.Generator().manual_seed(0)).bfloat16()
     logits[..., 7] = -torch.inf
     labels = torch.tensor([[3, 4]])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocasts):
         scores = get_response_log_probs(ConstantLogits(logits), labels, labels, return_token_entropy=True)
     expected = logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
-    torch.testing.assert_close(scores["log_probs"].double(), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(scores["token_entropy"].double(), compute_entropy(logits.double()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores["log_probs"].double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scores["token_entropy"].double(), compute_entropy(logits.double()), atol=1e-4, rtol=0)
 
 
 def test_masked_normalize_by_hand():

@@ -266,6 +266,14 @@ def test_settings_without_effect_are_named(settings, message):
     assert not make_config().warnings()
 
 
+def test_an_own_loss_is_told_that_groups_of_one_have_no_advantages(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def loss(inputs):\n    return -inputs.raw_rewards * inputs.log_probs, {}\n")
+    config = make_config(loss_type=f"{path}:loss", group_size=1)
+    assert config.warnings() == [f"group_size = 1: every advantage is 0, and loss_type = {path}:loss sees raw_rewards"]
+    assert not config.model_copy(update={"group_size": 2}).warnings()
+
+
 # --- no ratio gives inf or NaN ----------------------------------------------------------------------------------------
 
 

@@ -517,7 +517,10 @@ CONFIGURATION_MISTAKES = [
         {"sampling_temperature": 0.005},
         "sampling_temperature = 0.005 (command line): vLLM would take 0.01 instead; use that or more",
     ),
-    ({"train_batch_size": 2, "gradient_accumulation_steps": 1}, "train_batch_size = 2 has no whole group: use 4 or more"),
+    (
+        {"train_batch_size": 2, "gradient_accumulation_steps": 1},
+        "train_batch_size = 2 has no whole group: use 4 or more",
+    ),
     (
         {"gradient_accumulation_steps": 3},
         "train_batch_size = 6 or train_batch_size = 9 is (rollout_batch_size = 8, group_size = 4, "

@@ -95,7 +95,10 @@ def test_a_recipe_overrides_the_preset_and_the_command_line_the_recipe(tmp_path)
         (["wandb_mode=off"], "wandb_mode = 'off' (command line): input should be 'auto', 'online', 'offline' or 'dis"),
         (["wandb_mode=false"], "wandb_mode = False (command line): input should be 'auto', 'online', 'offline' or"),
         (["lr_schedule=linear"], "lr_schedule = 'linear' (command line): input should be 'constant' or 'cosine'"),
-        (["engine_dtype=1"], "engine_dtype = 1 (command line): input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        (
+            ["engine_dtype=1"],
+            "engine_dtype = 1 (command line): input should be 'auto', 'float32', 'bfloat16' or 'float16'",
+        ),
         (["arithmetic_terms=[2"], "arithmetic_terms = '[2' (command line): not YAML: "),
         (["run_name=a/b"], "run_name = 'a/b' (command line): the run's folder lies in runs_dir itself"),
         (["run_name=.."], "run_name = '..' (command line): the run's folder lies in runs_dir itself"),

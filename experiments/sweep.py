@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.sweep_figures import write_figures_and_table
-from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, plan
+from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, defaults_of, plan
 from experiments.sweep_results import collect_run, forget_run, read_table
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main, say
@@ -122,7 +122,9 @@ def state_of(run: Run, results: Path) -> str:
         return "to do"
     schema = SCRIPTS[run.script].schema
     saved = with_defaults(read_yaml(run.folder / "config.yaml"), schema)
-    asked = with_defaults(run.values, schema) | {"seed": run.seed}  # with what the preset gives, like a fingerprint
+    asked = (
+        defaults_of(schema) | dict(run.values) | {"seed": run.seed}
+    )  # with what the preset gives, like a fingerprint
     asked.pop("warm_start", None)  # `values` has the values of a warm start there, and the run's folder its name
     asked |= run.settings
     if changes := describe_changes({key: saved.get(key) for key in asked}, asked):

@@ -26,6 +26,7 @@ from plainrl.cli import choose_preset, load_config, read_yaml, resolve
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
 from plainrl.help import blocks_of
 from plainrl.records import UserError
+from plainrl.shared_config import DTYPE_KEYS
 from plainrl.supplement_config import DPOConfig
 from plainrl.warm_start import YAML as WARM_START_YAML
 
@@ -114,7 +115,8 @@ class Run:
         if committed in (self.fingerprint, self.fingerprint.partition("-")[0]):
             return None
         is_of_preset = committed.partition("-")[0] == self.fingerprint.partition("-")[0]
-        return "other values of its preset, or of a default" if is_of_preset else "other settings"
+        changed = "other values of its preset, or of a default (compute_dtype is the processor's)"
+        return changed if is_of_preset else "other settings"
 
     @property
     def log(self) -> Path:
@@ -207,6 +209,14 @@ def variants_of(sweep: Sweep) -> Mapping[str, Settings]:
     return variants or {"default": {}}
 
 
+def defaults_of(schema: type[RunConfig]) -> dict[str, Any]:
+    """Return the defaults that fingerprints leave out: the schema's, on a processor that is fast in 16 bits.
+
+    On another one `auto` gives float32. Its runs have other fingerprints, so that no sweep mixes the two.
+    """
+    return with_defaults(dict.fromkeys(DTYPE_KEYS, "bfloat16"), schema)
+
+
 def _check_keys(
     path: Path, variant: str, settings: Settings, extra: Mapping[str, str], texts: Mapping[str, str]
 ) -> None:
@@ -239,14 +249,15 @@ def _other_than_defaults(script: str, resolved: Mapping[str, Any]) -> dict[str, 
     """Return what a run computes with beside the defaults, so that a new key with its default changes nothing."""
 
     def differing(schema: type[RunConfig], values: Mapping[str, Any]) -> dict[str, Any]:
-        defaults = with_defaults({}, schema)
+        defaults = defaults_of(schema)
         return {key: value for key, value in values.items() if key != "seed" and defaults[key] != value}
 
     found = differing(SCRIPTS[script].schema, {key: value for key, value in resolved.items() if is_setting(key)})
     warm_start = resolved.get("warm_start")
     if warm_start in blocks_of(read_yaml(WARM_START_YAML), "presets", WARM_START_YAML):
         config = resolve(SFTConfig, WARM_START_YAML, [f"preset={warm_start}"]).config.model_dump(mode="json")
-        found["warm_start"] = differing(SFTConfig, {key: value for key, value in config.items() if is_setting(key)})
+        own = {key: value for key, value in config.items() if is_setting(key) and key not in DTYPE_KEYS}
+        found["warm_start"] = differing(SFTConfig, own)  # its dtypes are the run's
     return found
 
 

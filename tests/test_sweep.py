@@ -245,6 +245,18 @@ def test_a_changed_preset_is_found_but_a_row_of_before_presets_were_counted_is_t
     run_sweep("seeds=[0]")  # nothing is left to do
 
 
+def test_no_sweep_mixes_the_dtypes_of_two_processors(workplace, monkeypatch):
+    def fingerprint(dtype, *overrides):
+        monkeypatch.setattr("plainrl.shared_config.fast_dtype", lambda device: dtype)
+        return sweep_plan.plan(Path("mine.yaml"), ["preset=laptop", *overrides])[1][0].fingerprint
+
+    write_sweep({"a": {}})
+    fast, slow = fingerprint("bfloat16"), fingerprint("float32")
+    assert fast.partition("-")[0] == slow.partition("-")[0] and fast != slow
+    as_fast = fingerprint("float32", "compute_dtype=bfloat16", "engine_dtype=bfloat16")
+    assert as_fast.partition("-")[2] == fast.partition("-")[2]  # they compute the same
+
+
 def test_the_values_of_a_warm_start_are_in_the_fingerprint(workplace, monkeypatch):
     (run, *_) = plan(Path("mine.yaml"), ["preset=laptop"])[1]
     assert run.values["warm_start"]["preset"] == "warm-start" and "seed" not in run.values
@@ -512,8 +524,9 @@ SWEEPS = sorted((REPOSITORY / "experiments/sweeps").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_committed_sweep_counts_as_finished(path, monkeypatch, capsys):
-    """The fingerprints in results/*/runs.csv hold wherever a script has moved to."""
+    """The fingerprints in results/*/runs.csv hold wherever a script has moved to. All were computed in bfloat16."""
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr("plainrl.shared_config.fast_dtype", lambda device: "bfloat16")
     sweep.main([str(path.relative_to(REPOSITORY)), "--dry-run", "preset=laptop"])
     *lines, summary = capsys.readouterr().out.splitlines()
     assert lines and {line.split()[0] for line in lines} == {"finished"}

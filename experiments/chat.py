@@ -28,7 +28,7 @@ from plainrl.data import derive_seed
 from plainrl.devices import check_devices
 from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
 from plainrl.grading.rewards import grade_responses
-from plainrl.policy import load_policy
+from plainrl.policy import ON_CPU, load_policy
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Response, UserError
 from plainrl.report.samples import printable
@@ -106,7 +106,7 @@ def config_for(model: str, others: Sequence[str]) -> ChatConfig:
 
 def load_model(name: str, config: ChatConfig) -> Model:
     """Load the weights of a model into the CPU's memory, and its tokenizer."""
-    return Model(name, config, *load_policy(config.model_copy(update={"policy_device": "cpu"}), for_training=False))
+    return Model(name, config, *load_policy(config.model_copy(update=ON_CPU), for_training=False))
 
 
 def require_one_architecture(models: Sequence[Model]) -> None:

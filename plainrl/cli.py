@@ -26,6 +26,7 @@ from plainrl.changes import describe_changes, with_defaults
 from plainrl.config import ConfigType, RunConfig, SFTConfig
 from plainrl.devices import has_gpu_driver, run_command
 from plainrl.faults import describe_fault
+from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.own_rewards import RewardError
 from plainrl.help import SCHEMAS, TABLES, explain, help_text, show_text
 from plainrl.layers import (
@@ -262,7 +263,7 @@ def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | 
     """Return the folder that `resume=auto` means: the one of run_name if given, else the newest unfinished run.
 
     Runs of other scripts and those in folders of other users are passed over. One whose configuration cannot be read
-    is, too, and is named.
+    is, too, and is named. One that a process is writing is taken only if there is no other; opening it says so.
     """
     if config.run_name:
         folder = Path(config.runs_dir) / config.run_name
@@ -277,7 +278,7 @@ def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | 
     ]
     own = [folder for folder in unfinished if _is_of_schema(schema, folder / "config.yaml")]
     # the newest by its lock, because each process that starts or resumes a run writes it
-    return max(own, key=lambda folder: (folder / "lock").stat().st_mtime, default=None)
+    return max(own, key=lambda run: (not is_known_to_be_locked(run), (run / "lock").stat().st_mtime), default=None)
 
 
 def choose_preset() -> tuple[str, str]:

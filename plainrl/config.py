@@ -6,9 +6,8 @@ docs/configuration.md are generated from this schema.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -49,12 +48,9 @@ class ImitationConfig(TrainConfig):
     def warnings(self) -> list[str]:
         """Return the shared warnings, and one if normalize_constant has no effect."""
         found = super().warnings()
-        needs_constant = SFT_LENGTH_NORMALIZATIONS[self.length_normalization].needs_constant
-        if self.normalize_constant != type(self).model_fields["normalize_constant"].default and not needs_constant:
-            found.append(
-                f"normalize_constant = {self.normalize_constant:g} has no effect with length_normalization = "
-                f"{self.length_normalization}"
-            )
+        if not SFT_LENGTH_NORMALIZATIONS[self.length_normalization].needs_constant:
+            reason = f"with length_normalization = {self.length_normalization}"
+            found += self._without_effect(["normalize_constant"], reason)
         return found
 
 
@@ -117,10 +113,10 @@ class SFTConfig(ImitationConfig, EpochsConfig):
     def warnings(self) -> list[str]:
         """Return the shared warnings, and one if arithmetic_corrupt_fraction has no effect."""
         found = super().warnings()
-        if self.arithmetic_corrupt_fraction and not is_embedded(self.train_data):
-            found.append(f"arithmetic_corrupt_fraction has no effect with train_data = {self.train_data}")
-        if self.seq_length != type(self).model_fields["seq_length"].default and self.packing != "fixed":
-            found.append(f"seq_length = {self.seq_length} has no effect with packing = none")
+        if not is_embedded(self.train_data):
+            found += self._without_effect(["arithmetic_corrupt_fraction"], f"with train_data = {self.train_data}")
+        if self.packing != "fixed":
+            found += self._without_effect(["seq_length"], f"with packing = {self.packing}")
         return found
 
 
@@ -132,6 +128,8 @@ class WarmStartConfig(TrainConfig):
         description="first policy: a preset of config.yaml, whose SFT run is made if needed, or the folder of a run or "
         "of a model (empty: the model itself)",
     )
+
+    learns_from_pairs: ClassVar[bool] = False  # preference pairs, which SFT cannot imitate
 
     @property
     def needs_first_policy(self) -> bool:
@@ -403,12 +401,6 @@ class GRPOConfig(RolloutConfig):
         found = look_up(self.loss_type, LOSSES, "loss_type")
         loss = found if isinstance(found, Loss) else Loss(found)
         return replace(loss, zero_with=None) if self.kl_coefficient or self.entropy_coefficient else loss
-
-    def _is_changed(self, key: str) -> bool:
-        return getattr(self, key) != type(self).model_fields[key].default
-
-    def _without_effect(self, keys: Sequence[str], reason: str) -> list[str]:
-        return [f"{key} = {getattr(self, key)} has no effect {reason}" for key in keys if self._is_changed(key)]
 
     @property
     def samples_from_policy(self) -> bool:

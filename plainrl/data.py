@@ -15,6 +15,7 @@ from plainrl.config import RolloutConfig, RunConfig, SFTConfig, TrainConfig
 from plainrl.layouts import FieldNames, Record, parse_record
 from plainrl.prompting import format_response, load_prompt_template, read_answers, write_prompt
 from plainrl.records import Example, Fields, UserError
+from plainrl.shared_config import validation_source
 from plainrl.sources import arithmetic_records, corrupt_some, embedded_terms, is_pipe, read_records
 from SFT_helper import encode_prompt
 
@@ -368,7 +369,8 @@ def fit_validation(
     during, final = ([e for e in part if e in fitting] for part in (validation.during, validation.final))
     print(f"evaluations ask {len(during)} questions during training, and {len(final)} at the end")
     if not all("" in by_dataset(part) for part in (during, final)):
-        raise UserError(f"validation_data = {config.validation_data}: no question is left; raise max_context_tokens")
+        source = validation_source(config.model_dump())
+        raise UserError(f"validation data, {source}: no question is left; raise max_context_tokens")
     return validation._replace(during=during, final=final)
 
 

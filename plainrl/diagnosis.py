@@ -24,7 +24,7 @@ def find_remarks(metrics: Mapping[str, Any], config: GRPOConfig) -> list[str]:
         return 0.0 if number is None else float(number)
 
     remarks = []
-    if metrics.get("rollout/reward") == 0:
+    if metrics.get("rollout/all_wrong_fraction") == 1:
         if value("rollout/truncated_fraction") == 1:
             remarks.append("every reward is zero and every response was cut: raise sampling_max_tokens")
         elif value("rollout/format_reward") == 0:

@@ -17,17 +17,27 @@ WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file
 def is_locked(path: Path) -> bool:
     """Return whether a process holds the lock of a folder. One that was never locked is not.
 
+    A shared lock is tried, so that several processes may ask at the same time.
+
     Raises:
         OSError: the lock cannot be opened, or the file system has no locks.
     """
     if not (path / "lock").exists():
         return False
-    with (path / "lock").open("a") as file:
+    with (path / "lock").open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
+
+
+def is_known_to_be_locked(path: Path) -> bool:
+    """Return the same; false where it cannot be told."""
+    try:
+        return is_locked(path)
+    except OSError:
+        return False
 
 
 def lock_folder(path: Path) -> IO[str]:

@@ -229,12 +229,12 @@ def default_of(schema: type[RunConfig], key: str) -> str:
 def type_of(schema: type[RunConfig], key: str) -> str:
     """Return the type of a key, or its choices.
 
-    >>> type_of(GRPOConfig, "length_normalization"), type_of(GRPOConfig, "seed")
-    ('masked_mean, masked_normalize or token_mean', 'int')
+    >>> type_of(GRPOConfig, "length_normalization"), type_of(GRPOConfig, "adam_betas")
+    ('masked_mean, masked_normalize or token_mean', 'tuple[float, float]')
     """
     if key in TABLES:
         return "a name below, or file.py:function"
-    annotation = schema.model_fields[key].annotation
+    annotation = typing.get_type_hints(schema)[key]  # without the limits of its values
     plain = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
     return choices_of(schema, key) or plain
 

@@ -38,6 +38,8 @@ from plainrl.prefix_tree import share_prefixes, why_not_shared
 from plainrl.records import Response, UserError
 
 MOST_LOSS_SCALE_REDUCTION = 1024  # if the gradient still overflows then, no scale helps
+# For a model whose weights are only read. It computes nothing, so it needs no working copy and no GPU.
+ON_CPU = {"policy_device": "cpu", "compute_dtype": "float32", "attn_implementation": "auto"}
 Metrics = TypeVar("Metrics", bound=Mapping[str, float])
 
 

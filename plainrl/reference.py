@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from plainrl.checkpoint import write_durably
 from plainrl.config import GRPOConfig
 from plainrl.distributed import local, on_first, whole
-from plainrl.policy import load_policy, score_responses
+from plainrl.policy import ON_CPU, load_policy, score_responses
 from plainrl.precision import refresh_working_copy
 from plainrl.records import Rollout, UserError
 from plainrl.run_folder import RunFolder
@@ -41,9 +41,8 @@ class Reference:
         Raises:
             UserError: the first model is not the one that the run began with.
         """
-        if run.checkpoint:  # loaded on the CPU, where it computes nothing: no working copy, no GPU's attention
-            on_cpu = {"policy_device": "cpu", "compute_dtype": "float32", "attn_implementation": "auto"}
-            policy, _ = load_policy(config.model_copy(update=on_cpu), for_training=False)
+        if run.checkpoint:
+            policy, _ = load_policy(config.model_copy(update=ON_CPU), for_training=False)
         trained = _trained(policy)
         self._weights = {name: local(weight.detach()).cpu().clone() for name, weight in trained}
         found = _fingerprint(trained)

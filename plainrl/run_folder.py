@@ -217,7 +217,8 @@ class RunFolder:
             self._try_wandb(lambda run: run.finish(exit_code=0 if error_type is None else 1))
         is_new, is_gone = self._resumption is None, not self.path.is_dir()
         if self._lock is not None:  # the first rank has it
-            if error_type is not None and is_new and not self.metrics_bytes() and not list_checkpoints(self.path):
+            is_empty = not (self.metrics_bytes() or list_checkpoints(self.path) or any(self.path.glob("samples/*")))
+            if error_type is not None and is_new and is_empty:
                 # Nothing was run: the name is free for the next try. An error must not hide the one that came first.
                 shutil.rmtree(self.path, ignore_errors=True)
             if self.path.is_dir() and not (isinstance(error, Exception) and is_disk_full(error)):

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -276,6 +276,12 @@ class RunConfig(BaseModel):
                 "or validation_fraction"
             )
         return found
+
+    def _is_changed(self, key: str) -> bool:
+        return getattr(self, key) != type(self).model_fields[key].default
+
+    def _without_effect(self, keys: Sequence[str], reason: str) -> list[str]:
+        return [f"{key} = {getattr(self, key)} has no effect {reason}" for key in keys if self._is_changed(key)]
 
     @property
     def reward_function(self) -> "Reward":

@@ -1,6 +1,6 @@
 """The keys of the assignment's supplement: DPO, and the four evaluations. plainrl/config.py says how they are used."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ OF_OTHER_DATA = (
 
 class DPOConfig(WarmStartConfig, EpochsConfig):
     """Direct preference optimization (supplement/DPO_train.py)."""
+
+    learns_from_pairs: ClassVar[bool] = True
 
     train_data: str = Field(
         EMBEDDED_DATA,
@@ -72,7 +74,7 @@ class BenchmarkConfig(RunConfig):
         if isinstance(self.num_questions, int) and self.num_questions < 1:
             raise ValueError(f"num_questions = {self.num_questions}: must be at least 1, or all")
         for name in OF_OTHER_DATA:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self._is_changed(name):
                 raise ValueError(
                     f"{name} = {getattr(self, name)}: it has no effect here; num_questions of the data in "
                     "benchmark_data are asked, and each task has a score of its own"

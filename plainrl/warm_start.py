@@ -77,7 +77,10 @@ def _find_model(config: WarmStartConfig, presets: Mapping[str, Any]) -> Path:
     """Return the folder of the model that `warm_start` names, a path or the name of a run in `runs_dir`."""
     for folder in (Path(config.warm_start), Path(config.runs_dir) / config.warm_start):
         if path_exists(folder / "final") or path_exists(folder / "config.json"):
-            if different := _differences(folder, _inherited(config)):
+            settings = _inherited(config)
+            if config.learns_from_pairs:  # other data than any SFT run's
+                settings = {key: value for key, value in settings.items() if key not in EMBEDDED}
+            if different := _differences(folder, settings):
                 print(f"warning: warm_start = {config.warm_start} was trained with {'; '.join(different)}")
             return folder / "final" if path_exists(folder / "final") else folder
         if path_exists(folder / "checkpoints"):
@@ -145,12 +148,15 @@ def _inherited(config: WarmStartConfig) -> dict[str, Any]:
 
 def _data_to_teach(config: WarmStartConfig) -> dict[str, Any]:
     """Return what the SFT run takes instead of the run's own data, if that has no worked response; else nothing."""
-    if is_embedded(config.train_data) or is_pipe(config.train_data):
-        return {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it has been said
-        examples = load_examples(config.train_data, config, "train")
-    if any(example.response for example in examples):
-        return {}
+    if is_embedded(config.train_data):
+        return {} if config.validation_data else {"validation_data": EMBEDDED_DATA}  # DPO may have no questions
+    if not config.learns_from_pairs:
+        if is_pipe(config.train_data):
+            return {}
+        with contextlib.redirect_stdout(io.StringIO()):  # it has been said
+            examples = load_examples(config.train_data, config, "train")
+        if any(example.response for example in examples):
+            return {}
     print(f"warm start: {config.train_data} has no worked responses, so {EMBEDDED_DATA} teaches the format")
     return EMBEDDED
 
@@ -160,7 +166,7 @@ def _differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
     if not path_exists(folder / "config.yaml"):
         return []
     used = read_yaml(folder / "config.yaml")
-    keys = [key for key in DECISIVE if used.get(key, settings[key]) != settings[key]]
+    keys = [key for key in DECISIVE if key in settings and used.get(key, settings[key]) != settings[key]]
     return [f"{key} = {used[key]}, not {settings[key]}" for key in keys]
 
 

@@ -484,13 +484,14 @@ def test_rollouts_are_trained_on_the_sampled_ids(engine, tiny_model, tokenizer):
 @pytest.mark.parametrize(
     ("metrics", "advice"),
     [
-        ({"rollout/reward": 0.0, "rollout/truncated_fraction": 1.0}, "every response was cut"),
-        ({"rollout/reward": 0.0, "rollout/format_reward": 0.0}, "no response keeps the format"),
-        ({"rollout/reward": 0.0, "rollout/format_reward": 1.0}, "too hard, or misgraded"),
+        ({"rollout/all_wrong_fraction": 1.0, "rollout/truncated_fraction": 1.0}, "every response was cut"),
+        ({"rollout/all_wrong_fraction": 1.0, "rollout/format_reward": 0.0}, "no response keeps the format"),
+        ({"rollout/all_wrong_fraction": 1.0, "rollout/format_reward": 1.0}, "too hard, or misgraded"),
         ({"rollout/reward": 0.5, "rollout/zero_advantage_fraction": 1.0}, "every advantage is zero"),
         ({"rollout/reward": 0.5, "train/clip_fraction_high": 0.4}, "30 % of the tokens are clipped"),
         ({"rollout/reward": 0.5, "train/grad_norm": 1e4}, "gradient norm"),
         ({"rollout/reward": 0.5, "train/grad_norm": 1.0, "train/clip_fraction_high": None}, None),
+        ({"rollout/reward": 0.0, "rollout/all_wrong_fraction": 0.0}, None),  # half of them +1, half of them -1
     ],
 )
 def test_the_diagnosis_names_what_is_off(metrics, advice):

@@ -1,6 +1,9 @@
 """Defaults, file, preset, command line: the later overrides; every mistake is one line that names field and fix."""
 
+import os
 import re
+import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ from tiny import REPOSITORY
 
 from plainrl.cli import load_config, newest_unfinished_run, run_main
 from plainrl.config import GRPOConfig, SFTConfig
+from plainrl.folder_lock import lock_folder
 from plainrl.grading.own_rewards import RewardError
 from plainrl.records import UserError
 
@@ -219,6 +223,22 @@ def test_listing_runs_executes_no_file_of_theirs(tmp_path):
         (folder / "config.yaml").write_text(f"reward: {reward}\n")
     config = SFTConfig(runs_dir=str(tmp_path / "runs"))
     assert newest_unfinished_run(SFTConfig, config) in (tmp_path / "runs/other", tmp_path / "runs/lost")
+
+
+def test_auto_passes_over_a_run_in_progress(tmp_path):
+    """If it is the only one, it is taken: opening it says who writes to it, instead of a new run beginning."""
+    folders = [tmp_path / name for name in ("interrupted", "newer")]
+    for age, folder in zip((10, 0), folders, strict=True):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "lock").touch()
+        os.utime(folder / "lock", (time.time() - age,) * 2)
+        (folder / "config.yaml").write_text("num_epochs: 1\n")
+    config = SFTConfig(runs_dir=str(tmp_path))
+    assert newest_unfinished_run(SFTConfig, config) == folders[1]
+    with lock_folder(folders[1]):
+        assert newest_unfinished_run(SFTConfig, config) == folders[0]
+        shutil.rmtree(folders[0])
+        assert newest_unfinished_run(SFTConfig, config) == folders[1]
 
 
 def test_auto_names_the_runs_that_cannot_be_read(tmp_path, capsys):

@@ -120,7 +120,7 @@ def test_validation_does_not_change_values():
 
 @pytest.mark.parametrize("schema", [SFTConfig, ExpertIterationConfig])
 def test_a_constant_that_has_no_effect_is_said(schema):
-    said = "normalize_constant = 100 has no effect with length_normalization = token_mean"
+    said = "normalize_constant = 100.0 has no effect with length_normalization = token_mean"
     assert said in schema(normalize_constant=100, length_normalization="token_mean").warnings()
     for settings in ({"normalize_constant": 100}, {"length_normalization": "token_mean"}, {}):
         assert not any("normalize_constant" in text for text in schema(**settings).warnings())

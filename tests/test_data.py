@@ -136,7 +136,7 @@ def test_filter_correct_takes_the_corrupted_traces_out(capsys):
     kept = select_examples(load_sft_examples(config)[:300], config)
     assert 150 < len(kept) < 270 and set(kept) <= right
     assert (
-        "arithmetic_corrupt_fraction has no effect"
+        "arithmetic_corrupt_fraction = 0.3 has no effect with train_data = x.jsonl"
         in SFTConfig(arithmetic_corrupt_fraction=0.3, train_data="x.jsonl").warnings()[-1]
     )
 
@@ -360,5 +360,5 @@ def test_too_few_short_prompts_are_an_error(tokenizer, tmp_path):
         example.ground_truth for example in load_validation(few.model_copy(update={"num_eval_examples": 1})).during
     ]
     one = long_and_short(tmp_path, config, lambda i: str(i) in asked).model_copy(update={"num_eval_examples": 1})
-    with pytest.raises(UserError, match="validation_data = .*: no question is left; raise max_context_tokens"):
+    with pytest.raises(UserError, match="validation data, .*: no question is left; raise max_context_tokens"):
         fit_validation(load_validation(one), tokenizer, one)

@@ -430,6 +430,14 @@ def test_an_error_before_anything_was_run_stays_what_it_is(tmp_path, error):
     assert not (tmp_path / "mine").exists()
 
 
+def test_what_an_evaluation_has_sampled_stays_if_another_of_its_sets_fails(tmp_path):
+    """Metrics are logged once, after all sets. The responses of the first are written before."""
+    with pytest.raises(RuntimeError), RunFolder.create(config_in(tmp_path, run_name="mine"), "eval") as run:
+        (run.path / "samples/eval_000000.jsonl").write_text("{}\n")
+        raise RuntimeError("the second set")
+    assert (tmp_path / "mine/samples/eval_000000.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.EIO, "x: Input/output error; "), (errno.ENOSPC, "the disk of ")]
 )

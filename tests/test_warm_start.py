@@ -18,6 +18,7 @@ from plainrl.devices import run_command
 from plainrl.folder_lock import lock_folder
 from plainrl.grading.rewards import question_only_reward_fn
 from plainrl.records import Stopped, UserError
+from plainrl.supplement_config import DPOConfig
 from plainrl.warm_start import apply_warm_start
 from SFT_train import tokenize_examples
 
@@ -229,6 +230,25 @@ def test_data_without_worked_responses_takes_the_embedded_warm_start(tmp_path, p
     plain = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop", f"runs_dir={tmp_path}"])
     apply_warm_start(plain)
     assert process.commands[1] == command  # the one that any other run on a laptop begins with
+
+
+@pytest.mark.parametrize("name", ["warm-start", "mine"])
+def test_preference_pairs_are_no_data_for_a_warm_start(name, tmp_path, tiny_model_folder, process, capsys):
+    """DPO on own pairs, with own questions or none, begins from the same warm start as on the embedded ones."""
+    shutil.copytree(tiny_model_folder, tmp_path / "mine" / "final")
+    trained = "model: smollm2-135m\nprompt: r1_zero\ntrain_data: instructions.jsonl\narithmetic_max_term: 10\n"
+    (tmp_path / "mine" / "config.yaml").write_text(trained + "arithmetic_terms: [2, 3]\n")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}) + "\n")
+    for data in ([], [f"train_data={pairs}", "validation_data="], [f"train_data={tmp_path}"], ["validation_data="]):
+        arguments = ["preset=laptop", f"runs_dir={tmp_path}", f"warm_start={name}", *data]
+        apply_warm_start(load_config(DPOConfig, REPOSITORY / "supplement/dpo_train.yaml", arguments))
+    said = capsys.readouterr().out
+    if name == "mine":
+        assert process.commands == [] and "was trained with" not in said
+    else:
+        assert len(process.commands) == 4 and process.commands.count(process.commands[0]) == 4
+        assert f"{pairs} has no worked responses, so arithmetic teaches the format" in said
 
 
 def test_a_warm_start_takes_over_an_own_split_and_further_sets(tmp_path, process):

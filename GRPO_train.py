@@ -247,7 +247,7 @@ def rows_to_train_on(batch: Sequence[Rollout], config: GRPOConfig) -> tuple[list
 
 
 def report(run: RunFolder, config: RolloutConfig) -> None:
-    """Draw the run's figure and print its last line."""
+    """Draw the run's figure and print the line that sums up its evaluations."""
     draw_training_figure(run.path)
     print(describe_evaluations(run.read_metrics(), config.evaluation_temperature))
 

@@ -175,8 +175,7 @@ def get_response_log_probs(
     Returns:
         `log_probs` (B, T) and, where asked for, `token_entropy` (B, T) without gradient; float32 or wider.
 
-    Source: CS336 Assignment 5, problem get_response_log_probs. It holds (B, T, V) logits in memory. Training takes
-    `plainrl.log_probs.get_masked_response_log_probs`, which has the same values.
+    Source: CS336 Assignment 5, problem get_response_log_probs. It holds (B, T, V) logits in memory.
     """
     logits = _to_full_precision(model(input_ids=input_ids, use_cache=False).logits)
     scores = {"log_probs": logits.log_softmax(dim=-1).gather(-1, labels[..., None]).squeeze(-1)}

@@ -275,7 +275,7 @@ def pack_examples(tokenized: Sequence[TokenizedExample], config: SFTConfig) -> l
 
 
 def report(run: RunFolder, config: SFTConfig) -> None:
-    """Draw the run's figure and print its last line."""
+    """Draw the run's figure and print the line that sums up its evaluations."""
     draw_training_figure(run.path)
     print(describe_evaluations(run.read_metrics(), config.evaluation_temperature))
 

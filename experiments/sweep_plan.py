@@ -7,8 +7,6 @@ one of all values that differ from the schema's defaults: the preset's, and thos
 before the second half was there have the first alone.
 """
 
-import contextlib
-import io
 import itertools
 import json
 import re
@@ -22,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from plainrl.changes import is_setting, with_defaults
 from plainrl.checkpoint import fingerprint
-from plainrl.cli import choose_preset, load_config, read_yaml, resolve
+from plainrl.cli import choose_preset, read_yaml, resolve
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
 from plainrl.help import blocks_of
 from plainrl.records import UserError
@@ -238,9 +236,8 @@ def _parse_seeds(text: str) -> list[int]:
 def _resolve(script: str, arguments: list[str], where: str) -> dict[str, Any]:
     """Return the whole configuration that a run will have."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the run prints the same lines itself
-            config = load_config(SCRIPTS[script].schema, REPOSITORY / SCRIPTS[script].yaml_path, arguments)
-            return config.model_dump(mode="json")
+        config = resolve(SCRIPTS[script].schema, REPOSITORY / SCRIPTS[script].yaml_path, arguments).config
+        return config.model_dump(mode="json")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

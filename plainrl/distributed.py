@@ -9,8 +9,9 @@ Every rank runs the same script on the same data, and comes to the same decision
     weights        over the ranks, block by block, with their gradients and moments (FSDP2)
 
 What was computed of a share is gathered at once, so that everything else is computed on every rank alike. Only the
-first rank writes files and prints. Other modules ask here how many processes there are; cli.py alone reads torchrun's
-variables, because it runs before torch is imported. With one process, each function here returns what it was given.
+first rank writes files and prints. Other modules ask here how many processes there are. startup.py and cli.py read
+torchrun's variables themselves, because they run before torch is imported. With one process, each function here returns
+what it was given.
 
 Losses are divided by the counts of the whole batch. Gradients are therefore added over the ranks, and not averaged.
 

@@ -62,7 +62,7 @@ def microbatches(
         tree = build_prefix_tree(tensors["input_ids"], tensors["response_mask"]) if shares else None
         return tensors | {"prefix_tree": tree}
 
-    planned = plan_with_tokens(prompt_ids, response_ids, max_rows, max_tokens, shares, num_ranks(), rows_together)
+    planned = plan_microbatches(prompt_ids, response_ids, max_rows, max_tokens, shares, num_ranks(), rows_together)
     most = [max(part.num_tokens for part in planned[i : i + num_ranks()]) for i in range(0, len(planned), num_ranks())]
     plan = deal_microbatches(planned)
     with ThreadPoolExecutor(1) as thread:
@@ -82,7 +82,7 @@ def plan_microbatches(
     counts_prefixes_once: bool = True,
     multiple_of: int = 1,
     rows_together: int = 1,
-) -> list[list[int]]:
+) -> list[Planned]:
     """Divide rows into microbatches. A new one begins if the next row would exceed one of the two limits.
 
     Rows with the same prompt stand next to each other, and so do rows of similar length. The plan depends on the rows
@@ -101,43 +101,11 @@ def plan_microbatches(
             divided. They have the same prompt, and keep their order.
 
     Returns:
-        The indices of the rows, microbatch by microbatch.
+        The rows of each microbatch, and the tokens that it computes.
 
     >>> plan_microbatches([[1, 2], [3, 4], [1, 2]], [[5], [6], [7]], max_rows=3, max_tokens=4)
-    [[0, 2], [1]]
-    >>> plan_microbatches([[1], [1], [1], [1]], [[5, 6, 7], [5, 6], [8], [9]], max_rows=4, multiple_of=2)
-    [[1, 0], [2, 3]]
+    [Planned(indices=[0, 2], num_tokens=4), Planned(indices=[1], num_tokens=3)]
     """
-    planned = plan_with_tokens(
-        prompt_ids, response_ids, max_rows, max_tokens, counts_prefixes_once, multiple_of, rows_together
-    )
-    return [part.indices for part in planned]
-
-
-def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> None:
-    """Add to `sums` what was found in a microbatch: numbers, or tensors of one. Of names in `_max` keep the largest.
-
-    The sums are float64 and stay on their device. With several ranks the tokens are counted, too:
-    those that this rank computed, and those of the largest microbatch of each round, for which it waited.
-    """
-    if num_ranks() > 1:
-        found = {**found, "num_computed_tokens": part.num_tokens}
-        sums["num_awaited_tokens"] = sums.get("num_awaited_tokens", 0.0) + part.most_tokens
-    if part.weight:
-        for name, value in found.items():
-            add_to(sums, name, value.double() if isinstance(value, Tensor) else float(value))
-
-
-def plan_with_tokens(
-    prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]],
-    max_rows: int,
-    max_tokens: int,
-    counts_prefixes_once: bool,
-    multiple_of: int,
-    rows_together: int = 1,
-) -> list[Planned]:
-    """Return what `plan_microbatches` does, with the tokens of each microbatch."""
     rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
     longest: dict[tuple[int, ...], int] = {}
     for prompt, row in zip(prompt_ids, rows, strict=True):
@@ -180,6 +148,20 @@ def plan_with_tokens(
     if multiple_of > 1:
         parts = _fit(parts, pack, num_tokens_of, multiple_of, rows_together)
     return [Planned(order[first:end], num_tokens_of(first, end)) for first, end in parts]
+
+
+def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> None:
+    """Add to `sums` what was found in a microbatch: numbers, or tensors of one. Of names in `_max` keep the largest.
+
+    The sums are float64 and stay on their device. With several ranks the tokens are counted, too:
+    those that this rank computed, and those of the largest microbatch of each round, for which it waited.
+    """
+    if num_ranks() > 1:
+        found = {**found, "num_computed_tokens": part.num_tokens}
+        sums["num_awaited_tokens"] = sums.get("num_awaited_tokens", 0.0) + part.most_tokens
+    if part.weight:
+        for name, value in found.items():
+            add_to(sums, name, value.double() if isinstance(value, Tensor) else float(value))
 
 
 def _fit(

@@ -293,12 +293,12 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
     reader = csv.reader(
         io.StringIO(text.lstrip(), newline=""), delimiter=max(DELIMITERS, key=header.count), strict=True
     )
-    first_line = text[: len(text) - len(text.lstrip())].count("\n")
+    lines_before = text[: len(text) - len(text.lstrip())].count("\n")
     names: list[str] = []
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the whole process: only ever raised
     try:
         for row in reader:
-            where = f"{source}, line {first_line + reader.line_num}"
+            where = f"{source}, line {lines_before + reader.line_num}"
             if not names:
                 names = [name.strip() for name in row]
                 if len(set(names)) < len(names):
@@ -311,7 +311,7 @@ def _read_csv(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
             elif row:
                 yield dict(zip(names, row, strict=True)), where
     except csv.Error as error:
-        raise UserError(f"{source}, line {first_line + reader.line_num}: broken CSV ({error}); fix it") from None
+        raise UserError(f"{source}, line {lines_before + reader.line_num}: broken CSV ({error}); fix it") from None
 
 
 def _read_parquet(data: bytes, source: str, also: Collection[str] | None) -> Iterator[tuple[dict[str, Any], str]]:

@@ -88,19 +88,6 @@ def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[number::num_ranks][:num_own]), "LOCAL_RANK": "0"}
 
 
-def is_own_program(main_file: str | None, command: list[str]) -> bool:
-    """Return whether a program is one of this project's.
-
-    Args: as for `own_command`.
-
-    >>> is_own_program(str(REPOSITORY / "GRPO_train.py"), ["python", "GRPO_train.py"])
-    True
-    >>> is_own_program(None, ["python", "-m", "experiments.runs"]), is_own_program(None, ["python", "-m", "mine"])
-    (True, False)
-    """
-    return own_command(main_file, command) != ""
-
-
 def own_command(main_file: str | None, command: list[str]) -> str:
     """Return how a program of this project is started, after `python`. Of any other program it is empty.
 

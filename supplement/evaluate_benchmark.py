@@ -79,7 +79,7 @@ def load_questions(config: BenchmarkConfig) -> dict[str, list[Question]]:
     """Return the questions of each task: all, or a fixed random subset.
 
     Raises:
-        UserError: there is no such task, its data are missing, or it has fewer questions than asked for.
+        UserError: there is no such task, or its data are missing.
     """
     found: dict[str, list[Question]] = {}
     for name in config.tasks:

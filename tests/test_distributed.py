@@ -243,9 +243,9 @@ def test_the_plan_for_ranks_is_even(monkeypatch):
     alone = plan_microbatches(prompts, responses, 256, 400)
     plan = plan_microbatches(prompts, responses, 256, 400, multiple_of=4)
     assert len(alone) == 3 and len(plan) == 4
-    assert sorted(row for part in plan for row in part) == list(range(17))
-    sizes = [sum(10 + len(responses[row]) for row in part) for part in plan]
-    assert sizes == sorted(sizes, reverse=True)
+    assert sorted(row for part in plan for row in part.indices) == list(range(17))
+    sizes = [sum(10 + len(responses[row]) for row in part.indices) for part in plan]
+    assert sizes == sorted(sizes, reverse=True) == [part.num_tokens for part in plan]
     assert sum(sizes) / (4 * sizes[0]) > 0.85
     assert len(plan_microbatches(prompts[:3], responses[:3], 256, 400, multiple_of=4)) == 3  # a row cannot be divided
     assert plan_microbatches([], [], 256, 400, multiple_of=4) == []

@@ -1,6 +1,6 @@
 """How a program of this project begins and ends at its terminal: Ctrl-C during the imports, a closed output."""
 
-from plainrl.startup import is_own_program
+from plainrl.startup import own_command
 
 import os
 import signal
@@ -62,7 +62,7 @@ def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(slow_torch, arg
     ],
 )
 def test_a_module_is_ours_with_and_without_a_space(arguments, is_own):
-    assert is_own_program(None, ["python", *arguments]) == is_own
+    assert bool(own_command(None, ["python", *arguments])) == is_own
 
 
 def test_ctrl_c_stays_as_it_is_in_a_program_of_somebody_else(slow_torch, tmp_path):

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plainrl.microbatches import plan_with_tokens
+from plainrl.microbatches import plan_microbatches
 from plainrl.records import UserError
 
 NUM_DRAWS = 10
@@ -66,7 +66,7 @@ def simulate(questions: int, group_size: int, mean_tokens: int, ranks: int, limi
                     responses.append([-len(responses)] * max(length, 4))
         pair = []
         for multiple in (1, ranks):
-            plan = plan_with_tokens(prompts, responses, len(prompts), limit, True, multiple)
+            plan = plan_microbatches(prompts, responses, len(prompts), limit, True, multiple)
             sizes = [part.num_tokens for part in plan]
             rounds = [sizes[first : first + ranks] for first in range(0, len(sizes), ranks)]
             pair.append(sum(sizes) / (ranks * sum(map(max, rounds))))

@@ -150,7 +150,8 @@ def count_work(policy: PreTrainedModel, pairs: Pairs, max_rows: int, max_tokens:
     plan = plan_microbatches(prompts, responses, max_rows, max_tokens)
     nodes = seen = 0
     for part in plan:
-        batch = join_prompt_and_response_ids([prompts[i] for i in part], [responses[i] for i in part], 0)
+        rows = part.indices
+        batch = join_prompt_and_response_ids([prompts[i] for i in rows], [responses[i] for i in rows], 0)
         tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
         nodes += tree.token_ids.numel()
         seen += int((tree.positions + 1).sum())

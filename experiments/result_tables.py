@@ -44,7 +44,7 @@ def make_methods_table(results: Path) -> str:
     """Return the table of README.md: each method's answer reward on the whole validation set, and its time.
 
     The interval is the 95 % t-interval over seeds; a single run has its Wilson interval. Minutes: the median over
-    seeds, of the whole process.
+    seeds, of the whole process. A method's name is a link to its folder.
     """
     lines = ["| method | answer reward | seeds | questions | minutes |", "|---|---|---|---|---|"]
     for curve in METHODS_TABLE:
@@ -58,7 +58,8 @@ def make_methods_table(results: Path) -> str:
             low, high = wilson_interval(mean, int(questions))
             interval = f"{mean:.3f} ({low:.3f} to {high:.3f})"
         minutes = statistics.median(float(row["wall_minutes"]) for row in rows)
-        lines.append(f"| {curve.label} | {interval} | {len(rows)} | {int(questions):,} | {minutes:.1f} |")
+        name = f"[{curve.label}](results/{curve.sweep})"
+        lines.append(f"| {name} | {interval} | {len(rows)} | {int(questions):,} | {minutes:.1f} |")
     return "\n".join(lines)
 
 

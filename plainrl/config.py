@@ -125,8 +125,8 @@ class WarmStartConfig(TrainConfig):
 
     warm_start: str = Field(
         "",
-        description="first policy: a preset of config.yaml, whose SFT run is made if needed, or the folder of a run or "
-        "of a model (empty: the model itself)",
+        description="first policy: a preset of config.yaml, whose SFT run is made if needed, the name of a run in "
+        "runs_dir, or the folder of a run or of a model (empty: the model itself)",
     )
 
     learns_from_pairs: ClassVar[bool] = False  # preference pairs, which SFT cannot imitate

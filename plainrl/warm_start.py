@@ -1,6 +1,6 @@
 """The first policy of GRPO and expert iteration: a model, or a short SFT run that is made first.
 
-`warm_start` names a preset of config.yaml, the folder of a run, or the folder of a model in Transformers format.
+`warm_start` names a preset of config.yaml, a run in `runs_dir`, or the folder of a run or of a model.
 """
 
 import contextlib

@@ -162,8 +162,9 @@ def test_the_methods_table_by_hand(results):
     finals = {"final_answer_reward": 0.7, "num_final_examples": 1024}
     write_csv(path, RUN_COLUMNS, [row | finals | {"wall_minutes": 5 + int(row["seed"]) ** 2} for row in rows])
     assert make_methods_table(results).splitlines()[2:] == [
-        "| untrained (zero-shot) | 0.000 (0.000 to 0.004) | 1 | 1,024 | 1.9 |",
-        "| GRPO from the warm start, 24 steps, no further traces | 0.700 +- 0.000 | 3 | 1,024 | 6.0 |",
+        "| [untrained (zero-shot)](results/zero_shot) | 0.000 (0.000 to 0.004) | 1 | 1,024 | 1.9 |",
+        "| [GRPO from the warm start, 24 steps, no further traces](results/grpo_learning_rate) | 0.700 +- 0.000 "
+        "| 3 | 1,024 | 6.0 |",
     ]
 
 

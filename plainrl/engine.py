@@ -35,6 +35,7 @@ from plainrl.records import Response, UserError
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
+    from vllm.logprobs import FlatLogprobs
 
 # vLLM's level while it starts, and afterwards. On a GPU its start takes minutes, in which it says what it does.
 LOG_LEVELS = {"cpu": ("ERROR", "ERROR"), "cuda": ("INFO", "WARNING")}
@@ -207,8 +208,8 @@ def sample_responses(
         prompt_ids: token ids of each prompt.
         sampling_params: shared by all requests, except for the seed.
         seeds: one seed per prompt.
-        with_log_probs: whether the responses get the log-probs of their tokens. They take more than half of the
-            processor time that vLLM spends on a token, so that evaluations, which never read them, leave them out.
+        with_log_probs: whether the responses get the log-probs of their tokens. They take processor time, so that
+            evaluations, which never read them, leave them out.
     """
     own_ids, own_seeds = deal(prompt_ids), deal(seeds)
     finished = dict(stream_responses(llm, own_ids, sampling_params, own_seeds, with_log_probs))
@@ -249,10 +250,17 @@ def submit(
         request = sampling_params.clone()
         request.seed = seed
         request.logprobs = 0 if with_log_probs else None  # 0: those of the sampled tokens only
+        request.flat_logprobs = True  # in one list, without objects for each token
         requests.append(request)
     prompts: list[Any] = [{"prompt_token_ids": ids} for ids in prompt_ids]
     with told_if_it_ended():
         request_ids = llm.enqueue(prompts, requests, use_tqdm=False)
+    if with_log_probs:
+        states = llm.llm_engine.output_processor.request_states
+        for request_id in request_ids:
+            processor = states[request_id].logprobs_processor
+            assert processor is not None
+            processor.tokenizer = None  # it would decode each token by itself, for texts that nobody reads
     indices = {request_id.partition("-")[0]: index for index, request_id in enumerate(request_ids)}
     return Submitted(indices, prompt_ids)
 
@@ -416,8 +424,9 @@ def _to_response(prompt_ids: list[int], completion: "CompletionOutput") -> Respo
     token_ids = list(completion.token_ids)
     log_probs = []
     if completion.logprobs is not None:
-        entries = cast(list[dict[int, Any]], completion.logprobs)
-        log_probs = [entry[token_id].logprob for entry, token_id in zip(entries, token_ids, strict=True)]
+        found = cast("FlatLogprobs", completion.logprobs)
+        assert found.token_ids == token_ids, "vLLM's log-probs are of other tokens"
+        log_probs = found.logprobs
     finish_reason = str(completion.finish_reason)
     return Response(list(prompt_ids), completion.text, token_ids, log_probs, finish_reason, engine_number())
 

@@ -180,6 +180,16 @@ def test_sampling_follows_the_seeds_whatever_else_is_in_the_batch(engine, prompt
     assert tokens != [response.token_ids for response in other]
 
 
+def test_no_token_is_decoded_by_itself_for_its_log_prob(engine, prompt_ids, monkeypatch):
+    """Texts are those of whole responses. vLLM would also give one for each log-prob."""
+
+    def decode(*_):
+        raise AssertionError("a token was decoded")
+
+    monkeypatch.setattr("vllm.v1.engine.logprobs.convert_ids_list_to_tokens", decode)
+    assert all(response.log_probs for response in sample_responses(engine, prompt_ids, sampling(), seeds=range(6)))
+
+
 def test_more_prompts_than_one_prefill_takes(engine, tokenizer):
     """A prefill in pieces kills seeded requests on the CPU in vLLM 0.32; 60 long prompts would need one."""
     ids = [encode_prompt(f"{i} " + "What is it? " * 60, tokenizer) for i in range(60)]

@@ -55,11 +55,12 @@ SET = {
     },
     "sampling_params.py": {
         "SamplingParams": "temperature top_p min_tokens max_tokens stop include_stop_str_in_output ignore_eos seed "
-        "logprobs"
+        "logprobs flat_logprobs"
     },
     "model_executor/models/registry.py": {"_ModelRegistry": "models"},
     "outputs.py": {"CompletionOutput": "text token_ids logprobs finish_reason"},
-    "logprobs.py": {"Logprob": "logprob"},
+    "logprobs.py": {"FlatLogprobs": "token_ids logprobs"},
+    "v1/engine/logprobs.py": {"LogprobsProcessor": "tokenizer"},
     "config/model.py": {"ModelConfig": "dtype max_model_len"},
     "config/vllm.py": {"VllmConfig": "model_config cache_config"},
     "config/cache.py": {"CacheConfig": "kv_cache_size_tokens kv_cache_max_concurrency"},
@@ -70,7 +71,8 @@ SET = {
 HELD = {
     "entrypoints/llm.py": {"LLM": "llm_engine"},
     "outputs.py": {"RequestOutput": "request_id outputs finished"},
-    "v1/engine/llm_engine.py": {"LLMEngine": "vllm_config engine_core"},
+    "v1/engine/llm_engine.py": {"LLMEngine": "vllm_config engine_core output_processor"},
+    "v1/engine/output_processor.py": {"OutputProcessor": "request_states", "RequestState": "logprobs_processor"},
     "v1/engine/core_client.py": {"InprocClient": "engine_core"},
     "v1/engine/core.py": {"EngineCore": "scheduler"},
     "v1/core/sched/scheduler.py": {"Scheduler": "kv_cache_config"},
@@ -89,6 +91,9 @@ CLASS_OF = {
     "LLMEngine.step": "RequestOutput",
     "LLMEngine.vllm_config": "VllmConfig",
     "LLMEngine.engine_core": "InprocClient",
+    "LLMEngine.output_processor": "OutputProcessor",
+    "OutputProcessor.request_states": "RequestState",
+    "RequestState.logprobs_processor": "LogprobsProcessor",
     "InprocClient.engine_core": "EngineCore",
     "EngineCore.scheduler": "Scheduler",
     "Scheduler.kv_cache_config": "KVCacheConfig",
@@ -253,6 +258,7 @@ def test_the_uses_that_are_looked_for_are_found():
     assert {"RequestOutput.finished", "RequestOutput.outputs", "CompletionOutput.token_ids"} <= found
     assert {"SamplingParams.clone", "SamplingParams.seed", "SamplingParams.stop", "EngineArgs.block_size"} <= found
     assert {"Platform.simple_compile_backend", "ModelConfig.dtype", "VLLM_LOGGING_LEVEL"} <= found
+    assert {"RequestState.logprobs_processor", "LogprobsProcessor.tokenizer", "FlatLogprobs.logprobs"} <= found
     assert "GPUModelRunner.reload_weights(weights_iterator)" in found
     assert "LLM.get_tokenizer" in Uses((REPOSITORY / "policy_evaluation.py").read_text()).found
 

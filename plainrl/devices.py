@@ -12,7 +12,10 @@ from pathlib import Path
 
 from plainrl.config import RunConfig
 from plainrl.records import UserError
+from plainrl.shared_config import DTYPE_KEYS
 
+OLDEST = (7, 5)  # compute capability, of torch 2.13's CUDA build
+OLDEST_FOR_BFLOAT16 = (8, 0)  # vLLM refuses it below
 RUN, GPU_RUN = "uv run", "uv run --no-sync"
 SYNC, GPU_SYNC = "uv sync", "uv sync --no-group cpu --group gpu"
 
@@ -42,9 +45,33 @@ def check_devices(config: RunConfig) -> None:
     if settings:
         raise UserError(
             f"{' and '.join(settings)}: needs a compiler (g++, for a GPU gcc or clang) and Python's headers; install "
-            "them, on Debian and Ubuntu with `apt-get install g++ python3-dev`, or choose other settings"
+            "them, on Debian and Ubuntu with `apt-get install g++ python3-dev`, or use preset=laptop and no "
+            "compile_policy"
         )
     check_engine_device(config.evaluator_device)
+    _check_capabilities(config)
+
+
+def _check_capabilities(config: RunConfig) -> None:
+    """Raise a UserError if a GPU is older than what torch is built for, or than the dtype that it is to compute in."""
+    import torch
+
+    def as_version(capability: tuple[int, int]) -> str:
+        return ".".join(map(str, capability))
+
+    for key, device_key in DTYPE_KEYS.items():
+        device, dtype = getattr(config, device_key), getattr(config, key)
+        capability = None if device == "cpu" else torch.cuda.get_device_capability(device)
+        if capability and capability < OLDEST:
+            raise UserError(
+                f"{device_key} = {device}: its compute capability is {as_version(capability)}, and torch is built for "
+                f"{as_version(OLDEST)} and newer; use another GPU, or preset=laptop"
+            )
+        if capability and dtype == "bfloat16" and capability < OLDEST_FOR_BFLOAT16:
+            raise UserError(
+                f"{key} = bfloat16: the compute capability of {device} is {as_version(capability)}, and bfloat16 needs "
+                f"{as_version(OLDEST_FOR_BFLOAT16)}; use compute_dtype=float16 engine_dtype=float16"
+            )
 
 
 def check_engine_device(device: str) -> None:

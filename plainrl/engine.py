@@ -367,7 +367,7 @@ def _start_and_tell(device: str, options: dict[str, Any], in_own_process: bool =
         f"starting vLLM on {device}: {options['model']} in {options['dtype']}": True,
         "in a process of its own": in_own_process,
         "the first start compiles, which takes minutes": not options["enforce_eager"],
-        "vLLM's own messages follow": device != "cpu",
+        "vLLM's own messages follow": device != "cpu" and not in_own_process,
     }
     print("; ".join(note for note, holds in notes.items() if holds), flush=True)
     started = time.perf_counter()
@@ -387,6 +387,8 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would inherit threads and locks
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM must not bind torch's threads to cores
     starting_level, running_level = LOG_LEVELS[device.partition(":")[0]]
+    if in_own_process:  # it keeps its level, and would write over the progress bar at each step
+        starting_level = running_level
     is_level_ours = "VLLM_LOGGING_LEVEL" not in os.environ  # else the user's own level holds throughout
     os.environ.setdefault("VLLM_LOGGING_LEVEL", starting_level)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -88,12 +89,19 @@ def in_shared_memory(weights: Mapping[str, Tensor]) -> Iterator[str]:
     _remove_left_behind()
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > num_bytes + SPARE_BYTES
+    if not has_room:
+        _tell_once(f"{SHARED_MEMORY} has no room for the weights, so each copy of them goes through the disk: slowly")
     with (
         tempfile.TemporaryDirectory(prefix=NAME, dir=SHARED_MEMORY if has_room else None) as folder,
         lock_folder(Path(folder)),
     ):
         save_file(dict(weights), Path(folder) / "model.safetensors")
         yield folder
+
+
+@cache
+def _tell_once(text: str) -> None:
+    print(text, flush=True)
 
 
 def load_by_file(llm: "LLM", weights: Iterator[tuple[str, Tensor]]) -> None:

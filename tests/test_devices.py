@@ -2,8 +2,10 @@
 
 import ast
 import importlib.metadata
+import re
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,6 +124,28 @@ def test_a_driver_too_old_for_torch_is_named(monkeypatch):
             check_devices(RunConfig(**devices))
 
 
+@pytest.mark.parametrize(
+    ("capability", "settings", "message"),
+    [
+        ((7, 0), {}, "policy_device = cuda:0: its compute capability is 7.0, and torch is built for 7.5 and newer"),
+        ((7, 5), {}, "compute_dtype = bfloat16: the compute capability of cuda:0 is 7.5, and bfloat16 needs 8.0; use"),
+        ((7, 5), {"compute_dtype": "float16"}, "engine_dtype = bfloat16: the compute capability of cuda:0 is 7.5"),
+        ((7, 5), {"compute_dtype": "float16", "engine_dtype": "float16"}, None),
+        ((8, 0), {}, None),
+        ((12, 0), {}, None),
+    ],
+)
+def test_a_gpu_that_is_too_old_is_one_line(capability, settings, message, monkeypatch):
+    install(monkeypatch, "vllm")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("plainrl.devices.can_compile", lambda device: True)
+    config = RunConfig(policy_device="cuda:0", evaluator_device="cuda:0", **settings)
+    with pytest.raises(UserError, match=re.escape(message)) if message else nullcontext():
+        check_devices(config)
+
+
 @pytest.mark.usefixtures("cpu_engine")
 def test_compiling_for_the_cpu_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-compiler")
@@ -146,6 +170,7 @@ def test_an_engine_on_a_gpu_needs_a_c_compiler(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("plainrl.devices._is_installed", lambda name: False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     config = RunConfig(policy_device="cuda:0", evaluator_device="cuda:0", engine_eager=True)
     programs = {"gcc": "/usr/bin/gcc"}
     monkeypatch.setattr("shutil.which", programs.get)

@@ -27,10 +27,12 @@ from experiments.benchmark.training_step import count_update, count_work
 from plainrl.lora import add_adapters
 from plainrl.microbatches import microbatches
 from plainrl.prefix_tree import share_prefixes
+from plainrl.processor import fast_dtype
 from plainrl.records import UserError
 
 TINY = ["device=cpu", "shape=tiny"]
-UPDATE = ("GRPO update", "microbatches of 160 tokens, bfloat16, checkpointing")
+DTYPE = fast_dtype("cpu")
+UPDATE = ("GRPO update", f"microbatches of 160 tokens, {DTYPE}, checkpointing")
 
 
 def read_figures(path):
@@ -62,7 +64,7 @@ def test_the_whole_command(background):
     step = found["GRPO step", UPDATE[1]]
     phases = [step[f"{phase}_seconds"] for phase in ("sync", "rollout", "grade", "old_log_probs", "train")]
     assert step["step_seconds"] >= sum(phases) * 0.8 and all(seconds > 0 for seconds in phases)
-    assert found["weights", "bfloat16"]["sync_seconds"] > 0
+    assert found["weights", DTYPE]["sync_seconds"] > 0
     rollouts, _ = make_inputs(load_settings(TINY)[0])
     num_tokens = sum(len(row.response.token_ids) for row in rollouts)
     for setting in ("with log-probs", "without log-probs"):

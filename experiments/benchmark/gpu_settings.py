@@ -16,6 +16,7 @@ from plainrl.cli import SMALL_GPU_BYTES, load_config
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.help import help_text
 from plainrl.records import Example, Response, Rollout, TokenizedExample, UserError
+from plainrl.shared_config import DTYPE_KEYS
 
 YAML = REPOSITORY / "grpo_train.yaml"
 NOTHING = Example("", "", None, None, "")
@@ -97,6 +98,8 @@ def load_settings(arguments: list[str]) -> tuple[GPUBenchmarkConfig, SFTConfig]:
     given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     device, shape = (given.get(key) or GPUBenchmarkConfig.model_fields[key].default for key in ("device", "shape"))
     suitable = [f"preset={preset_for(device)}", *(SHAPES[shape].settings if shape in SHAPES else ())]
+    if device == "cpu":  # a GPU's preset asks for bfloat16, in which not every processor is fast
+        suitable += [f"{name}=cpu" for name in DTYPE_KEYS.values()] + [f"{key}=auto" for key in DTYPE_KEYS]
     arguments = [*arguments, *(setting for setting in suitable if setting.partition("=")[0] not in given)]
     config = load_config(GPUBenchmarkConfig, YAML, arguments)
     if not has_device(config.device):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_qwen import DEVICE, ON_GPU, load, make_batch, save_model, score_row_by_row
 
-from plainrl.devices import check_engine_device
+from plainrl.devices import can_compile, check_engine_device
 from plainrl.engine import init_vllm
 from plainrl.records import UserError
 
@@ -57,6 +57,8 @@ def needs_engine():
         check_engine_device(DEVICE)
     except UserError as error:
         pytest.skip(str(error))
+    if ON_GPU and not can_compile(DEVICE):
+        pytest.skip("vLLM's sampler needs a compiler: gcc or clang, and Python's headers")
 
 
 @pytest.fixture(scope="session")

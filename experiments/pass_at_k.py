@@ -13,7 +13,6 @@ A policy whose curve is higher at k = 1 and lower at the largest k has been shar
 often, and has lost others. Source: Yue et al. 2025 (arXiv 2504.13837). docs/metrics.md defines the two quantities.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +20,7 @@ from typing import Any
 
 from experiments.intervals import difference_and_half_width, mean_and_half_width
 from experiments.result_tables import put_table
-from experiments.sweep_results import read_table
+from experiments.sweep_results import as_text, read_table, write_rows
 from plainrl.changes import with_defaults
 from plainrl.cli import read_yaml, run_main
 from plainrl.config import SFTConfig
@@ -92,14 +91,7 @@ def collect(runs: Sequence[tuple[str, Path]], results: Path) -> None:
         require_same_questions(folder, runs[0][1])
     path = results / NAME / f"{NAME}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
-        )
-    unfinished.replace(path)
+    write_rows(path, COLUMNS, [{key: as_text(value) for key, value in row.items()} for row in rows])
     print(f"written: {path}")
 
 

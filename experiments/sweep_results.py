@@ -69,7 +69,7 @@ def forget_run(results: Path, variant: str, seed: int) -> None:
     for name, columns in COLUMNS.items():  # the row of a finished run first
         if (results / name).exists():
             rows = [row for row in read_table(results / name) if (row["variant"], row["seed"]) != (variant, str(seed))]
-            _write_rows(results / name, columns, rows)
+            write_rows(results / name, columns, rows)
 
 
 def summarize_run(folder: Path) -> dict[str, Any]:
@@ -129,16 +129,17 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
-    """Replace a run's rows in a CSV file. The file is written anew and then renamed, so it is never half written."""
-    texts = [{name: _text(row.get(name)) for name in [*columns, *filter(OF_A_SET.fullmatch, row)]} for row in rows]
+    """Replace a run's rows in a CSV file."""
+    texts = [{name: as_text(row.get(name)) for name in [*columns, *filter(OF_A_SET.fullmatch, row)]} for row in rows]
     replaced = {(row["variant"], row["seed"]) for row in texts}
     texts += [row for row in read_table(path) if (row["variant"], row["seed"]) not in replaced]
     places = {variant: place for place, variant in enumerate(order)}
     texts.sort(key=lambda row: (places.get(row["variant"], len(places)), row["variant"], int(row["seed"])))
-    _write_rows(path, columns, texts)
+    write_rows(path, columns, texts)
 
 
-def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    """Write a CSV file of texts anew, and rename it, so that it is never half written."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
         of_sets = sorted({name for row in rows for name, text in row.items() if text and OF_A_SET.fullmatch(name)})
@@ -148,5 +149,6 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, 
     unfinished.replace(path)
 
 
-def _text(value: object) -> str:
+def as_text(value: object) -> str:
+    """Return a figure as the committed CSV files have it: numbers with five digits, None empty."""
     return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

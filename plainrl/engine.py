@@ -257,10 +257,8 @@ def submit(
         request_ids = llm.enqueue(prompts, requests, use_tqdm=False)
     if with_log_probs:
         states = llm.llm_engine.output_processor.request_states
-        for request_id in request_ids:
-            processor = states[request_id].logprobs_processor
-            assert processor is not None
-            processor.tokenizer = None  # it would decode each token by itself, for texts that nobody reads
+        for request_id in request_ids:  # vLLM would decode each token by itself, for texts that nobody reads
+            cast(Any, states[request_id].logprobs_processor).tokenizer = None
     indices = {request_id.partition("-")[0]: index for index, request_id in enumerate(request_ids)}
     return Submitted(indices, prompt_ids)
 
@@ -383,12 +381,11 @@ def _start_and_tell(device: str, options: dict[str, Any], in_own_process: bool =
 def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = False) -> "LLM":
     # In this process the engine receives the weights as they are.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(in_own_process))
+    starting_level, running_level = LOG_LEVELS[device.partition(":")[0]]
     if in_own_process:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would inherit threads and locks
+        starting_level = running_level  # it keeps its level, and would write over the progress bar at each step
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM must not bind torch's threads to cores
-    starting_level, running_level = LOG_LEVELS[device.partition(":")[0]]
-    if in_own_process:  # it keeps its level, and would write over the progress bar at each step
-        starting_level = running_level
     is_level_ours = "VLLM_LOGGING_LEVEL" not in os.environ  # else the user's own level holds throughout
     os.environ.setdefault("VLLM_LOGGING_LEVEL", starting_level)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

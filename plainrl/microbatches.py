@@ -6,6 +6,7 @@ Several ranks take turns: in each round every rank computes one microbatch, and 
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -107,46 +108,32 @@ def plan_microbatches(
     [Planned(indices=[0, 2], num_tokens=4), Planned(indices=[1], num_tokens=3)]
     """
     rows = [prompt + response for prompt, response in zip(prompt_ids, response_ids, strict=True)]
-    longest: dict[tuple[int, ...], int] = {}
-    for prompt, row in zip(prompt_ids, rows, strict=True):
-        longest[tuple(prompt)] = max(len(row), longest.get(tuple(prompt), 0))
-
-    def key(unit: list[int]) -> tuple[int, list[int], int]:
-        prompt = prompt_ids[unit[0]]
-        return longest[tuple(prompt)], prompt, max(len(rows[index]) for index in unit)
-
-    units = [list(range(start, start + rows_together)) for start in range(0, len(rows), rows_together)]
-    order = [index for unit in sorted(units, key=key) for index in unit]
+    order = _order_rows(prompt_ids, rows, rows_together)
     lengths = [len(rows[index]) for index in order]
-    shared = [
-        common_length(rows[before], rows[index]) for before, index in zip([*order[:1], *order[:-1]], order, strict=True)
-    ]
+    pairs = zip([*order[:1], *order[:-1]], order, strict=True)
+    shared = [common_length(rows[before], rows[index]) for before, index in pairs]
+
+    length_sums, shared_sums = ([0, *accumulate(values)] for values in (lengths, shared))
 
     def num_tokens_of(first: int, end: int) -> int:
         """Return the tokens that a microbatch of the rows first to end - 1 of the order computes."""
         if counts_prefixes_once:
-            return sum(lengths[first:end]) - sum(shared[first + 1 : end])
+            return length_sums[end] - length_sums[first] - (shared_sums[end] - shared_sums[first + 1])
         return max(lengths[first:end]) * (end - first)
 
     def pack(limit: int) -> list[tuple[int, int]]:
         """Return first row and end of each microbatch of at most so many tokens."""
         parts: list[tuple[int, int]] = []
-        num_tokens = longest_row = 0
         for place in range(0, len(order), rows_together):
-            end = place + rows_together
-            longest_row = max(longest_row, *lengths[place:end])
-            size = end - parts[-1][0] if parts else 0
-            added = sum(lengths[place:end]) - sum(shared[place:end])
-            num_tokens = num_tokens + added if counts_prefixes_once else longest_row * size
-            if not parts or size > max_rows or 0 < limit < num_tokens:
-                parts.append((place, place))
-                num_tokens, longest_row = num_tokens_of(place, end), max(lengths[place:end])
-            parts[-1] = (parts[-1][0], end)
+            end, first = place + rows_together, parts[-1][0] if parts else place
+            if not parts or end - first > max_rows or 0 < limit < num_tokens_of(first, end):
+                parts.append((place, end))
+            else:
+                parts[-1] = (first, end)
         return parts
 
     parts = pack(max_tokens)
-    if multiple_of > 1:
-        parts = _fit(parts, pack, num_tokens_of, multiple_of, rows_together)
+    parts = _fit(parts, pack, num_tokens_of, multiple_of, rows_together) if multiple_of > 1 else parts
     return [Planned(order[first:end], num_tokens_of(first, end)) for first, end in parts]
 
 
@@ -162,6 +149,20 @@ def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> N
     if part.weight:
         for name, value in found.items():
             add_to(sums, name, value.double() if isinstance(value, Tensor) else float(value))
+
+
+def _order_rows(prompt_ids: Sequence[list[int]], rows: Sequence[list[int]], rows_together: int) -> list[int]:
+    """Return the rows in the order in which they are packed: by the longest of their prompt, by prompt, by length."""
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, row in zip(prompt_ids, rows, strict=True):
+        longest[tuple(prompt)] = max(len(row), longest.get(tuple(prompt), 0))
+
+    def key(unit: list[int]) -> tuple[int, list[int], int]:
+        prompt = prompt_ids[unit[0]]
+        return longest[tuple(prompt)], prompt, max(len(rows[index]) for index in unit)
+
+    units = [list(range(start, start + rows_together)) for start in range(0, len(rows), rows_together)]
+    return [index for unit in sorted(units, key=key) for index in unit]
 
 
 def _fit(

@@ -27,7 +27,7 @@ GRPO = {
     "train_batch_size": 64,
     "gradient_accumulation_steps": 16,
     "arithmetic_max_term": 5,
-    "learning_rate": 1e-4,
+    "learning_rate": 5e-5,
     "eval_interval": 2,
     "checkpoint_interval": 1,
     "keep_last": 9,

@@ -122,9 +122,7 @@ def state_of(run: Run, results: Path) -> str:
         return "to do"
     schema = SCRIPTS[run.script].schema
     saved = with_defaults(read_yaml(run.folder / "config.yaml"), schema)
-    asked = (
-        defaults_of(schema) | dict(run.values) | {"seed": run.seed}
-    )  # with what the preset gives, like a fingerprint
+    asked = {**defaults_of(schema), **run.values, "seed": run.seed}  # with what the preset gives, like a fingerprint
     asked.pop("warm_start", None)  # `values` has the values of a warm start there, and the run's folder its name
     asked |= run.settings
     if changes := describe_changes({key: saved.get(key) for key in asked}, asked):

@@ -21,7 +21,7 @@ from plainrl.config import RunConfig, SFTConfig, WarmStartConfig
 from plainrl.data import hold_out, load_examples, load_sft_examples, load_validation_set
 from plainrl.devices import run_command
 from plainrl.distributed import environment_of_one_process, on_first
-from plainrl.folder_lock import is_locked
+from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
 from plainrl.records import Stopped, UserError
@@ -132,12 +132,11 @@ def _run_preset(config: WarmStartConfig) -> Path:
 def _wait_for_maker(folder: Path) -> bool:
     """Wait while another process makes the warm start; return whether one did."""
     has_waited = False
-    with contextlib.suppress(OSError):  # a file system without locks
-        while is_locked(folder):
-            if not has_waited:
-                print(f"warm start: another process is making {folder}; waiting for it", flush=True)
-            has_waited = True
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+    while is_known_to_be_locked(folder):
+        if not has_waited:
+            print(f"warm start: another process is making {folder}; waiting for it", flush=True)
+        has_waited = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
     return has_waited
 
 

@@ -13,8 +13,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,9 +53,10 @@ from plainrl.grading.rewards import (
 from plainrl.policy import load_policy, score_responses
 from plainrl.preflight import check_scores
 from plainrl.records import Example, Response, UserError, mean
+from plainrl.report.renew import show_first_result
 from plainrl.run_folder import EVALUATION, RunFolder
-from plainrl.run_records import describe_evaluation
-from plainrl.several_samples import is_of_several, samples_table, summarize_samples
+from plainrl.run_records import describe_evaluation, metrics_table
+from plainrl.several_samples import is_of_several, repeat_each, samples_table, sampling_seeds, summarize_samples
 from plainrl.shared_config import validation_source
 from SFT_helper import encode_prompt, pad_token_id
 
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 
 CATEGORIES = ("format 1, answer 1", "format 1, answer 0", "format 0")
 NUM_PROBE_PROMPTS = 8
+NUM_SHOWN_FIRST = 8  # questions whose result is printed before the others are sampled
 # Every evaluation of every run samples the same questions with the same seeds, so that only the policy makes curves
 # differ.
 VALIDATION_SAMPLING_SEED = 0
@@ -83,6 +86,7 @@ def evaluate_vllm(
     num_samples: int = 1,
     output_path: Path | None = None,
     fields: Sequence[Mapping[str, Any]] | None = None,
+    show_first: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
     """Sample responses to each prompt, grade them, and summarize.
 
@@ -100,34 +104,51 @@ def evaluate_vllm(
         num_samples: responses to each prompt. Those after the first have a seed derived from (seed, i, their number).
         output_path: JSON-lines file that every example is written to.
         fields: of each prompt, what the reward function may ask for by name.
+        show_first: gets the examples of the first `NUM_SHOWN_FIRST` prompts before those of the others are sampled.
 
     Returns: metrics (see `summarize_evaluation`), and one dictionary per response (see `log_generations`).
 
-    Raises:
-        ValueError: there is no prompt, or the numbers of prompts and ground truths differ.
+    Raises: ValueError if there is no prompt, or the numbers of prompts and ground truths differ.
     """
     if len(prompts) != len(ground_truths) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(ground_truths)} ground truths: give one each, at least one")
-    tokenizer = tokenizer or vllm_model.get_tokenizer()  # type: ignore[assignment]
-    assert tokenizer is not None
+    tokenizer = tokenizer or cast(PreTrainedTokenizerBase, vllm_model.get_tokenizer())
     prompt_ids = repeat_each([encode_prompt(prompt, tokenizer) for prompt in prompts], num_samples)
     seeds = sampling_seeds(seed, len(prompts), num_samples)
     given = repeat_each(fields or [{}] * len(prompts), num_samples)
     prompts, ground_truths = repeat_each(prompts, num_samples), repeat_each(ground_truths, num_samples)
-    started = time.perf_counter()
-    responses = sample_responses(vllm_model, prompt_ids, eval_sampling_params, seeds, with_log_probs=False)
-    sampling_seconds = time.perf_counter() - started
-    grades = grade_by_ranks([response.text for response in responses], ground_truths, given, reward_fn)
-    entropies: list[float | None] = [None] * len(responses)
-    if policy is not None:
-        chosen = choose_scored(len(responses), num_entropy_responses, seed)
-        scored = [responses[index] for index in chosen]
-        scores = score_responses(policy, scored, pad_token_id(tokenizer), scoring_batch_size)
-        for index, score in zip(chosen, scores, strict=True):
-            entropies[index] = mean(score["token_entropy"].tolist())
-    rewards = [grade.rewards for grade in grades]
+    responses, grades, rewards, sampling_seconds = [], [], [], 0.0
+    num_first = min(NUM_SHOWN_FIRST * num_samples if show_first else 0, len(prompts))
+    for start, end in pairwise(sorted({0, num_first, len(prompts)})):
+        part, started = slice(start, end), time.perf_counter()
+        responses += sample_responses(vllm_model, prompt_ids[part], eval_sampling_params, seeds[part], False)
+        sampling_seconds += time.perf_counter() - started
+        grades += grade_by_ranks([one.text for one in responses[part]], ground_truths[part], given[part], reward_fn)
+        rewards = [grade.rewards for grade in grades]
+        if show_first and end < len(prompts):
+            show_first(log_generations(prompts[part], responses, ground_truths[part], rewards, num_samples=num_samples))
+    report_problems(grades)
+    entropies = score_entropies(policy, responses, tokenizer, scoring_batch_size, num_entropy_responses, seed)
     examples = log_generations(prompts, responses, ground_truths, rewards, entropies, output_path, num_samples)
     return summarize_evaluation(examples, grades, sampling_seconds, reward_fn), examples
+
+
+def score_entropies(
+    policy: PreTrainedModel | None,
+    responses: Sequence[Response],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    num_scored: int | Literal["all"],
+    seed: int,
+) -> list[float | None]:
+    """Return the mean token entropy of the responses that `choose_scored` chooses, and None for the others."""
+    entropies: list[float | None] = [None] * len(responses)
+    if policy is not None:
+        chosen = choose_scored(len(responses), num_scored, seed)
+        scores = score_responses(policy, [responses[i] for i in chosen], pad_token_id(tokenizer), batch_size)
+        for index, score in zip(chosen, scores, strict=True):
+            entropies[index] = mean(score["token_entropy"].tolist())
+    return entropies
 
 
 def grade_by_ranks(
@@ -136,31 +157,10 @@ def grade_by_ranks(
     fields: Sequence[Mapping[str, Any]],
     reward_fn: RewardFunction,
 ) -> list[Grade]:
-    """Return what `grading.rewards.grade_responses` does. Each rank grades its share."""
+    """Return what `grading.rewards.grade_responses` does, and report nothing. Each rank grades its share."""
     reward = as_reward(reward_fn)
     share = deal(list(zip(texts, ground_truths, fields, strict=True)))
-    grades = gather([grade_response(text, truth, reward, given) for text, truth, given in share])
-    report_problems(grades)
-    return grades
-
-
-def repeat_each(values: Sequence[Any], num_samples: int) -> list[Any]:
-    """Return each value as often as there are samples. Those of a question stand next to each other.
-
-    >>> repeat_each(["a", "b"], 2)
-    ['a', 'a', 'b', 'b']
-    """
-    return [value for value in values for _ in range(num_samples)]
-
-
-def sampling_seeds(seed: int, num_prompts: int, num_samples: int) -> list[int]:
-    """Return the seed of every sample. The first of a prompt has the same one, however many there are.
-
-    >>> sampling_seeds(0, num_prompts=2, num_samples=3)[::3] == sampling_seeds(0, num_prompts=2, num_samples=1)
-    True
-    """
-    numbers = [() if sample == 0 else (sample,) for sample in range(num_samples)]
-    return [derive_seed(seed, "evaluation", prompt, *number) for prompt in range(num_prompts) for number in numbers]
+    return gather([grade_response(text, truth, reward, given) for text, truth, given in share])
 
 
 def summarize_evaluation(
@@ -199,7 +199,7 @@ def log_generations(
     responses: Sequence[Response],
     ground_truths: Sequence[str],
     rewards: Sequence[dict[str, float]],
-    token_entropies: Sequence[float | None],
+    token_entropies: Sequence[float | None] | None = None,
     output_path: Path | None = None,
     num_samples: int = 1,
 ) -> list[dict[str, Any]]:
@@ -210,7 +210,8 @@ def log_generations(
     over the response's tokens, in nats; None if it was not computed), response_length (in tokens) and finish_reason
     (`length` if the response was cut).
     """
-    columns = zip(prompts, responses, ground_truths, rewards, token_entropies, strict=True)
+    entropies = token_entropies or [None] * len(responses)
+    columns = zip(prompts, responses, ground_truths, rewards, entropies, strict=True)
     examples = [
         {
             "question": index // num_samples,
@@ -360,7 +361,8 @@ class Evaluator:
             for dataset, of_set in by_dataset(examples).items():
                 path = self.samples_path(eval_step, prefix, dataset)
                 path.parent.mkdir(exist_ok=True)
-                found[dataset] = self._measure(policy, of_set, path)
+                is_first_of_run = eval_step == 0 and prefix == "eval" and not found
+                found[dataset] = self._measure(policy, of_set, path, shows_first=is_first_of_run)
         metrics = found.pop("") | sync_metrics | {"seconds": seconds["time/evaluate"]}
         further = {f"{dataset}/{name}": value for dataset in found for name, value in found[dataset].items()}
         self.run.log({"eval_step": eval_step} | {f"{prefix}/{name}": v for name, v in (metrics | further).items()})
@@ -368,9 +370,15 @@ class Evaluator:
             print(f"{dataset}: {describe_evaluation(of_set, eval_step)}", flush=True)
         return metrics
 
-    def _measure(self, policy: PreTrainedModel, examples: Sequence[Example], path: Path) -> dict[str, float | None]:
+    def _measure(
+        self, policy: PreTrainedModel, examples: Sequence[Example], path: Path, shows_first: bool = False
+    ) -> dict[str, float | None]:
         """Sample responses to the questions of one validation set, grade them, and return the metrics."""
         config = self.config
+
+        def show_first(first: list[dict[str, Any]]) -> None:
+            show_first_result(first, summarize_examples(first), len(examples), config)
+
         return evaluate_vllm(
             self.llm,
             config.reward_function,
@@ -385,16 +393,8 @@ class Evaluator:
             num_samples=config.num_eval_samples,
             output_path=path,
             fields=[example.reward_fields for example in examples],
+            show_first=show_first if shows_first else None,
         )[0]
-
-
-def metrics_table(metrics: Mapping[str, float | int | None]) -> str:
-    """Return the metrics as a two-column table for the terminal."""
-    width = max(len(name) for name in metrics)
-    return "\n".join(
-        f"  {name:<{width}}  {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}"
-        for name, value in metrics.items()
-    )
 
 
 def main(arguments: list[str]) -> None:

@@ -185,9 +185,22 @@ def make_samples_table(samples: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def describe_evaluation(metrics: Mapping[str, Any], step: int) -> str:
-    """Return one line that sums up an evaluation: what it measured of `EVALUATION_PARTS`."""
-    parts = [part.format(metrics[name]) for name, part in EVALUATION_PARTS.items() if name in metrics]
-    return f"step {step}: validation {', '.join(parts)}"
+    """Return one line that sums up an evaluation."""
+    return f"step {step}: validation {describe_scores(metrics)}"
+
+
+def describe_scores(metrics: Mapping[str, Any]) -> str:
+    """Return what an evaluation measured of `EVALUATION_PARTS`, in a line."""
+    return ", ".join(part.format(metrics[name]) for name, part in EVALUATION_PARTS.items() if name in metrics)
+
+
+def metrics_table(metrics: Mapping[str, float | int | None]) -> str:
+    """Return the metrics as a two-column table for the terminal."""
+    width = max(len(name) for name in metrics)
+    return "\n".join(
+        f"  {name:<{width}}  {'-' if value is None else f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in metrics.items()
+    )
 
 
 def describe_evaluations(rows: Sequence[Mapping[str, Any]], temperature: float) -> str:

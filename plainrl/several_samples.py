@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from plainrl.data import derive_seed
 from plainrl.grading.arithmetic import GradingError
 from plainrl.grading.equality import answers_match
 from plainrl.grading.rewards import clean_ground_truth
@@ -165,6 +166,25 @@ def wilson_interval(share: float, num_trials: float) -> tuple[float, float]:
     middle = share + ratio / 2
     half = math.sqrt(ratio * (share * (1 - share) + ratio / 4))
     return max(0.0, (middle - half) / (1 + ratio)), min(1.0, (middle + half) / (1 + ratio))
+
+
+def repeat_each(values: Sequence[Any], num_samples: int) -> list[Any]:
+    """Return each value as often as there are samples. Those of a question stand next to each other.
+
+    >>> repeat_each(["a", "b"], 2)
+    ['a', 'a', 'b', 'b']
+    """
+    return [value for value in values for _ in range(num_samples)]
+
+
+def sampling_seeds(seed: int, num_prompts: int, num_samples: int) -> list[int]:
+    """Return the seed of every sample. The first of a prompt has the same one, however many there are.
+
+    >>> sampling_seeds(0, num_prompts=2, num_samples=3)[::3] == sampling_seeds(0, num_prompts=2, num_samples=1)
+    True
+    """
+    numbers = [() if sample == 0 else (sample,) for sample in range(num_samples)]
+    return [derive_seed(seed, "evaluation", prompt, *number) for prompt in range(num_prompts) for number in numbers]
 
 
 def summarize_samples(

@@ -54,7 +54,7 @@ def run_plan(num_ranks, background, is_ahead=False):
     """Run SFT, GRPO on-policy and off-policy in one process or in several; return the folder of the runs."""
     folder = background.new_folder(f"ranks-{num_ranks}")
     model = background.answering_model
-    sft = {"max_steps": 3, "gradient_accumulation_steps": 4}
+    sft = {"max_steps": 3, "gradient_accumulation_steps": 4, "num_eval_examples": 11}
     plan = [
         ["SFT_train", tiny_arguments(model, folder, run_name="sft", **sft)],
         ["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **GRPO)],
@@ -104,6 +104,7 @@ def test_two_ranks_are_one_process_to_rounding(name, background, answering_model
         assert all(0.5 < row["train/rank_efficiency"] <= 1 for row in rows if "train/loss" in row)
     before, after = tensors_in(Path(answering_model_folder)), tensors_in(two / "final")
     assert any(not torch.equal(before[key], after[key]) for key in before)  # there was something to compute
+    assert (two.parent / "log").read_text().count("first 8 of 11 questions: ") == 1  # of SFT, by one of the ranks
 
 
 @pytest.mark.background(job=run_alone)

@@ -12,7 +12,7 @@ from tiny import REPOSITORY, FakeEvaluator, read_lines, tiny_arguments
 import policy_evaluation
 from plainrl.cli import load_config
 from plainrl.config import SFTConfig
-from plainrl.data import derive_seed, load_validation_set
+from plainrl.data import derive_seed, load_validation_set, validation_subset
 from plainrl.engine import load_policy_into_vllm_instance, sample_responses
 from plainrl.policy import score_responses
 from plainrl.records import Response, UserError
@@ -129,6 +129,57 @@ def test_entropies_of_a_sample_of_the_responses(engine, tiny_model, tmp_path, mo
     assert (none["token_entropy"], none["num_entropy_responses"]) == (None, 0)
     assert evaluate(num_entropy_responses=7)[0]["token_entropy"] == whole["token_entropy"]
     assert scored == [6, 2, 0, 6]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_the_first_questions_are_shown_before_the_others_are_sampled(num_samples, engine, tiny_model, monkeypatch):
+    """In float32 the samples are those of one call: a seed depends on the question's place alone."""
+    events = []
+
+    def count(llm, prompt_ids, *settings):
+        events.append(len(prompt_ids))
+        return sample_responses(llm, prompt_ids, *settings)
+
+    monkeypatch.setattr(policy_evaluation, "sample_responses", count)
+    load_policy_into_vllm_instance(tiny_model, engine)
+    asked = [f"{question} Again." for question in QUESTIONS] + QUESTIONS
+    settings = {"policy": tiny_model, "num_samples": num_samples, "num_entropy_responses": 5}
+
+    def evaluate(num_asked, show_first=None):
+        arguments = (engine, right, asked[:num_asked], sampling(), ["1"] * num_asked)
+        metrics, examples = evaluate_vllm(*arguments, show_first=show_first, **settings)
+        return {name: metrics[name] for name in metrics if name != "sampled_tokens_per_second"}, examples
+
+    whole = evaluate(12)
+    assert evaluate(12, events.append) == whole
+    assert events.pop(2) == [{**row, "token_entropy": None} for row in whole[1][: 8 * num_samples]]
+    assert events == [12 * num_samples, 8 * num_samples, 4 * num_samples]
+    del events[:]
+    evaluate(8, events.append)  # all of them are its result
+    assert events == [8 * num_samples]
+
+
+@pytest.mark.parametrize(
+    ("num_printed", "steps", "num_first", "num_texts"), [(1, [0, 2], 1, 1), (0, [0], 1, 0), (1, [2], 0, 0)]
+)
+def test_a_run_prints_its_first_result_before_its_first_step_alone(
+    num_printed, steps, num_first, num_texts, engine, tiny_model_folder, tiny_model, tokenizer, tmp_path, capsys
+):
+    settings = {"num_printed_examples": num_printed, "num_eval_examples": 10, "num_eval_samples": 2}
+    settings["extra_validation_data"] = "{more: arithmetic:4}"
+    config = load_config(SFTConfig, REPOSITORY / "config.yaml", tiny_arguments(tiny_model_folder, tmp_path, **settings))
+    with RunFolder.create(config, "sft") as run:
+        evaluator = FakeEvaluator(config, run, tokenizer, validation_subset(load_validation_set(config), config))
+        evaluator.llm = engine
+        capsys.readouterr()
+        for step in steps:
+            Evaluator.evaluate(evaluator, tiny_model, eval_step=step)
+        Evaluator.evaluate_finally(evaluator, tiny_model, 0, evaluator.examples)
+        row = read_lines(evaluator.samples_path(steps[0]))[0]
+    printed = capsys.readouterr().out
+    scores = "answer reward 0.000, format reward 0.000, response length 16 tokens, truncated 1.00"
+    assert printed.count(f"first 8 of 10 questions: {scores}\n") == printed.count("first ") == num_first
+    assert printed.count(f"    truth     {row['ground_truth']}\n") == printed.count("    response") == num_texts
 
 
 def test_the_sample_is_the_same_in_every_evaluation_and_spread_over_the_questions():

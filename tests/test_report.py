@@ -88,6 +88,7 @@ def make_run(folder, num_steps=3, texts=(), name="mine", **values):
             pair = [Rollout(example, response(right(5)), rewards, -0.25), Rollout(example, response("x"), wrong, 0.75)]
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", pair * 2, config)
             row = {"train/grad_norm": 1.0 / 3 + step, "rollout/reward": 0.1 * step, "rollout/format_reward": 1.0}
+            row |= {"train/token_entropy": 0.5, "rollout/log_prob_gap_multiplicative": 1.001}
             row |= {"time/rollout": 20.0, "time/train": 40.0, "time/step": 60.0}
             run.log({"train_step": step, **row})
             write_evaluation(run, step, texts if step == num_steps else ["nothing"] * len(texts), template)
@@ -222,6 +223,9 @@ def test_printed_examples_page_and_samples_agree(tmp_path, capsys):
         "301",
         right(301),
     )
+    assert samples[0]["response"] == "cut" and "    response  cut\n    truth     1" in last  # the first wrong one
+    shown = groups["eval", 3, 0]
+    assert (shown["question"], shown["truth"], shown["members"][0]["response"]) == ("What is 0 + 1?", "1", "cut")
     assert run["numResponses"] == 4 * 303 + 606 + 3 * 4
 
 
@@ -418,6 +422,48 @@ def test_a_page_works_in_a_browser(browser, tmp_path):
 
 
 @needs_browser
+def test_what_needs_attention_and_what_differs_from_the_preset_stand_in_the_page(browser, tmp_path):
+    folder = make_run(tmp_path, learning_rate="3e-5", max_grad_norm=0.02)
+    browser.open(folder / "report.html")
+    (remark,) = browser.texts(".remarks li")
+    assert "gradient norm is over 100 times" in remark and "steps 2 to 3" in remark
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('.changed > .scroll tbody tr')]"
+        ".map((row) => [...row.cells].map((cell) => cell.textContent))"
+    )
+    assert browser.texts(".changed h3") == ["what differs from preset laptop"]
+    assert ["learning_rate", "2e-05", "3e-05"] in rows and ["n_grpo_steps", "24", "3"] in rows and len(rows) == 5
+    titles = " ".join(browser.texts(".chart h3"))
+    assert "entropy (nats per token)" in titles and "engine against policy (factor)" in titles
+    assert browser.errors == []
+
+
+def give(browser, selector, value, event):
+    """Put a value into an element as a user would: the page hears of it by an event."""
+    element = f"document.querySelector({json.dumps(selector)})"
+    browser.evaluate(
+        f"{element}.value = {json.dumps(value)}; {element}.dispatchEvent(new Event('{event}', {{bubbles: true}}));"
+        "new Promise((done) => setTimeout(done, 300))"  # the search waits for the next letter
+    )
+
+
+@needs_browser
+def test_the_step_and_the_search_are_chosen_by_hand(browser, tmp_path):
+    browser.open(make_run(tmp_path) / "report.html")
+    assert browser.texts(".response") == [right(1).strip(), right(7).strip(), "no end", right(4).strip()]
+    assert browser.texts(".truth") == ["1", "2", "3", "4"]
+    give(browser, ".responses select[aria-label=step]", "0", "change")
+    assert browser.texts(".response") == ["nothing"] * 4
+    give(browser, ".responses select[aria-label=step]", "3", "change")
+    give(browser, ".responses input", "NO EN", "input")
+    assert browser.texts(".response mark") == ["no en"] and browser.texts(".truth") == ["3"]
+    assert browser.evaluate("document.activeElement.value") == "NO EN"  # one can go on typing
+    give(browser, ".responses input", "nowhere", "input")
+    assert browser.texts(".response") == [] and browser.texts(".responses .list + *") == ["None."]
+    assert browser.errors == []
+
+
+@needs_browser
 def test_steps_groups_search_and_one_question_over_time(browser, tmp_path):
     folder = make_run(tmp_path)
     browser.open(folder / "report.html", "#kind=rollouts&step=2")
@@ -564,10 +610,12 @@ def test_a_run_without_responses_leaves_the_choice_of_the_run(browser, tmp_path)
     assert browser.errors == []
 
 
-@needs_browser
-def test_the_page_of_200_steps_is_light_and_opens_at_once(browser, tmp_path):
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory):
     """Responses of 3 kB in 20 evaluations of 128 questions and in each of 200 batches: more than a page holds."""
-    folder = make_run(tmp_path, num_steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renew, "draw_training_figure", lambda _: None)
+        folder = make_run(tmp_path_factory.mktemp("long"), num_steps=1)
     template = (REPOSITORY / "plainrl/prompts/r1_zero.prompt").read_text()
     long = " We have x < 3 & y." * 150
     rows = read_lines(folder / "metrics.jsonl")
@@ -588,8 +636,16 @@ def test_the_page_of_200_steps_is_light_and_opens_at_once(browser, tmp_path):
         ]
         (folder / f"samples/eval_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
     runs.main(["report", str(folder)])
-    assert 2_000_000 < (folder / "report.html").stat().st_size < 5_000_000
-    assert browser.open(folder / "report.html") < 2
+    return folder / "report.html"
+
+
+def test_the_page_of_200_steps_is_light(long_page):
+    assert 2_000_000 < long_page.stat().st_size < 5_000_000
+
+
+@needs_browser
+def test_the_page_of_200_steps_opens_at_once(browser, long_page):
+    assert browser.open(long_page) < 2
     assert browser.errors == []
 
 

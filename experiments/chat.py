@@ -17,13 +17,12 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plainrl.chat_config import ChatConfig
 from plainrl.cli import answer_questions, read_yaml, resolve, run_main
-from plainrl.config import SFTConfig
 from plainrl.data import derive_seed
 from plainrl.devices import check_devices
 from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
@@ -45,23 +44,6 @@ OF_THE_RUN = (
     *("sampling_max_tokens", "max_context_tokens"),
 )
 GAP, LEAST_WIDTH = " | ", 20  # between columns, and of one, in characters
-
-
-class ChatConfig(SFTConfig):
-    """The keys of a chat: those of config.yaml, and its own."""
-
-    question: str = Field("", description="the only question (empty: questions are read from the terminal)")
-    answer: str = Field("", description="its right answer, by which responses are graded (empty: they are not)")
-    num_samples: int = Field(1, ge=1, description="responses to each question, of each model")
-
-    @model_validator(mode="after")
-    def _check_answer(self) -> Self:
-        if self.answer and not self.question:
-            raise ValueError(
-                f"answer = {self.answer}: there is no question that it answers; give question, or leave answer out and "
-                "type `question => answer` in the terminal"
-            )
-        return self
 
 
 class Model(NamedTuple):

@@ -23,6 +23,7 @@ from typing import Any, Generic, NamedTuple
 from pydantic import ValidationError
 
 from plainrl.changes import describe_changes, with_defaults
+from plainrl.chat_config import ChatConfig
 from plainrl.config import ConfigType, RunConfig, SFTConfig
 from plainrl.devices import has_gpu_driver, run_command
 from plainrl.faults import describe_fault
@@ -52,7 +53,7 @@ RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SI
 SECONDS_FOR_FIRST_RANK = 8.0  # to say an error, before another rank says its own
 EVALUATION_SCRIPT = "policy_evaluation.py"
 PROGRAMS = {command: (schema, path) for schema, (command, path) in SCHEMAS.items()}
-PROGRAMS[EVALUATION_SCRIPT] = (SFTConfig, SCHEMAS[SFTConfig][1])
+PROGRAMS |= {EVALUATION_SCRIPT: (SFTConfig, "config.yaml"), "-m experiments.chat": (ChatConfig, "config.yaml")}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 

@@ -16,7 +16,10 @@ from plainrl.lookup import TableOf
 from plainrl.records import UserError
 
 GRPO_YAML = REPOSITORY / "grpo_train.yaml"
-PROGRAMS = (["GRPO_train.py"], ["SFT_train.py"], ["policy_evaluation.py"], ["-m", "experiments.expert_iteration"])
+PROGRAMS = (
+    *(["GRPO_train.py"], ["SFT_train.py"], ["policy_evaluation.py"], ["-m", "experiments.expert_iteration"]),
+    *(["-m", "supplement.DPO_train"], ["-m", "supplement.evaluate_benchmark"], ["-m", "experiments.chat"]),
+)
 
 
 def write(path, text):
@@ -164,8 +167,8 @@ def run_without_torch(arguments, tmp_path, piped=""):
 def test_a_typo_and_help_are_answered_in_under_a_second(program, tmp_path):
     """Nothing large is imported before the arguments are read. CPU time counts, as other programs may run beside."""
     answers = {
-        "lerning_rate=1e-5": (2, "error: unknown key lerning_rate (command line): did you mean learning_rate?\n"),
-        "learning_rate=fast": (2, "error: learning_rate = 'fast' (command line): input should be a valid number, "),
+        "sed=1": (2, "error: unknown key sed (command line): did you mean seed?\n"),
+        "seed=fast": (2, "error: seed = 'fast' (command line): input should be a valid integer, "),
         "--help": (0, ""),
         "--show": (0, ""),
     }

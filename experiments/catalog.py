@@ -74,11 +74,36 @@ METHODS_TABLE = [
 ]
 SFT_PANELS = [Panel("optimizer_steps", LOSS), Panel("optimizer_steps", EVAL_SCORE)]
 REWARD_AND_ENTROPY = [Panel("rollout_batches", EVAL_SCORE), Panel("rollout_batches", ENTROPY)]
+SFT_ON_MORE_EXAMPLES = Group("SFT on more examples", SFT_EXAMPLES, SFT_PANELS)
+SFT_WITH_WRONG_TRACES = Group("SFT with three in ten traces corrupted", SFT_FILTER, SFT_PANELS)
+GRPO_LEARNING_RATES = Group("GRPO on held-out questions", LEARNING_RATES, REWARD_AND_ENTROPY)
+GRPO_LENGTH_NORMALIZATION = Group(
+    "Length normalization",
+    LENGTH_NORMALIZATION,
+    [Panel("rollout_batches", EVAL_SCORE), Panel("optimizer_steps", GRAD_NORM)],
+)
+GRPO_ADVANTAGES = Group("Advantages", ADVANTAGES, REWARD_AND_ENTROPY)
+GRPO_CLIP = Group("Off-policy, with and without the clip", CLIP, REWARD_AND_ENTROPY)
+GRPO_UPDATES_PER_BATCH = Group(
+    "Updates per rollout batch: epochs x batch size",
+    OFF_POLICY,
+    [Panel("rollout_batches", EVAL_SCORE), Panel("minutes", EVAL_SCORE)],
+)
+GRPO_FROM_CHECKPOINTS = Group("From two SFT checkpoints", CHECKPOINTS, REWARD_AND_ENTROPY)
 FIGURES = {
-    "SFT-train-loss.png": [
-        Group("SFT on more examples", SFT_EXAMPLES, SFT_PANELS),
-        Group("SFT with three in ten traces corrupted", SFT_FILTER, SFT_PANELS),
-    ],
+    # Each group under a name that says what it shows, and under those of the project's card.
+    "sft_examples/number-of-examples.png": [SFT_ON_MORE_EXAMPLES],
+    "sft_filter/wrong-traces.png": [SFT_WITH_WRONG_TRACES],
+    "SFT-train-loss.png": [SFT_ON_MORE_EXAMPLES, SFT_WITH_WRONG_TRACES],
+    "grpo_learning_rate/learning-rates.png": [GRPO_LEARNING_RATES],
+    "RL-eval-reward.png": [GRPO_LEARNING_RATES],
+    "grpo_ablation/length-normalization.png": [GRPO_LENGTH_NORMALIZATION],
+    "grpo_ablation/advantages.png": [GRPO_ADVANTAGES],
+    "grpo_ablation/clip.png": [GRPO_CLIP],
+    "Module-ablation-eval.png": [GRPO_LENGTH_NORMALIZATION, GRPO_ADVANTAGES, GRPO_CLIP],
+    "grpo_off_policy/updates-per-batch.png": [GRPO_UPDATES_PER_BATCH],
+    "sft_checkpoint/two-checkpoints.png": [GRPO_FROM_CHECKPOINTS],
+    "GRPO-eval-reward.png": [GRPO_UPDATES_PER_BATCH, GRPO_FROM_CHECKPOINTS],
     "long_grpo/reward-and-length.png": [
         Group(
             "GRPO, every rollout batch",
@@ -96,24 +121,6 @@ FIGURES = {
                 Panel("optimizer_steps", "eval/response_length"),
             ],
         )
-    ],
-    "RL-eval-reward.png": [Group("GRPO on held-out questions", LEARNING_RATES, REWARD_AND_ENTROPY)],
-    "Module-ablation-eval.png": [
-        Group(
-            "Length normalization",
-            LENGTH_NORMALIZATION,
-            [Panel("rollout_batches", EVAL_SCORE), Panel("optimizer_steps", GRAD_NORM)],
-        ),
-        Group("Advantages", ADVANTAGES, REWARD_AND_ENTROPY),
-        Group("Off-policy, with and without the clip", CLIP, REWARD_AND_ENTROPY),
-    ],
-    "GRPO-eval-reward.png": [
-        Group(
-            "Updates per rollout batch: epochs x batch size",
-            OFF_POLICY,
-            [Panel("rollout_batches", EVAL_SCORE), Panel("minutes", EVAL_SCORE)],
-        ),
-        Group("From two SFT checkpoints", CHECKPOINTS, REWARD_AND_ENTROPY),
     ],
     "prompt/prompts.png": [
         Group(

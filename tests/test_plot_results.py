@@ -187,7 +187,8 @@ def test_all_is_drawn_and_written_that_has_results_and_the_rest_is_named(results
     assert "old" not in text and text.startswith("# T\n<!-- table -->\n| variant |") and text.endswith("\nafter\n")
     assert (results / "grpo_ablation/README.md").read_text() == "no marks\n"
     drawn = {str(path.relative_to(results)) for path in results.rglob("*.png")}
-    assert drawn == {"RL-eval-reward.png"}  # what only borrows the baseline waits for its own
+    # What only borrows the baseline waits for its own.
+    assert drawn == {"RL-eval-reward.png", "grpo_learning_rate/learning-rates.png"}
     output = capsys.readouterr().out
     assert "grpo_learning_rate:\n| variant |" in output and "\ngrpo_ablation:" not in output
     assert "GRPO-eval-reward.png: skipped, no results yet of grpo_off_policy on_policy, " in output

@@ -135,6 +135,8 @@ def pad_token_id(tokenizer: "transformers.PreTrainedTokenizerBase") -> int:
 def compute_entropy(logits: Float[Tensor, "... vocabulary"]) -> Float[Tensor, "..."]:
     """Return the entropy of the next-token distributions, in nats.
 
+    The loops get the same from `get_masked_response_log_probs`, which computes it together with the log-probs.
+
         H(p) = - sum_v p_v log p_v,        p = softmax(logits),        0 log 0 = 0
 
     Args:

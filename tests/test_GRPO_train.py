@@ -329,7 +329,7 @@ def test_grpo_run_leaves_everything_in_its_folder(grpo_run):
     folder, output = grpo_run
     assert "validation answer reward: last" in output.splitlines()[-2]
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert {"config.yaml", "metrics.jsonl", "training.png", "final/config.json"} <= files
+    assert {"config.yaml", "metrics.jsonl", "training.png", "report.html", "final/config.json"} <= files
     assert {f"samples/rollouts_{step:06d}.jsonl" for step in (1, 2)} <= files
     assert {f"samples/eval_{step:06d}.jsonl" for step in (0, 1, 2)} | {"samples/eval_all_000002.jsonl"} <= files
     rows = read_lines(folder / "samples/rollouts_000001.jsonl")

@@ -18,7 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import REPOSITORY, expert_iteration_arguments, grpo_arguments, tiny_arguments, without_sft_keys
+from tiny import (
+    REPOSITORY,
+    expert_iteration_arguments,
+    grpo_arguments,
+    run_python,
+    tiny_arguments,
+    without_sft_keys,
+)
 
 import GRPO_helper
 import GRPO_train
@@ -26,6 +33,7 @@ import policy_evaluation
 import SFT_helper
 import SFT_train
 from experiments import expert_iteration, sweep
+from experiments.sweep_results import read_table
 from GRPO_helper import LossInputs, compute_policy_gradient_loss
 from plainrl.cli import load_config
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
@@ -33,6 +41,7 @@ from plainrl.data import load_examples, load_questions, load_validation
 from plainrl.grading.rewards import grade_responses
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, Response, Rollout, mean
+from plainrl.report.samples import printable, read_samples
 from plainrl.supplement_config import BenchmarkConfig, DPOConfig
 from supplement import DPO_train
 
@@ -126,7 +135,7 @@ def test_metrics_page_names_functions_that_exist():
                 assert f"def {function}(" in (REPOSITORY / file).read_text(), row
 
 
-def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder, tmp_path, monkeypatch):
+def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder, tmp_path, monkeypatch, capsys):
     """Loss, reward function, prompt and data of how_to.md in one tiny run, which trains and logs their metrics."""
     monkeypatch.chdir(tmp_path)
     for name in ("my_losses.py", "my_level_reward.py"):
@@ -150,6 +159,7 @@ def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder
         "n_grpo_steps": 1,
     }
     GRPO_train.main(grpo_arguments(answering_model_folder, tmp_path, **overrides))
+    responses_agree(tmp_path / "mine", capsys.readouterr().out)
     rows = [row for row in metrics_of(tmp_path / "mine") if "train_step" in row]
     assert len(rows) == 2
     assert {row["train/num_trained_rows"] for row in rows} == {16}  # a loss of one's own skips no row
@@ -166,6 +176,20 @@ def test_a_run_with_everything_of_ones_own(shared_engine, answering_model_folder
     rows = names["rows"]
     assert [row["ground_truth"] for row in rows] == ["30", "31", "32"]
     assert evaluation["eval/hard/reward_characters"] == pytest.approx(mean([row["characters"] for row in rows]))
+
+
+def responses_agree(folder, printed):
+    """Each printed response stands in samples/ and in the page."""
+    page = (folder / "report.html").read_text()
+    (run,) = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["runs"]
+    shown = {printable(member["response"].strip()) for group in run["groups"] for member in group["members"]}
+    rows = [row for path in folder.glob("samples/eval*.jsonl") for row in read_samples(path)[0]]
+    sampled = {printable(row["response"].strip()) for row in rows}
+    responses = re.findall(r"^    response  (.*(?:\n {14}.*)*)$", printed, re.M)
+    assert responses
+    for response in responses:
+        text = response.replace("\n" + " " * 14, "\n")
+        assert text in sampled and text in shown
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------
@@ -234,7 +258,15 @@ def test_the_first_screen_of_the_readme():
     assert (
         answers["before training"] in before.replace("\\n", "") and answers["after 16 steps of SFT"].strip("`") in after
     )
-    assert "## What it cannot do" in text
+    commands = "".join(blocks(text, "bash"))
+    assert "git clone" in commands and "<" not in commands  # bash would read from a file of that name
+
+
+def test_the_readme_names_the_limits_that_are_asked_for_most():
+    limits = (REPOSITORY / "README.md").read_text().partition("## What it cannot do\n")[2].partition("\n## ")[0]
+    asked_for = ("macOS", "Windows", "ARM", "Docker", "Several GPUs", "SLURM", "24 GB", "tools", "critic")
+    asked_for += ("reward model", "text only", "mixtures of experts", "8-bit optimizer", "quantized")
+    assert [name for name in asked_for if name not in limits] == []
 
 
 def test_the_index_of_results_has_every_experiment():
@@ -329,6 +361,7 @@ def test_helpers_that_no_loop_calls_say_what_the_loops_call():
     loops = "".join(path.read_text() for path in [*REPOSITORY.glob("*_train.py"), *REPOSITORY.glob("plainrl/*.py")])
     siblings = {
         SFT_helper.tokenize_prompt_and_output: "join_prompt_and_response_ids",
+        SFT_helper.compute_entropy: "get_masked_response_log_probs",
         SFT_helper.get_response_log_probs: "get_masked_response_log_probs",
         SFT_helper.sft_microbatch_train_step: "accumulate_gradients",
         GRPO_helper.compute_group_normalized_rewards: "normalize_within_groups",
@@ -473,6 +506,35 @@ def test_a_reward_that_sees_a_column_is_what_the_page_says(tmp_path, monkeypatch
     grades = grade_responses(texts, ["10"] * 2, config.reward_function, fields)
     assert [grade.rewards["reward"] for grade in grades] == [2.0, 0.0]
     assert [grade.rewards["characters"] for grade in grades] == [len(text) for text in texts]
+
+
+def run_the_small_sweep(background):
+    """The sweep of how_to.md in its form of five minutes, with the tiny model; its folder, and what it printed."""
+    folder = background.new_folder("sweep")
+    (text,) = [code for code in blocks(HOW_TO, "yaml") if code.startswith("# my_sweep.yaml\n")]
+    (folder / "my_sweep.yaml").write_text(text)
+    commands = "".join(blocks(HOW_TO, "bash")).replace("\\\n", " ").splitlines()
+    (command,) = [command for command in commands if "experiments.sweep my_sweep.yaml max_steps" in command]
+    own = {argument.partition("=")[0] for argument in command.split()} | {"learning_rate", "eval_interval"}
+    tiny = tiny_arguments(background.tiny_model, folder / "runs")
+    tiny = [argument for argument in tiny if argument.partition("=")[0] not in own]
+    words = shlex.split(command.partition("python ")[2])
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return folder, run_python(*words, *tiny, folder=folder, start=background.start, env=environment)
+
+
+@pytest.mark.background(job=run_the_small_sweep)
+def test_a_sweep_of_ones_own_gets_its_figure_and_table(background):
+    folder, result = background.result(run_the_small_sweep)
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = folder / "results/my_sweep"
+    assert (results / "my_sweep.png").read_bytes().startswith(b"\x89PNG")
+    readme = (results / "README.md").read_text()
+    assert "![curves](my_sweep.png)" in readme
+    variants = [f"learning_rate={rate}" for rate in ("0.0001", "0.0003")]
+    assert [row[0] for row in rows_of(readme)[2:]] == variants
+    rows = [row for row in read_table(results / "metrics.csv") if row["eval/answer_reward"]]
+    assert [(row["variant"], row["eval_step"]) for row in rows] == [(v, step) for v in variants for step in "02"]
 
 
 def test_a_sweep_of_ones_own_is_planned(tmp_path, monkeypatch, capsys):

@@ -3,9 +3,12 @@
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from tiny import REPOSITORY
 
+from plainrl.cli import load_config
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.data import load_questions, load_validation
 from plainrl.grading import own_rewards
@@ -185,6 +188,9 @@ def test_a_weighted_sum_of_rewards():
     assert {"question_only", "brief"} <= grades[0].rewards.keys()
     as_list = SFTConfig.model_validate({"reward": ["question_only*0.9", "my.py:brief*0.2"]})
     assert grade_responses(responses, ["4"] * 3, as_list.reward_function) == grades
+    Path("mine.yaml").write_text("reward: [question_only*0.9, my.py:brief*0.2]\n")
+    arguments = ["preset=laptop", "config=mine.yaml"]
+    assert load_config(SFTConfig, REPOSITORY / "config.yaml", arguments).reward == as_list.reward
     assert as_list.reward_function.prompt == "question_only"
     assert SFTConfig.model_validate(as_list.model_dump(mode="json")) == as_list
 
@@ -218,6 +224,15 @@ def test_every_key_is_logged_of_rollouts_and_of_evaluations():
     common = {"question": 0, "sample": 0, "response_length": 2, "token_entropy": None, "finish_reason": "stop"}
     rows = [{**common, **grade.rewards} for grade in grades]
     assert summarize_evaluation(rows, grades, 1.0, reward)["reward_length"] == 4.0
+
+
+def test_one_failing_response_costs_itself_and_is_counted():
+    texts = ["raise", "fine"]
+    grades = grade_responses(texts, ["1", "1"], find_reward("my.py:odd"))
+    responses = [Response([1], text, [5, 6], [], "stop") for text in texts]
+    rollouts = make_rollouts([Example("q", "p", "1", None, "s")], responses, grades, None, 2)
+    metrics = summarize_rollouts(rollouts, GRPOConfig(group_size=2))
+    assert (metrics["reward/errors"], metrics["rollout/reward"]) == (1, 0.5)  # of 0 and 1
 
 
 def test_a_batch_in_which_every_response_fails_ends_the_run():

@@ -98,7 +98,7 @@ def test_sft_run_leaves_everything_in_its_folder(sft_run, background):
     assert re.match(r"validation answer reward: last \d\.\d+ \(step 3\), best .*, on 8 held-out questions; ", lines[-2])
     assert re.search(r"; after the last step on 12: \d\.\d+ \(temperature 1\)$", lines[-2])
     assert str(path) in lines[-1]
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "training.png"):
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "training.png", "report.html"):
         assert (path / name).stat().st_size > 0
     assert sorted(file.name for file in (path / "samples").iterdir()) == [
         *(f"eval_{step:06d}.jsonl" for step in (0, 2, 3)),

@@ -1,7 +1,7 @@
-"""How long a run has trained, and whether its time is over (`max_training_hours`).
+"""How long a run has trained, and whether it is at its limit: `max_training_hours` or `max_sampled_tokens`.
 
-Steps and evaluations count. Loading, starting the engine and saving do not. A resumed run goes on where its clock
-stood, because the time is read from its metrics.
+Of the time, steps and evaluations count. Loading, starting the engine and saving do not. Of the tokens, all that were
+sampled to train on count. A resumed run goes on where both stood, because they are read from its metrics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,3 +36,31 @@ def is_out_of_time(rows: Sequence[Mapping[str, Any]], max_hours: float) -> bool:
     """
     longest = sum(max((row.get(name) or 0.0 for row in rows), default=0.0) for name in OF_TRAINING)
     return max_hours > 0 and training_seconds(rows) + longest > 3600 * max_hours
+
+
+def sampled_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Return the response tokens that were sampled in all rollouts of a run's metrics; evaluations are left out.
+
+    >>> sampled_tokens([{"train_step": 1, "rollout/num_sampled_tokens": 300}, {"eval_step": 1, "eval/seconds": 1.0}])
+    300
+    """
+    return sum(row.get("rollout/num_sampled_tokens") or 0 for row in rows)
+
+
+def reached_limit(rows: Sequence[Mapping[str, Any]], max_hours: float, max_tokens: int) -> str:
+    """Return the limit at which a run ends, as `key = value`; an empty text if it may go on.
+
+    The time is never passed: see `is_out_of_time`. The tokens are reached or passed by the last step.
+
+    Args:
+        rows: of the run's metrics.
+        max_hours: limit in hours; 0: none.
+        max_tokens: limit in sampled tokens; 0: none.
+
+    >>> rows = [{"train_step": 1, "rollout/num_sampled_tokens": 300}]
+    >>> reached_limit(rows, 0, 300), reached_limit(rows, 0, 301), reached_limit(rows, 0, 0)
+    ('max_sampled_tokens = 300', '', '')
+    """
+    if is_out_of_time(rows, max_hours):
+        return f"max_training_hours = {max_hours:g}"
+    return f"max_sampled_tokens = {max_tokens}" if 0 < max_tokens <= sampled_tokens(rows) else ""

@@ -141,6 +141,11 @@ class RolloutConfig(WarmStartConfig):
     """The keys that training on the policy's own graded responses shares: groups of responses."""
 
     group_size: int = Field(8, ge=1, description="responses sampled per question")
+    max_sampled_tokens: int = Field(
+        0,
+        ge=0,
+        description="sampled response tokens of all steps at which the run ends, its last step evaluated (0: no limit)",
+    )
     num_logged_groups: int = Field(2, ge=0, description="groups of rollouts written to samples/ per step")
 
     @model_validator(mode="after")

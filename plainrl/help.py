@@ -35,7 +35,7 @@ GROUPS = {
         *("dynamic_sampling", "max_resampling_rounds", "drop_solved_questions", "solved_pass_rate", "solved_visits"),
     ),
     "expert iteration": ("n_ei_steps", "ei_batch_size", "ei_epochs", "keep_correct"),
-    "first policy, rollouts": ("warm_start", "group_size", "num_logged_groups"),
+    "first policy, rollouts": ("warm_start", "group_size", "max_sampled_tokens", "num_logged_groups"),
     "batch and optimizer": (
         *("train_batch_size", "gradient_accumulation_steps", "microbatch_tokens"),
         *("length_normalization", "normalize_constant"),

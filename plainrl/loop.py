@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import Resumable, TrainingState, fingerprint
-from plainrl.clock import is_out_of_time
+from plainrl.clock import reached_limit
 from plainrl.config import TrainConfig
 from plainrl.distributed import rank, require_alike
 from plainrl.guard import StopGuard
@@ -94,10 +94,10 @@ class TrainingLoop:
         self._guard.__exit__(*error)  # saves the state if an error or a signal ends the run
 
     def __iter__(self) -> Iterator[int]:
-        self._end_if_out_of_time(self._state.step)  # a resumed run may have to evaluate its last step again
+        self._end_at_a_limit(self._state.step)  # a resumed run may have to evaluate its last step again
         print(f"evaluating before step {self._state.step + 1}", flush=True)
         self._save_and_evaluate()
-        self._end_if_out_of_time(self._state.step)
+        self._end_at_a_limit(self._state.step)
         steps = range(self._state.step + 1, self._num_steps + 1)
         self._progress = tqdm(
             steps, self._name, self._num_steps, unit="step", initial=self._state.step, disable=bool(rank())
@@ -108,17 +108,17 @@ class TrainingLoop:
             yield step
             self._run.complete_step(self._state, step)
             self._guard.stop_if_requested()
-            self._end_if_out_of_time(step)
+            self._end_at_a_limit(step)
             self._save_and_evaluate()
             if step == self._num_steps:
                 break
         self._guard.stop_if_requested()
 
-    def _end_if_out_of_time(self, step: int) -> None:
-        """Make a step the last one if no further one fits into `max_training_hours`."""
-        max_hours = self._config.max_training_hours
-        if step < self._num_steps and max_hours and is_out_of_time(self._run.read_metrics(), max_hours):
-            tqdm.write(f"step {step} is the last: max_training_hours = {max_hours:g}", file=sys.stdout)
+    def _end_at_a_limit(self, step: int) -> None:
+        """Make a step the last one if `max_training_hours` or `max_sampled_tokens` says so."""
+        limits = self._config.max_training_hours, self._config.token_limit
+        if step < self._num_steps and any(limits) and (limit := reached_limit(self._run.read_metrics(), *limits)):
+            tqdm.write(f"step {step} is the last: {limit}", file=sys.stdout)
             self._num_steps = step
 
     @contextmanager

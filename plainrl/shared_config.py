@@ -408,6 +408,11 @@ class TrainConfig(RunConfig):
         return found
 
     @property
+    def token_limit(self) -> int:
+        """Return how many sampled tokens end the run (0: none do)."""
+        return int(getattr(self, "max_sampled_tokens", 0))
+
+    @property
     def evaluation_temperature(self) -> float:
         """Return the softmax temperature of evaluations."""
         own = self.eval_sampling_temperature

@@ -14,26 +14,31 @@ Two sources, and neither is ours:
     equations   loops over tokens, written from the papers' equations with 50 digits. Gradients are differences, in
                 which what a stop-gradient holds is a constant. These are also the forms of verl and open-instruct.
 
-Differences by definition, which no case here has:
+Differences by definition, which no case here has, each with its reason:
 
-    groups of equal rewards     exactly zero here; TRL leaves rounding, divided by its eps
-    advantage_eps               TRL's is 1e-4; the cases take it over
-    REINFORCE in TRL            the ratio, which is 1 on-policy: the same gradient, another value. Of `losses` only the
-                                cases with a ratio come from TRL; `steps` compare gradients
-    k3 in TRL                   times the ratio by default (DeepSeek-V3.2); the cases turn this off
-    dapo and cispo in TRL       divide by the tokens of the generation batch, here by those of the optimizer step.
-                                The cases have one optimizer step for each
-    entropy bonus in TRL        the mean over all tokens, whatever the loss; here the length normalization of the loss.
-                                The cases have token_mean, where both are the same
+    groups of equal rewards     exactly zero here, since such a group teaches nothing and is skipped; TRL leaves
+                                rounding, divided by its eps
+    advantage_eps               1e-6 here, which is the assignment's; TRL's is 1e-4; the cases take it over
+    REINFORCE in TRL            the ratio, which is 1 on-policy: the same gradient, another value. Ours is the
+                                assignment's loss. Of `losses` only the cases with a ratio come from TRL; `steps`
+                                compare gradients
+    k3 in TRL                   times the ratio by default (DeepSeek-V3.2), for the gradient of the reverse KL; here k2
+                                has that on-policy, without a ratio. The cases turn it off
+    dapo and cispo in TRL       divide by the tokens of the generation batch, so that all its steps weigh the same; here
+                                by those of the optimizer step, so that a step is a mean. The cases have one step for
+                                each batch
+    entropy bonus in TRL        the mean over all tokens, whatever the loss; here the length normalization of the loss,
+                                so that one divisor holds for all terms. The cases have token_mean, where both agree
     sequence ratio in TRL       one number per response. With token weights of the engine correction it has each token's
-                                gradient weighted with their mean; here each has its own, as in verl. TRL also refuses
-                                no sum over tokens, but then counts no row; the cases have masked_mean and token_mean
-    first tokens                TRL has no `sampling_min_tokens`; its cases have 0
-    log-ratio beyond 20         verl clamps it as well; TRL has infinite ratios
-    k3 in verl                  clamped to +-10 in value
-    std in open-instruct        the population's; here and in TRL the sample's
-    dual clip in verl           always on, c = 3
-    CISPO in verl               has a floor as well, and its cap is added to 1
+                                gradient weighted with their mean; here each has its own, as in verl, because a weight
+                                corrects the token that it belongs to. TRL also refuses no sum over tokens, but then
+                                counts no row; the cases have masked_mean and token_mean
+    first tokens                TRL has no `sampling_min_tokens`, which the assignment asks for; its cases have 0
+    log-ratio beyond 20         clamped here and in verl, as exp overflows beyond 88 in float32; TRL has infinite ratios
+    k3 in verl                  clamped to +-10 in value; here the log-ratio is, as everywhere, so that one limit holds
+    std in open-instruct        the population's; here and in TRL the sample's, as in the assignment's snapshots
+    dual clip in verl           always on, c = 3; here off by default, as the assignment has none
+    CISPO in verl               has a floor as well, and its cap is added to 1; here as in ScaleRL, the cap alone
 """
 
 import importlib.metadata
@@ -59,6 +64,7 @@ NUM_DIRECTIONS = 3
 CLIP = {"loss_type": "grpo_clip", "off_policy": True}
 DUAL = CLIP | {"cliprange_high": 0.28, "cliprange_dual": 1.5}
 GSPO = CLIP | {"ratio_level": "sequence", "cliprange": 0.03, "cliprange_high": 0.04}
+GSPO_LOW = GSPO | {"cliprange": 0.02, "cliprange_high": 0.1}  # a response lies below, and one between 1 and 1.1
 CISPO = {"loss_type": "cispo", "off_policy": True, "ratio_cap": 1.2, "length_normalization": "token_mean"}
 ON_POLICY = {"loss_type": "grpo_clip"}  # the ratio is 1
 REINFORCE = {"loss_type": "reinforce_with_baseline"}
@@ -79,10 +85,11 @@ OF_TRL = [
     DUAL,
     DUAL | TOKEN_MEAN,
     GSPO,
+    GSPO_LOW,
     GSPO | SEQUENCE,
     CISPO,
     CISPO | TRUNCATE,
-    CISPO | {"ratio_level": "sequence", "ratio_cap": 1.01},
+    CISPO | {"ratio_level": "sequence", "ratio_cap": 1.1},
     ON_POLICY,
     ON_POLICY | TRUNCATE,
     ON_POLICY | MASK | TOKEN_MEAN,

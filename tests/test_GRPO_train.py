@@ -533,6 +533,14 @@ CONFIGURATION_MISTAKES = [
         "length_normalization = 'mean' (command line): input should be 'masked_mean', ",
     ),
     ({"loss_type": "ppo"}, "loss_type = ppo: unknown; use no_baseline, reinforce_with_baseline, grpo_clip"),
+    (
+        {"ratio_level": "sequence"},
+        "ratio_level = sequence with loss_type = reinforce_with_baseline, which has no ratio: use one of grpo_clip, ",
+    ),
+    (
+        {"engine_correction": "token_mask", "sampling_top_p": 0.9},
+        "engine_correction = token_mask compares log-probs of the same distribution: use sampling_top_p = 1 (now 0.9)",
+    ),
     ({"sampling_max_tokens": 380}, "prompts are longer than max_context_tokens - sampling_max_tokens"),
     ({"rollout_batch_size": 40000, "train_batch_size": 40000, "gradient_accumulation_steps": 1}, "but a step takes"),
 ]
@@ -661,6 +669,20 @@ def scripted_engine(monkeypatch):
 
     monkeypatch.setattr(GRPO_train, "Evaluator", ScriptedEvaluator)
     replace_engine(monkeypatch, stream_responses)
+
+
+@pytest.mark.usefixtures("cpu_engine")
+def test_a_run_ends_at_its_sampled_tokens_and_is_finished_then(scripted_engine, tiny_model_folder, tmp_path, capsys):
+    """Eight responses of two tokens a step: 17 tokens are reached in the second."""
+    settings = {"run_name": "x", "n_grpo_steps": 9, "max_sampled_tokens": 17}
+    arguments = scripted_arguments(tiny_model_folder, tmp_path, **settings)
+    GRPO_train.main(arguments)
+    assert "step 2 is the last: max_sampled_tokens = 17" in capsys.readouterr().out
+    rows = read_lines(tmp_path / "x/metrics.jsonl")
+    assert [row["rollout/num_sampled_tokens"] for row in rows if "train_step" in row] == [16, 16]
+    assert [row["eval_step"] for row in rows if "eval/answer_reward" in row] == [0, 1, 2]
+    with pytest.raises(UserError, match="this run is finished"):
+        GRPO_train.main([*arguments, f"resume={tmp_path / 'x'}"])
 
 
 OWN_LOSS = """

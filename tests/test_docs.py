@@ -33,6 +33,7 @@ import policy_evaluation
 import SFT_helper
 import SFT_train
 from experiments import expert_iteration, sweep
+from experiments.sweep_plan import plan
 from experiments.sweep_results import read_table
 from GRPO_helper import LossInputs, compute_policy_gradient_loss
 from plainrl.cli import load_config
@@ -315,6 +316,23 @@ def test_every_command_is_accepted(tmp_path, monkeypatch):
                 load_config(schema, REPOSITORY / yaml_file, arguments)
                 num_scripts += 1
     assert num_scripts >= 7
+
+
+def test_the_sweeps_of_the_page_are_planned(tmp_path, monkeypatch, capsys):
+    """Each as a file of its name. That of the recipes has the recipes that any preset can take, at equal tokens."""
+    monkeypatch.chdir(tmp_path)
+    sweeps = [code for code in blocks(HOW_TO, "yaml") if "script: " in code]
+    names = [re.match(r"# (\w+\.yaml)\n", code)[1] for code in sweeps]
+    assert names == ["my_sweep.yaml", "recipes.yaml"]
+    for name, code in zip(names, sweeps, strict=True):
+        Path(name).write_text(code)
+        sweep.main([name, "--dry-run", "preset=laptop"])
+        lines = capsys.readouterr().out.splitlines()
+        _, runs = plan(Path(name), ["preset=laptop"])
+        assert lines[-1].startswith(f"{len(runs)} of {len(runs)} runs to go")
+    recipes = yaml.safe_load((REPOSITORY / "grpo_train.yaml").read_text())["recipes"].keys() - {"leaderboard"}
+    assert {run.settings["recipe"] for run in runs} == recipes and {run.seed for run in runs} == {0, 1, 2}
+    assert {run.settings["max_sampled_tokens"] for run in runs} == {94000}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/assignment.md", "docs/data.md", "docs/running.md"])

@@ -90,7 +90,7 @@ def make_loop(tmp_path):
             "keep_best": False,
             "num_printed_examples": 1,
         }
-        values["max_training_hours"] = 0.0
+        values |= {"max_training_hours": 0.0, "token_limit": 0}
         loop = TrainingLoop(
             policy, None, optimizer, ["data"], num_steps, FakeEvaluator(events), run,
             SimpleNamespace(**(values | settings)), "test",
@@ -326,3 +326,24 @@ def test_a_run_ends_in_its_time_as_if_the_step_were_the_last(make_loop):
         loop.run.rows.append({"eval_step": 3, "eval/seconds": 600.0})
         assert list(loop) == []
     assert "evaluate 3" in loop.events, "as the last step: what was logged of it after its checkpoint is gone"
+
+
+def test_a_run_ends_after_the_step_that_reaches_its_tokens(make_loop):
+    """300 tokens a step, a limit of 900: step 3 reaches it, and what an evaluation samples does not count."""
+    with make_loop(100, token_limit=900) as loop:
+        loop.run.rows.append({"eval_step": 0, "eval/num_sampled_tokens": 5000})
+        steps = []
+        for step in loop:
+            steps.append(step)
+            loop.log([{}], {"rollout/num_sampled_tokens": 300})
+    assert steps == [1, 2, 3]
+    assert loop.events[-4:] == ["step 3 complete", "save 3", "evaluate 3", "prune 2 False"]
+    rows = loop.run.rows
+    for limit, further in ((900, []), (901, [4])):  # resumed after step 3, with the metrics of its steps
+        with make_loop(100, step=3, train_step=3, token_limit=limit) as loop:
+            loop.run.rows.extend(rows)
+            found = []
+            for step in loop:
+                found.append(step)
+                loop.log([{}], {"rollout/num_sampled_tokens": 300})
+        assert found == further

@@ -28,6 +28,7 @@ from plainrl.objective import check_token_losses, compute_advantages, compute_to
 from plainrl.policy import prepare_training
 from plainrl.records import Example, Response, Rollout, UserError
 
+OF_SCORES = (("log_probs", "log_probs"), ("token_entropy", "entropy"))  # by our name, and by the file's
 STORED = json.loads(Path(__file__).with_name("reference_numbers.json").read_text())
 EPS = reference.EPS
 
@@ -73,25 +74,28 @@ def padded(rows):
 
 def loss_and_gradients(rollouts, numbers, config, division=None):
     """The step's loss and its gradients by log-probs and entropies, as rows, in the microbatches of a division."""
-    scores = {
-        name: padded([row[key] for row in numbers])
-        for name, key in (("log_probs", "log_probs"), ("token_entropy", "entropy"))
-    }
+    return of_each_normalization(rollouts, numbers, config, [config.length_normalization], division)[0]
+
+
+def of_each_normalization(rollouts, numbers, config, normalizations, division=None):
+    """The same for each of several length normalizations, which take the same token losses."""
+    scores = {name: padded([row[key] for row in numbers]) for name, key in OF_SCORES}
     lengths = torch.tensor([len(row["token_ids"]) for row in numbers])
     mask = torch.arange(reference.LONGEST) < lengths[:, None]
     kept, size = rows_to_train_on(rollouts, config)
-    total = 0.0
+    kept = {id(row) for row in kept}
+    found = [[0.0, *(torch.zeros_like(value) for value in scores.values())] for _ in normalizations]
     for rows in division or [torch.arange(len(rollouts))]:
-        rows = [int(row) for row in rows if any(rollouts[row] is other for other in kept)]
+        rows = [int(row) for row in rows if id(rollouts[row]) in kept]
         if not rows:
             continue
         part, chosen = [rollouts[row] for row in rows], {name: value[rows] for name, value in scores.items()}
         losses, _ = compute_token_losses(part, chosen, mask[rows], config)
-        loss = LENGTH_NORMALIZATIONS[config.length_normalization](losses, mask[rows], size)
-        loss.backward()
-        total += loss.item()
-    gradients = [torch.zeros_like(value) if value.grad is None else value.grad for value in scores.values()]
-    return total, *gradients
+        for name, sums in zip(normalizations, found, strict=True):
+            loss = LENGTH_NORMALIZATIONS[name](losses, mask[rows], size)
+            gradients = torch.autograd.grad(loss, [*scores.values()], retain_graph=True, materialize_grads=True)
+            sums[:] = [total + share for total, share in zip(sums, (loss.item(), *gradients), strict=True)]
+    return found
 
 
 def name_of(case):
@@ -123,6 +127,52 @@ def test_the_stored_cases_cover_every_table():
         assert estimators == ({"k3"} if missing else KL_ESTIMATORS.keys())
         for key in ("cliprange_high", "cliprange_dual", "entropy_coefficient"):
             assert any(getattr(config, key) for config in cases), key
+        scales = {case["scale"] for case in STORED["advantages"] if case["source"] == source}
+        assert scales == ADVANTAGE_SCALES.keys() - ({"mean"} if missing else set())
+
+
+def test_the_stored_numbers_are_those_that_the_script_makes():
+    for stored, made in zip(STORED["rollouts"], reference.make_rollouts(), strict=True):
+        assert stored.keys() == made.keys()
+        for key, value in made.items():
+            assert stored[key] == pytest.approx(value, abs=1e-12), key
+    lists = [*reference.OF_EQUATIONS, *reference.OF_TRL, *reference.OF_STEPS]
+    expected = [{"length_normalization": "masked_mean", **config} for config in lists]
+    assert [case["config"] for case in (*STORED["losses"], *STORED["steps"])] == expected
+
+
+# The tokens that a limit is for: those of an advantage of this sign (0: any).
+SIGNS = {"clip_fraction_low": -1, "clip_fraction_high": 1, "clip_fraction_dual": -1}
+SIGNS |= {"ratio_capped_fraction": 0, "engine_corrected_fraction": 0}
+
+
+def test_stored_gradients_lie_on_both_sides_of_each_limit():
+    """Of the tokens that a limit is for some lie beyond it, and some within. Beyond a clip the stored gradient is 0."""
+    sides, numbers = {}, STORED["rollouts"]
+    mask = torch.arange(reference.LONGEST) < torch.tensor([len(row["token_ids"]) for row in numbers])[:, None]
+    scores = {key: padded([row[name] for row in numbers]) for key, name in OF_SCORES}
+    for case in STORED["losses"]:
+        config = make_config(**case["config"])
+        rollouts = make_rollouts(numbers, config)
+        metadata = compute_token_losses(rollouts, scores, mask, config)[1]
+        has_terms = config.kl_coefficient or config.entropy_coefficient
+        for name in SIGNS.keys() & metadata.keys():
+            of_sign = [SIGNS[name] * row.advantage >= 0 for row in rollouts]
+            concerned = mask & torch.tensor(of_sign)[:, None]
+            kind = config.engine_correction if name.startswith("engine") else config.ratio_level
+            found = metadata[name][concerned]
+            sides.setdefault((case["source"], name, kind), set()).update(found.tolist())
+            if name.startswith("clip") and not has_terms:
+                gradient = padded(case["gradient"])[concerned]
+                assert not gradient[found].any(), case["config"]
+                if config.engine_correction in ("none", "token_truncate") and not config.cliprange_dual:
+                    assert gradient[~found].all(), case["config"]
+    of_both = {(name, level) for name in SIGNS.keys() - {"engine_corrected_fraction"} for level in RATIO_LEVELS}
+    of_both |= {("engine_corrected_fraction", name) for name in ENGINE_CORRECTIONS.keys() - {"none"}}
+    not_in_trl = {("clip_fraction_dual", "sequence"), ("engine_corrected_fraction", "sequence_mean_mask")}
+    assert sides == {("equations", *key): {True, False} for key in of_both} | {
+        ("TRL", *key): {True, False} for key in of_both - not_in_trl
+    }
 
 
 @pytest.mark.parametrize("case", STORED["advantages"], ids=lambda case: f"{case['source']}-{case['scale']}")
@@ -166,40 +216,59 @@ def test_enough_steps_are_compared():
 
 # --- every combination ------------------------------------------------------------------------------------------------
 
-COMBINATIONS = list(itertools.product(LOSSES, RATIO_LEVELS, ENGINE_CORRECTIONS, LENGTH_NORMALIZATIONS))
-TERMS = [{}, {"kl_coefficient": 0.1, "kl_estimator": "k2"}, {"entropy_coefficient": 0.1}]
+TERMS = [{}, *({"kl_coefficient": 0.1, "kl_estimator": name} for name in KL_ESTIMATORS), {"entropy_coefficient": 0.1}]
+NUMBERS_OF_MICROBATCHES = (1, 2, 4, 8, "uneven")
 
 
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_every_combination_has_one_gradient_or_is_refused(loss_type):
-    """1, 2, 4, 8 microbatches and any order of rows; with advantages of zero, responses of one token, and terms."""
-    numbers = STORED["rollouts"]
-    divisions = [list(torch.arange(8).chunk(number)) for number in (2, 4, 8)] + [list(torch.arange(7, -1, -1).chunk(3))]
-    refused = accepted = 0
-    for number, (name, level, correction, normalization) in enumerate(COMBINATIONS):
-        if name != loss_type:
-            continue
-        settings = {"ratio_level": level, "engine_correction": correction, "length_normalization": normalization}
-        settings |= {"loss_type": name, "use_std_normalization": list(ADVANTAGE_SCALES)[number % 4]}
-        settings |= {"off_policy": True, "sampling_min_tokens": 1} | TERMS[number % 3]
-        if level == "sequence" and "old_log_probs" not in LOSSES[name].needs:
-            with pytest.raises(ValueError, match=f"ratio_level = sequence with loss_type = {name}, which has no ratio"):
+def test_every_combination_has_one_gradient_or_is_refused(loss_type, ratio_level):
+    """1, 2, 4, 8 or uneven microbatches in a random order of rows: the gradient is that of the batch as it stands.
+
+    The rows of a step are the stored ones once for each advantage scale, so that every step has all scales. One row has
+    an advantage of zero, and another a single token.
+    """
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for correction, term, policy in itertools.product(ENGINE_CORRECTIONS, TERMS, ({"off_policy": True}, {})):
+        settings = {"loss_type": loss_type, "ratio_level": ratio_level, "engine_correction": correction}
+        settings |= {"sampling_min_tokens": 1, "engine_correction_cap": 1.2} | term | policy
+        if ratio_level == "sequence" and "old_log_probs" not in LOSSES[loss_type].needs:
+            with pytest.raises(ValueError, match=f"= sequence with loss_type = {loss_type}, which has no ratio"):
                 make_config(**settings)
-            refused += 1
             continue
-        config = make_config(**settings)
-        accepted += 1
-        rollouts = make_rollouts(numbers, config)
+        # The scale decides on the advantages alone, and the length normalization on the divisors alone.
+        configs = [
+            make_config(**settings, use_std_normalization=scale, length_normalization=normalization)
+            for scale, normalization in itertools.product(ADVANTAGE_SCALES, LENGTH_NORMALIZATIONS)
+        ]
+        numbers = STORED["rollouts"] * len(ADVANTAGE_SCALES)
+        rollouts = [
+            row for one in configs[:: len(LENGTH_NORMALIZATIONS)] for row in make_rollouts(STORED["rollouts"], one)
+        ]
         rollouts[1].advantage = 0.0  # skipped, but with a term
-        assert len(rows_to_train_on(rollouts, config)[0]) == (8 if number % 3 else 8 - skipped(rollouts, config))
-        expected = loss_and_gradients(rollouts, numbers, config)
-        assert expected[1].any()
-        for division in divisions:
-            found = loss_and_gradients(rollouts, numbers, config, division)
-            for values, expected_values in zip(found, expected, strict=True):
-                torch.testing.assert_close(values, expected_values, atol=1e-12, rtol=0)
-    has_ratio = "old_log_probs" in LOSSES[loss_type].needs
-    assert (accepted, refused) == ((30, 0) if has_ratio else (15, 15))
+        config = configs[0]
+        assert len(rows_to_train_on(rollouts, config)[0]) == len(rollouts) - (0 if term else skipped(rollouts, config))
+        number, division = random_division(len(rollouts), generator)
+        seen.add((correction, number))
+        expected = of_each_normalization(rollouts, numbers, config, LENGTH_NORMALIZATIONS)
+        found = of_each_normalization(rollouts, numbers, config, LENGTH_NORMALIZATIONS, division)
+        for values, expected_values in zip(found, expected, strict=True):
+            assert expected_values[1].any()
+            for value, expected_value in zip(values, expected_values, strict=True):
+                assert (torch.as_tensor(value) - expected_value).abs().max() < 1e-12
+    assert len(seen) >= 4 * len(ENGINE_CORRECTIONS) or not seen  # nearly every division with every correction
+
+
+def random_division(num_rows, generator):
+    """A number of microbatches, and the rows of each in a random order."""
+
+    def draw(num):
+        return torch.randperm(num, generator=generator)
+
+    number, order = NUMBERS_OF_MICROBATCHES[int(draw(len(NUMBERS_OF_MICROBATCHES))[0])], draw(num_rows)
+    if number != "uneven":
+        return number, list(order.chunk(number))
+    return number, list(order.tensor_split((draw(num_rows - 1)[:3] + 1).sort().values))
 
 
 def skipped(rollouts, config):
@@ -278,16 +347,18 @@ def test_an_own_loss_is_told_that_groups_of_one_have_no_advantages(tmp_path):
 
 
 @pytest.mark.parametrize("loss_type", [name for name in LOSSES if "old_log_probs" in LOSSES[name].needs])
+@pytest.mark.parametrize("ratio_level", RATIO_LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_no_ratio_is_infinite(loss_type, dtype):
-    """Log-ratios up to 1e4; beyond 20 the ratio is exp(20), and has no gradient."""
-    log_ratios = torch.tensor([[0.1, 19.0, 21.0, 89.0, 1e4, -19.0, -21.0, -1e4]] * 2, dtype=dtype)
-    log_probs = log_ratios.clone().requires_grad_()
+def test_no_ratio_is_infinite(loss_type, ratio_level, dtype):
+    """Log-ratios up to 1e4, equal within a response; beyond 20 the ratio is exp(20), and has no gradient."""
+    of_responses = [0.1, 19.0, 21.0, 89.0, 1e4, -19.0, -21.0, -1e4]
+    log_probs = torch.tensor(of_responses * 2, dtype=dtype)[:, None].repeat(1, 2).requires_grad_()
+    mask = torch.ones(16, 2, dtype=torch.bool)
     inputs = LossInputs(
         log_probs,
-        torch.ones_like(log_ratios, dtype=torch.bool),
-        advantages=torch.tensor([[1.0], [-1.0]], dtype=dtype),
-        old_log_probs=torch.zeros_like(log_ratios),
+        mask,
+        advantages=torch.tensor([[1.0]] * 8 + [[-1.0]] * 8, dtype=dtype),
+        old_log_probs=RATIO_LEVELS[ratio_level](log_probs, torch.zeros_like(log_probs).detach(), mask),
         cliprange=0.2,
         ratio_cap=5.0,
     )
@@ -296,9 +367,9 @@ def test_no_ratio_is_infinite(loss_type, dtype):
     assert losses.isfinite().all() and log_probs.grad.isfinite().all()
     assert metadata["ratio_max"].max() == torch.tensor(20.0, dtype=dtype).exp()
     if loss_type == "grpo_no_clip":
-        assert log_probs.grad[1].tolist() == pytest.approx(
-            [math.exp(0.1), math.exp(19), 0, 0, 0, math.exp(-19), 0, 0], rel=1e-5
-        )
+        expected = [math.exp(0.1), math.exp(19), 0, 0, 0, math.exp(-19), 0, 0]
+        for token in (0, 1):
+            assert log_probs.grad[8:, token].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("correction", [name for name, function in ENGINE_CORRECTIONS.items() if function])

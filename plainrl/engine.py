@@ -407,7 +407,7 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
         try:
             llm = LLM(**options)
         except refusals as error:  # the settings do not fit this model or this device's memory
-            if not is_known:  # these errors may be bugs, too
+            if not isinstance(error, ValueError):  # these may be bugs, too
                 traceback.print_exc()
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(

@@ -16,6 +16,7 @@ Symbols: B rows, T positions, N nodes, P nodes of the trunk, Q most nodes that a
 G key-value heads, D width of a head.
 """
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -315,10 +316,12 @@ def _attend_packed(
         return flash_attn_varlen_func(queries, keys, values, *sizes, softmax_scale=scaling, causal=True)
     from torch.nn.attention import varlen
 
-    # Each head gets a copy of the keys that it shares. So it was found right on a GPU, with torch 2.11, which could not
-    # do without (enable_gqa).
-    keys, values = (tensor.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for tensor in (keys, values))
-    return cast(Tensor, varlen.varlen_attn(queries, keys, values, *sizes, scale=scaling, window_size=(-1, 0)))
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+        options["enable_gqa"] = True  # heads share keys inside the kernel
+    else:  # torch 2.11: each head gets a copy of the keys that it shares
+        keys, values = (tensor.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1) for tensor in (keys, values))
+    return cast(Tensor, varlen.varlen_attn(queries, keys, values, *sizes, **options))
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

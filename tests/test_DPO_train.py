@@ -148,8 +148,9 @@ def test_reference_scores_are_kept_with_the_run(batch, tmp_path):
         assert score == pytest.approx(plain.tolist(), abs=1e-3)
 
 
-def test_a_tiny_run_learns_what_is_preferred(tiny_model_folder, tmp_path, data, capsys):
+def test_a_tiny_run_learns_what_is_preferred(tiny_model_folder, tmp_path, data, monkeypatch, capsys):
     """Held-out accuracy rises; the loss begins at log 2; the best checkpoint is that of the best accuracy."""
+    monkeypatch.setattr(DPO_train, "check_devices", lambda config: None)  # no engine is used, so none need be there
     DPO_train.main(dpo_arguments(tiny_model_folder, tmp_path, data, run_name="learns"))
     rows = read_lines(tmp_path / "learns" / "metrics.jsonl")
     measured = {row["eval_step"]: row for row in rows if "eval_step" in row}

@@ -220,7 +220,8 @@ def test_a_subset_is_the_same_in_every_run(folder):
         ({"resume": "auto"}, "resume: an evaluation is not gone on with; start it again"),
     ],
 )
-def test_mistakes_are_named(arguments, message, folder, tiny_model_folder, tmp_path):
+def test_mistakes_are_named(arguments, message, folder, tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_benchmark, "check_devices", lambda config: None)  # no engine is started
     with pytest.raises(UserError, match=message):
         evaluate_benchmark.main(arguments_of(tiny_model_folder, tmp_path, folder, **arguments))
 

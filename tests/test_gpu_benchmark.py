@@ -5,9 +5,11 @@ real engine, in the background.
 """
 
 import csv
+import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -237,9 +239,9 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   "-m experiments.benchmark.first_run "*) exec {python} "$@";;
   "-m pytest tests/gpu -m gpu and not engine") cat {cases} > "$GPU_CHECK_JSONL"; echo "1 failed"; exit $FIRST_STATUS;;
-  "-m pytest tests/gpu -m gpu and engine") if ((HANGS)); then sleep 60; fi;;
+  "-m pytest tests/gpu -m gpu and engine -k not killed") if ((HANGS)); then sleep 60; fi;;
   "-m experiments.benchmark gpu part=training "*) cat {figures} > "${{5#results=}}"; echo "$@" > {called};;
-  "-m experiments.benchmark gpu part=engine "*) ;;
+  "-m experiments.benchmark gpu part=engine results="*" num_engine_repetitions=1 device="*) ;;
   *) echo "unexpected: $*"; exit 9;;
 esac
 """
@@ -290,6 +292,20 @@ def test_the_first_run_ends_in_time(first_run, tmp_path):
     assert "| check_engine | cut off by its time limit |" in summary
     assert "| benchmark_engine | ended |" in summary
     assert (tmp_path / "called").read_text().split()[-2:] == ["device=cpu", "shape=tiny"]
+
+
+def test_the_first_run_has_time_for_what_its_parts_are_estimated_to_take():
+    """Each part ends by its share of the time also if those before it take as long as the guide says at most."""
+    script = (REPOSITORY / "experiments/gpu_first_run.sh").read_text()
+    shares = {f"{name}_{half}": int(share) for name, half, share in re.findall(r"^(\w+) (\w+) (\d+)\b", script, re.M)}
+    guide = (REPOSITORY / "docs/gpu.md").read_text()
+    rows = re.findall(r"^\| `(\w+_\w+)` \|.*\| (\d+) % \| (?:\d+ to )?(\d+) \|$", guide, re.M)
+    assert {part: int(share) for part, share, _ in rows} == shares and len(shares) == 4
+    ends = list(itertools.accumulate(int(seconds) for _, _, seconds in rows))
+    limit = int(re.search(r"TIME_LIMIT:-(\d+)", script)[1])
+    assert all(end <= limit * share / 100 for end, share in zip(ends, shares.values(), strict=True))
+    assert f"to {ends[-1]}** |" in guide
+    assert "_that_was_killed_" in (REPOSITORY / "tests/gpu/test_gpu_engine.py").read_text()  # what `-k` leaves out
 
 
 def test_the_first_run_succeeds_and_forgets_the_one_before(first_run, tmp_path):

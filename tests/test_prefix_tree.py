@@ -118,10 +118,10 @@ def test_each_distinct_prefix_is_computed_once(sharing_model):
     assert shapes == [(1, 40 + (3 + 1 + 4) + (1 + 2) + (0 + 4) + 1, 64)]
 
 
-@pytest.mark.parametrize("with_flash_attn", [True, False], ids=["flash-attn", "torch"])
+@pytest.mark.parametrize("kernel", ["flash-attn", "torch", "torch without enable_gqa"])
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_the_packed_sequences_are_the_same_attention(prompts, with_flash_attn, monkeypatch):
-    """What both kernels for sequences of unequal length are given, computed by a plain softmax per sequence."""
+def test_the_packed_sequences_are_the_same_attention(prompts, kernel, monkeypatch):
+    """What the kernels for sequences of unequal length are given, computed by a plain softmax per sequence."""
     batch = join_prompt_and_response_ids(prompts, RESPONSES, padding_id=0)
     tree = build_prefix_tree(batch["input_ids"], batch["response_mask"])
     num_nodes = tree.token_ids.shape[1]
@@ -142,10 +142,11 @@ def test_the_packed_sequences_are_the_same_attention(prompts, with_flash_attn, m
 
     expected = attend(with_flash_attn=False)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    of_torch = varlen_attn if kernel == "torch" else varlen_attn_without_gqa
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_torch)
     monkeypatch.setattr("plainrl.prefix_tree.can_run_packed", lambda queries: True)
     assert tree.added_starts[-1] == num_nodes
-    for ours, theirs in zip(attend(with_flash_attn), expected, strict=True):
+    for ours, theirs in zip(attend(kernel == "flash-attn"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
@@ -155,13 +156,18 @@ def test_torchs_packed_kernel_is_called_as_it_is_declared():
 
     declared, ours = (inspect.signature(function).parameters for function in (varlen.varlen_attn, varlen_attn))
     assert list(declared)[:7] == list(ours)[:7]
-    assert {"scale", "window_size"} <= set(declared)
+    assert set(list(ours)[7:]) == {"scale", "window_size", "enable_gqa"} <= set(declared)
 
 
-def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
-    """What torch's kernel computes: causal, as its window says, with as many heads of keys as of queries."""
-    assert window_size == (-1, 0) and query.shape[1] == key.shape[1]
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch's kernel computes: causal, as its window says. It takes heads that share keys if it is told so."""
+    assert window_size == (-1, 0) and (enable_gqa or query.shape[1] == key.shape[1])
     return flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, causal=True)
+
+
+def varlen_attn_without_gqa(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
+    """The same as torch 2.11 declares it."""
+    return varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
 
 def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):

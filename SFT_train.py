@@ -42,7 +42,7 @@ from plainrl.distributed import add_up, join, on_first
 from plainrl.grading.rewards import grade_responses
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
-from plainrl.microbatches import count, microbatches
+from plainrl.microbatches import count, microbatches, rank_efficiency
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
@@ -162,6 +162,7 @@ def accumulate_gradients(
         "train/loss_per_token": -sums["log_probs"] / sums["num_tokens"],
         "train/token_entropy": sums["token_entropy"] / sums["num_tokens"],
         "train/num_response_tokens": int(sums["num_tokens"]),
+        **rank_efficiency(sums),
     }
 
 
@@ -194,7 +195,7 @@ def select_examples(examples: list[Example], config: SFTConfig) -> list[Example]
         responses, truths = [e.response or "" for e in answered], [e.ground_truth or "" for e in answered]
         require_reward_fields(answered, config)
         fields = [e.reward_fields for e in answered]
-        grades = on_first(lambda: grade_responses(responses, truths, config.reward_function, fields))
+        grades = on_first(lambda: grade_responses(responses, truths, config.reward_function, fields), is_long=True)
         kept = [e for e, grade in zip(answered, grades, strict=True) if grade.rewards["answer_reward"] == 1]
         print(f"filter_correct: kept {len(kept)} of {len(examples)} traces")
     if not kept:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.chat_config import ChatConfig
-from plainrl.cli import answer_questions, read_yaml, resolve, run_main
+from plainrl.cli import answer_questions, read_yaml, require_one_process, resolve, run_main
 from plainrl.data import derive_seed
 from plainrl.devices import check_devices
 from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
@@ -57,6 +57,7 @@ class Model(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Load the models, start the engine, answer questions."""
+    require_one_process("chat")
     answer_questions(COMMAND, ChatConfig, YAML, arguments)
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
     others = [argument for argument in arguments if not argument.startswith("model=")]

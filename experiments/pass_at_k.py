@@ -22,7 +22,7 @@ from experiments.intervals import difference_and_half_width, mean_and_half_width
 from experiments.result_tables import put_table
 from experiments.sweep_results import as_text, read_table, write_rows
 from plainrl.changes import with_defaults
-from plainrl.cli import read_yaml, run_main
+from plainrl.cli import read_yaml, require_one_process, run_main
 from plainrl.config import SFTConfig
 from plainrl.devices import run_command
 from plainrl.figure_style import (
@@ -54,6 +54,7 @@ Row = Mapping[str, str]
 
 def main(arguments: list[str]) -> None:
     """Collect runs if any are named, then draw the figure and print the table."""
+    require_one_process("pass_at_k")
     named = [argument.removeprefix(OPTION) for argument in arguments if argument.startswith(OPTION)]
     pairs = [argument.partition("=") for argument in arguments if not argument.startswith(OPTION)]
     if not all(label and folder for label, _, folder in pairs):

@@ -16,13 +16,14 @@ from experiments import pass_at_k
 from experiments.catalog import FIGURES, TABLES
 from experiments.result_figures import draw
 from experiments.result_tables import make_methods_table, make_table, put_table
-from plainrl.cli import run_main
+from plainrl.cli import require_one_process, run_main
 from plainrl.devices import run_command
 from plainrl.records import UserError
 
 
 def main(arguments: list[str]) -> None:
     """Draw every figure, write every table."""
+    require_one_process("plot_results")
     key, _, preset = (arguments or ["preset=laptop"])[0].partition("=")
     if len(arguments) > 1 or key != "preset" or not preset:
         raise UserError(f"usage: {run_command('python -m experiments.plot_results')} [preset=one-gpu]")

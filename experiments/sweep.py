@@ -30,9 +30,8 @@ from experiments.sweep_figures import write_figures_and_table
 from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, defaults_of, plan
 from experiments.sweep_results import collect_run, forget_run, read_table
 from plainrl.changes import describe_changes, with_defaults
-from plainrl.cli import read_yaml, run_main, say
+from plainrl.cli import read_yaml, require_one_process, run_main, say
 from plainrl.devices import run_command
-from plainrl.distributed import require_one_process
 from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints, lock_folder
 from plainrl.run_records import read_metrics

@@ -20,8 +20,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from plainrl.changes import is_setting, with_defaults
 from plainrl.checkpoint import fingerprint
-from plainrl.cli import choose_preset, read_yaml, resolve
+from plainrl.cli import read_yaml, resolve
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
+from plainrl.devices import choose_preset
 from plainrl.help import blocks_of
 from plainrl.records import UserError
 from plainrl.shared_config import DTYPE_KEYS

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.chat_config import ChatConfig
 from plainrl.config import ConfigType, RunConfig, SFTConfig
-from plainrl.devices import has_gpu_driver, run_command
+from plainrl.devices import choose_preset, guess_preset, run_command
 from plainrl.faults import describe_fault
 from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.own_rewards import RewardError
@@ -48,7 +48,6 @@ from plainrl.sources import is_pipe
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
 PACKAGES = ("experiments", "supplement")  # whose modules are run with -m
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
-SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold what AdamW on all weights of the presets' model takes
 RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
 SECONDS_FOR_FIRST_RANK = 8.0  # to say an error, before another rank says its own
 EVALUATION_SCRIPT = "policy_evaluation.py"
@@ -282,33 +281,10 @@ def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | 
     return max(own, key=lambda run: (not is_known_to_be_locked(run), (run / "lock").stat().st_mtime), default=None)
 
 
-def choose_preset() -> tuple[str, str]:
-    """Return the preset for this machine, and the reason.
-
-    Only where there is a CUDA device, CUDA is started to read how much memory it has. Nothing is allocated on it.
-    Without a driver torch is not even imported.
-    """
-    if "torch" not in sys.modules and not has_gpu_driver():
-        return "laptop", "0 CUDA devices present"
-    import torch
-
-    num_devices = torch.cuda.device_count()
-    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2 if NUM_RANKS == 1 else 1)]
-    reason = f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
-    if num_devices and torch.cuda.is_available():  # if the driver is too old, check_devices says so
-        sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(min(num_devices, 2))]
-        if min(sizes) < SMALL_GPU_BYTES:  # the first card alone is used
-            preset = "one-gpu" if sizes[0] >= SMALL_GPU_BYTES else "small-gpu"
-        num_used = 2 if preset == "two-gpu" else 1
-        if num_devices > num_used:
-            reason += f", {num_used} used: docs/scaling.md"
-        reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"
-    return preset, reason
-
-
-def guess_preset() -> tuple[str, str]:
-    """Return a preset for `--help` to show, without asking torch for GPUs. The text names it."""
-    return ("one-gpu", "a GPU driver is installed") if has_gpu_driver() else choose_preset()
+def require_one_process(program: str) -> None:
+    """Raise a UserError in a program that several ranks cannot share."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{program} runs in one process: start it without torchrun")
 
 
 def run_main(main: Callable[[list[str]], None]) -> None:

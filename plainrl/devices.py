@@ -1,5 +1,7 @@
 """What this machine has: GPUs, a compiler, a build of vLLM, memory, disk space."""
 
+from plainrl.startup import NUM_GPUS_VARIABLE
+
 import contextlib
 import ctypes
 import importlib.metadata
@@ -7,6 +9,7 @@ import importlib.util
 import os
 import resource
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -14,10 +17,44 @@ from plainrl.config import RunConfig
 from plainrl.records import UserError
 from plainrl.shared_config import DTYPE_KEYS
 
+SMALL_GPU_BYTES = 40e9  # a smaller card cannot hold what AdamW on all weights of the presets' model takes
 OLDEST = (7, 5)  # compute capability, of torch 2.13's CUDA build
 OLDEST_FOR_BFLOAT16 = (8, 0)  # vLLM refuses it below
 RUN, GPU_RUN = "uv run", "uv run --no-sync"
 SYNC, GPU_SYNC = "uv sync", "uv sync --no-group cpu --group gpu"
+
+
+def choose_preset() -> tuple[str, str]:
+    """Return the preset for this machine, and the reason. A rank has one GPU, whatever there is beside it.
+
+    Only where there is a CUDA device, CUDA is started to read how much memory it has. Nothing is allocated on it.
+    Without a driver torch is not even imported.
+    """
+    if "torch" not in sys.modules and not has_gpu_driver():
+        return "laptop", "0 CUDA devices present"
+    import torch
+
+    num_devices = torch.cuda.device_count()
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2 if num_ranks == 1 else 1)]
+    reason = f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
+    if num_devices and torch.cuda.is_available():  # if the driver is too old, check_devices says so
+        sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(min(num_devices, 2))]
+        if min(sizes) < SMALL_GPU_BYTES:  # the first card alone is used
+            preset = "one-gpu" if sizes[0] >= SMALL_GPU_BYTES else "small-gpu"
+        used = "cuda:0 samples, cuda:1 trains" if preset == "two-gpu" else "cuda:0 samples and trains"
+        if num_ranks > 1:
+            present = os.environ.get(NUM_GPUS_VARIABLE, "")
+            reason = f"{num_ranks} ranks use {num_ranks} of {present or 'the'} CUDA devices of this machine"
+        elif num_devices > used.count("cuda:"):
+            reason += f", {used}: docs/scaling.md"
+        reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"
+    return preset, reason
+
+
+def guess_preset() -> tuple[str, str]:
+    """Return a preset for `--help` to show, without asking torch for GPUs. The text names it."""
+    return ("one-gpu", "a GPU driver is installed") if has_gpu_driver() else choose_preset()
 
 
 def check_devices(config: RunConfig) -> None:

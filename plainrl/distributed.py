@@ -9,9 +9,9 @@ Every rank runs the same script on the same data, and comes to the same decision
     weights        over the ranks, block by block, with their gradients and moments (FSDP2)
 
 What was computed of a share is gathered at once, so that everything else is computed on every rank alike. Only the
-first rank writes files and prints. Other modules ask here how many processes there are. startup.py and cli.py read
-torchrun's variables themselves, because they run before torch is imported. With one process, each function here returns
-what it was given.
+first rank writes files and prints. Other modules ask here how many processes there are. startup.py, cli.py and
+devices.py read torchrun's variables themselves, because they run before torch is imported. With one process, each
+function here returns what it was given.
 
 Losses are divided by the counts of the whole batch. Gradients are therefore added over the ranks, and not averaged.
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 SPARE_SECONDS = 120  # a rank waits for the others so much longer than a phase may last; the phase's limit ends it first
+PATIENCE = datetime.timedelta(days=2)  # for what has no limit, such as a warm start
 # What torchrun puts into the environment of a rank. A child that is to run alone must not find it.
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # of torchrun: each start of the ranks gets a store of its own
@@ -56,6 +57,8 @@ class _World:
     """What `join` learns of the other ranks."""
 
     objects: Any = None  # a process group of its own, so that objects never mix with FSDP's tensors
+    patient: Any = None  # another one, for what may take longer than any phase
+    timeout: datetime.timedelta = PATIENCE  # of all other groups
     ranks_per_engine: int = 1
 
 
@@ -82,10 +85,10 @@ def join(config: "RunConfig") -> None:
     if uses_gpu:
         torch.cuda.set_device(config.policy_device)
     longest = max(value for name, value in config if name.startswith("max_") and name.endswith("_seconds"))
-    timeout = datetime.timedelta(seconds=longest + SPARE_SECONDS)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpu else "gloo", timeout=timeout)
-    # A warm start or a download by the first rank has no limit. Within a phase, its own limit ends what hangs.
-    _world.objects = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
+    _world.timeout = datetime.timedelta(seconds=longest + SPARE_SECONDS)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if uses_gpu else "gloo", timeout=_world.timeout)
+    _world.objects = dist.new_group(backend="gloo", timeout=_world.timeout)
+    _world.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     _world.ranks_per_engine = config.engine_tensor_parallel
     require_alike(config.model_dump_json(), "configuration")
     if rank():
@@ -130,12 +133,6 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
         )
 
 
-def require_one_process(program: str) -> None:
-    """Raise a UserError in a program that several ranks cannot share."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{program} runs in one process: start it without torchrun")
-
-
 def environment_of_one_process() -> dict[str, str]:
     """Return this process's environment without what torchrun put there, for a program that is to run alone."""
     return {
@@ -175,12 +172,15 @@ def gather(share: Sequence[Item], hand: int = 1) -> list[Item]:
     return [item for first in range(0, longest, hand) for part in shares for item in part[first : first + hand]]
 
 
-def exchange(value: Item) -> list[Item]:
-    """Return the values of all ranks, by rank. They travel as pickled objects."""
+def exchange(value: Item, is_long: bool = False) -> list[Item]:
+    """Return the values of all ranks, by rank. They travel as pickled objects.
+
+    A rank waits for the others a little longer than a phase may last; with `is_long` for two days.
+    """
     if num_ranks() == 1:
         return [value]
     values: list[Any] = [None] * num_ranks()
-    dist.all_gather_object(values, value, group=_world.objects)
+    dist.all_gather_object(values, value, group=_world.patient if is_long else _world.objects)
     return values
 
 
@@ -223,9 +223,9 @@ def first_on_machine() -> int:
     return names.index(names[rank()])
 
 
-def on_first(call: Callable[[], Result]) -> Result:
-    """Let the first rank do something. Its result, or its error, is that of all ranks."""
-    return cast(Any, exchange(together(lambda: call() if rank() == 0 else None))[0])
+def on_first(call: Callable[[], Result], is_long: bool = False) -> Result:
+    """Let the first rank do something. Its result, or its error, is that of all ranks; `is_long` as in `exchange`."""
+    return cast(Any, exchange(together(lambda: call() if rank() == 0 else None, is_long))[0])
 
 
 def require_alike(value: str, name: str) -> None:
@@ -238,7 +238,7 @@ def require_alike(value: str, name: str) -> None:
             )
 
 
-def together(call: Callable[[], Result]) -> Result:
+def together(call: Callable[[], Result], is_long: bool = False) -> Result:
     """Let every rank do something that must not fail on some of them alone. If it fails on any, all raise its error."""
     if num_ranks() == 1:
         return call()
@@ -248,7 +248,7 @@ def together(call: Callable[[], Result]) -> Result:
         result = call()
     except Exception as failure:  # raised below, on every rank
         error = _portable(failure)
-    for failure in exchange(error):
+    for failure in exchange(error, is_long):
         if failure is not None:
             raise failure
     return result
@@ -263,7 +263,7 @@ def load_shares(tensors: dict[str, Any], reader: Any) -> None:
     from torch.distributed.checkpoint import CheckpointException, load
 
     try:
-        load(tensors, storage_reader=reader, process_group=_world.objects)
+        load(tensors, storage_reader=reader, process_group=_world.patient)
     except CheckpointException as error:  # which is no Exception, and holds those of all ranks
         causes = [failure for failure, _ in error.failures.values()]
         signals = [cause for cause in causes if isinstance(cause, KeyboardInterrupt)]
@@ -309,6 +309,8 @@ def shard(policy: "PreTrainedModel", device: str, compute_dtype: str, num_replic
     if num_replicas == 1:
         del sizes["replicate"]
     mesh = dist.init_device_mesh(torch.device(device).type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for group in mesh.get_all_groups():  # those of replicas are new, with PyTorch's own timeout
+        dist.distributed_c10d._set_pg_timeout(_world.timeout, group)
     half = None if compute_dtype == "float32" else getattr(torch, compute_dtype)
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
     for module in [*divided_blocks(policy), policy]:

@@ -151,6 +151,15 @@ def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> N
             add_to(sums, name, value.double() if isinstance(value, Tensor) else float(value))
 
 
+def rank_efficiency(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return `train/rank_efficiency` of an optimizer step, from what `count` added up. One process has none.
+
+    It is the tokens that the ranks computed, divided by those that they computed or waited for.
+    """
+    is_alone = "num_awaited_tokens" not in sums
+    return {} if is_alone else {"train/rank_efficiency": sums["num_computed_tokens"] / sums["num_awaited_tokens"]}
+
+
 def _order_rows(prompt_ids: Sequence[list[int]], rows: Sequence[list[int]], rows_together: int) -> list[int]:
     """Return the rows in the order in which they are packed: by the longest of their prompt, by prompt, by length."""
     longest: dict[tuple[int, ...], int] = {}

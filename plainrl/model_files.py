@@ -55,7 +55,7 @@ def resolve_model(model: str) -> str:
         UserError: the model is not on this machine. The message says how to download it.
     """
     if model == EMBEDDED_MODEL:
-        return str(on_first(_unpack_embedded_model))
+        return str(on_first(_unpack_embedded_model, is_long=True))
     if Path(model).is_dir():
         if not (Path(model) / "config.json").is_file():
             raise UserError(f"model = {model}: the folder has no config.json; name one in Transformers format")

@@ -18,6 +18,7 @@ from torch import Tensor
 from GRPO_helper import Loss, LossInputs, TokenLosses, normalize_within_groups
 from plainrl.config import GRPOConfig
 from plainrl.corrections import ENGINE_CORRECTIONS, KL_ESTIMATORS, RATIO_LEVELS, engine_weights
+from plainrl.microbatches import rank_efficiency
 from plainrl.records import Rollout, UserError
 from plainrl.rollouts import old_log_probs_in
 from plainrl.selection import training_reward
@@ -133,14 +134,13 @@ def summarize_update(sums: Mapping[str, float]) -> dict[str, float | None]:
     if "train/engine_weight_mean" in of_loss:  # (sum w)^2 / (n sum w^2)
         mean, square = of_loss["train/engine_weight_mean"], of_loss.pop("train/engine_weight_square_mean")
         of_loss["train/engine_effective_sample_size"] = mean**2 / square if mean and square else 0.0
-    if "num_awaited_tokens" in sums:  # of several ranks
-        of_loss["train/rank_efficiency"] = sums["num_computed_tokens"] / sums["num_awaited_tokens"]
     gap_mean = sums["gap_sum"] / sums["num_gap_tokens"] if sums.get("num_gap_tokens") else None
     return {
         "train/loss": sums["loss"],
         "train/num_trained_rows": sums["num_trained_rows"],
         "train/token_entropy": per_token("entropy_sum"),
         **of_loss,
+        **rank_efficiency(sums),
         "rollout/log_prob_gap_mean": gap_mean,
         "rollout/log_prob_gap_multiplicative": None if gap_mean is None else torch.tensor(gap_mean).exp().item(),
         "rollout/log_prob_gap_max": None if gap_mean is None else sums["gap_max"],

@@ -122,7 +122,7 @@ class RunFolder:
             opened = open_it()
             return opened.path, opened.config, opened.checkpoint, opened._resumption
 
-        path, config, checkpoint, resumption = on_first(take)
+        path, config, checkpoint, resumption = on_first(take, is_long=True)
 
         def look() -> None:
             if not path.is_dir():

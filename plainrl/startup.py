@@ -24,6 +24,8 @@ REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ("SFT_train.py", "GRPO_train.py", "policy_evaluation.py")
 PACKAGES = ("experiments", "plainrl", "supplement")
 ENGINE_VARIABLE = "PLAINRL_ENGINE_PROCESS"  # set in the process of an engine: plainrl/engine_process.py
+NUM_GPUS_VARIABLE = "PLAINRL_NUM_GPUS"  # that the ranks of this machine share
+GPU_FOLDERS = Path("/proc/driver/nvidia/gpus")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -72,9 +74,11 @@ def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
     ignores a number that no GPU has, and all that follow it.
 
     >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,7"})
-    {'CUDA_VISIBLE_DEVICES': '7', 'LOCAL_RANK': '0'}
-    >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}), own_gpu({"CUDA_VISIBLE_DEVICES": "4,7"})
-    ({'CUDA_VISIBLE_DEVICES': '1,3', 'LOCAL_RANK': '0'}, {})
+    {'CUDA_VISIBLE_DEVICES': '7', 'LOCAL_RANK': '0', 'PLAINRL_NUM_GPUS': '2'}
+    >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"})["CUDA_VISIBLE_DEVICES"]
+    '1,3'
+    >>> own_gpu({"CUDA_VISIBLE_DEVICES": "4,7"})
+    {}
     >>> own_gpu({"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": "4,5,6"})["CUDA_VISIBLE_DEVICES"]
     '4'
     """
@@ -85,7 +89,12 @@ def own_gpu(environment: Mapping[str, str]) -> dict[str, str]:
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     names = [*map(str, range(2 * num_ranks))] if visible is None else visible.split(",")
     num_own = 2 if len(names) >= 2 * num_ranks else 1
-    return {"CUDA_VISIBLE_DEVICES": ",".join(names[number::num_ranks][:num_own]), "LOCAL_RANK": "0"}
+    of_machine = len(list(GPU_FOLDERS.glob("*"))) if visible is None else len(names)
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(names[number::num_ranks][:num_own]),
+        "LOCAL_RANK": "0",
+        NUM_GPUS_VARIABLE: str(of_machine or ""),
+    }
 
 
 def own_command(main_file: str | None, command: list[str]) -> str:

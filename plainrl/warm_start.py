@@ -62,7 +62,7 @@ def apply_warm_start(config: WarmStartConfigType, checkpoint: Path | None = None
         return config
     presets = blocks_of(read_yaml(YAML), "presets", YAML)
     make = _run_preset if config.warm_start in presets else partial(_find_model, presets=presets)
-    model = on_first(lambda: make(config))
+    model = on_first(lambda: make(config), is_long=True)
     print(f"warm start: {model}")
     return config.model_copy(update={"model": str(model)})
 

@@ -27,7 +27,7 @@ from plainrl.devices import check_devices, peak_memory_gib
 from plainrl.distributed import add_up, join
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
-from plainrl.microbatches import count, microbatches
+from plainrl.microbatches import count, microbatches, rank_efficiency
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
@@ -166,7 +166,7 @@ def accumulate_gradients(
         count(sums, {name: value.sum() for name, value in values.items()} | {"num_tokens": mask.sum()}, part)
     sums = add_up(sums)
     means = {f"train/{name}": sums[name] / len(batch) for name in SUMMED}
-    return means | {"train/num_response_tokens": int(sums["num_tokens"])}
+    return means | {"train/num_response_tokens": int(sums["num_tokens"])} | rank_efficiency(sums)
 
 
 def report(run: RunFolder, config: DPOConfig) -> None:

@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from plainrl.cli import load_config, run_main
+from plainrl.cli import load_config, require_one_process, run_main
 from plainrl.data import VALIDATION_SUBSET_SEED, derive_seed
 from plainrl.devices import check_devices
-from plainrl.distributed import require_one_process
 from plainrl.engine import engine_settings, init_vllm, sample_responses, sampling_params
 from plainrl.model_files import resolve_model
 from plainrl.prompting import fill_prompt, load_prompt_template
@@ -56,11 +55,11 @@ class Answered(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Configuration, questions, engine; then task by task: sample, score, write, show."""
+    require_one_process("an evaluation of the supplement")
     if any(argument.startswith("resume=") for argument in arguments):
         raise UserError("resume: an evaluation is not gone on with; start it again")
     config = load_config(BenchmarkConfig, Path(__file__).with_name("evaluate_benchmark.yaml"), arguments)
     check_devices(config)
-    require_one_process("an evaluation of the supplement")
     questions = load_questions(config)
     template = load_prompt_template(config.prompt)
     with RunFolder.create(config, EVALUATION) as run:

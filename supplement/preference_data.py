@@ -22,9 +22,8 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from plainrl.cli import load_config, run_main
+from plainrl.cli import load_config, require_one_process, run_main
 from plainrl.data import VALIDATION_SUBSET_SEED, hold_out, keep_short, load_validation
-from plainrl.distributed import require_one_process
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, UserError
 from plainrl.sources import (

@@ -28,12 +28,12 @@ from plainrl.records import UserError
         (
             [23.6, 23.6],
             "small-gpu",
-            "2 CUDA devices present, 1 used: docs/scaling.md, memory 23.6 and 23.6 GiB",
+            "2 CUDA devices present, cuda:0 samples and trains: docs/scaling.md, memory 23.6 and 23.6 GiB",
         ),
         (
             [79.6] * 8,
             "two-gpu",
-            "8 CUDA devices present, 2 used: docs/scaling.md, memory 79.6 and 79.6 GiB",
+            "8 CUDA devices present, cuda:0 samples, cuda:1 trains: docs/scaling.md, memory 79.6 and 79.6 GiB",
         ),
     ],
 )

@@ -120,7 +120,7 @@ def test_help_shows_choices_and_the_values_of_the_preset(capsys):
 
 def test_help_asks_no_gpu(monkeypatch, capsys):
     """Else it would wait for torch; the preset that it shows is named."""
-    monkeypatch.setattr("plainrl.cli.has_gpu_driver", lambda: True)
+    monkeypatch.setattr("plainrl.devices.has_gpu_driver", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: pytest.fail("asked"))
     assert "Below are those of preset one-gpu;" in shown_by(["--help"], capsys)
 

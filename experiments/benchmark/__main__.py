@@ -15,9 +15,8 @@ from experiments.benchmark.against_trl import compare
 from experiments.benchmark.gpu import measure_gpu
 from experiments.benchmark.scale import measure_scale
 from experiments.benchmark.turns import TURNS
-from plainrl.cli import run_main
+from plainrl.cli import require_one_process, run_main
 from plainrl.devices import run_command
-from plainrl.distributed import require_one_process
 from plainrl.records import UserError
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -12,8 +12,9 @@ from transformers import Qwen2Config
 
 from experiments.benchmark.random_model import QWEN_SHAPE
 from experiments.benchmark.settings import REPOSITORY
-from plainrl.cli import SMALL_GPU_BYTES, load_config
+from plainrl.cli import load_config
 from plainrl.config import GRPOConfig, SFTConfig
+from plainrl.devices import SMALL_GPU_BYTES
 from plainrl.help import help_text
 from plainrl.records import Example, Response, Rollout, TokenizedExample, UserError
 from plainrl.shared_config import DTYPE_KEYS

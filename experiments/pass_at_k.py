@@ -21,6 +21,7 @@ from typing import Any
 from experiments.intervals import difference_and_half_width, mean_and_half_width
 from experiments.result_tables import put_table
 from experiments.sweep_results import as_text, read_table, write_rows
+from experiments.usage import PASS_AT_K, read_labels
 from plainrl.changes import with_defaults
 from plainrl.cli import read_yaml, require_one_process, run_main
 from plainrl.config import SFTConfig
@@ -47,26 +48,18 @@ COLUMNS = (
     *("variant", "seed", "k", *SETTINGS),
     *(f"{quantity}{end}" for quantity in QUANTITIES for end in ("", "_low", "_high")),
 )
-COMMAND = "python -m experiments.pass_at_k"
-OPTION = "--results="
 Row = Mapping[str, str]
 
 
 def main(arguments: list[str]) -> None:
     """Collect runs if any are named, then draw the figure and print the table."""
     require_one_process("pass_at_k")
-    named = [argument.removeprefix(OPTION) for argument in arguments if argument.startswith(OPTION)]
-    pairs = [argument.partition("=") for argument in arguments if not argument.startswith(OPTION)]
-    if not all(label and folder for label, _, folder in pairs):
-        raise UserError(
-            f"usage: {run_command(COMMAND)} [{OPTION}FOLDER] [LABEL=RUN ...], where RUN is the folder of a run"
-        )
-    results = Path(*named[-1:] or ["results"])
+    results, pairs = read_labels(arguments)
     if pairs:
-        collect([(label, Path(folder)) for label, _, folder in pairs], results)
+        collect(pairs, results)
     if not write_figure_and_table(results, results):
         raise UserError(
-            f"{results / NAME}/{NAME}.csv is not there; name runs to collect: {run_command(COMMAND)} LABEL=RUN"
+            f"{results / NAME}/{NAME}.csv is not there; name runs to collect: {run_command(PASS_AT_K)} LABEL=RUN"
         )
 
 

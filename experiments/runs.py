@@ -12,6 +12,7 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.usage import RUNS, check_runs
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, run_main
 from plainrl.clock import OF_RUN
@@ -26,27 +27,21 @@ from plainrl.run_folder import FINISHED, state_at_rest
 from plainrl.run_records import EVAL_SCORE, Line, plot_metrics, read_metrics
 
 MOST_SECONDS = 1e12  # what a time can show
-COMMAND = "python -m experiments.runs"
 
 
 def main(arguments: list[str]) -> None:
     """Print the table of runs, compare two, or write a page."""
-    if arguments[:1] == ["compare"] and len(arguments) in (3, 4):
+    check_runs(arguments)
+    if arguments[:1] == ["compare"]:
         one, other, *figure = map(Path, arguments[1:])
         if figure and figure[0].suffix != ".png":
             raise UserError(f"compare: the figure {figure[0]} is no .png; name it {figure[0].with_suffix('.png')}")
         print("\n".join(compare_settings(one, other)))  # before the figure, which it may not be possible to write
         print(f"curves: {draw_curves(one, other, *figure)}")
-    elif arguments[:1] == ["report"] and len(arguments) > 1:
+    elif arguments[:1] == ["report"]:
         print(f"page: {write_report(arguments[1:])}")
-    elif len(arguments) <= 1 and arguments not in (["--help"], ["-h"], ["report"], ["compare"]):
-        print(list_runs(Path(*arguments or ["runs"])))
     else:
-        command = run_command(COMMAND)
-        raise UserError(
-            f"usage: {command} [runs_dir], or {command} compare FOLDER FOLDER [FIGURE], or {command} report FOLDER ... "
-            "[PAGE.html]"
-        )
+        print(list_runs(Path(*arguments or ["runs"])))
 
 
 def list_runs(runs_dir: Path) -> str:
@@ -128,7 +123,7 @@ def draw_curves(one: Path, other: Path, figure: Path | None = None) -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"the figure {figure} cannot be written ({reason}); name another file: {run_command(COMMAND)} compare "
+            f"the figure {figure} cannot be written ({reason}); name another file: {run_command(RUNS)} compare "
             f"{one} {other} FIGURE.png"
         ) from None
     return figure
@@ -146,7 +141,7 @@ def write_report(arguments: Sequence[str]) -> Path:
     folders = [Path(argument) for argument in arguments if not argument.endswith(".html")]
     named = [Path(argument) for argument in arguments if argument.endswith(".html")]
     if not folders or len(named) > 1:
-        raise UserError(f"report: name one run or several, and at most one page: {run_command(COMMAND)} report FOLDER")
+        raise UserError(f"report: name one run or several, and at most one page: {run_command(RUNS)} report FOLDER")
     beside = folders[0].parent / f"report_{'_'.join(folder.name for folder in folders)}.html"
     path = named[0] if named else (folders[0] / NAME if len(folders) == 1 else beside)
     runs = [read_run(folder, state_of(folder)) for folder in folders]
@@ -155,7 +150,7 @@ def write_report(arguments: Sequence[str]) -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"the page {path} cannot be written ({reason}); name another file: {run_command(COMMAND)} report "
+            f"the page {path} cannot be written ({reason}); name another file: {run_command(RUNS)} report "
             f"{' '.join(map(str, folders))} PAGE.html"
         ) from None
 

@@ -15,7 +15,6 @@ written (see sweep_figures.py). If two runs in a row end with the same error, no
 With another preset than laptop the sweep is called <file>-<preset>. So no row mixes two kinds of machines.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -27,8 +26,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.sweep_figures import write_figures_and_table
-from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, defaults_of, plan
+from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, defaults_of
 from experiments.sweep_results import collect_run, forget_run, read_table
+from experiments.usage import SWEEP, plan_sweep
 from plainrl.changes import describe_changes, with_defaults
 from plainrl.cli import read_yaml, require_one_process, run_main, say
 from plainrl.devices import run_command
@@ -36,7 +36,6 @@ from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints, lock_folder
 from plainrl.run_records import read_metrics
 
-COMMAND = "python -m experiments.sweep"
 POLL_SECONDS = 0.5
 KEPT = {  # by keep_weights
     "none": "removed (keep_weights=last, best or all keeps some)",
@@ -49,13 +48,8 @@ KEPT = {  # by keep_weights
 def main(arguments: list[str]) -> None:
     """Print the plan, then run what is left of it."""
     require_one_process("a sweep")
-    options = parse_arguments(arguments)
-    gpus = re.findall(r"[^, ]+", options.gpus)
-    results, runs = plan(options.sweep, options.overrides, "one-gpu" if gpus else "auto")
-    order = list(dict.fromkeys(run.variant for run in runs))
-    for option in ("variant", "rerun"):
-        if unknown := set(getattr(options, option)) - set(order):
-            raise UserError(f"--{option} {min(unknown)}: {options.sweep} has {' '.join(order)}")
+    options, results, runs = plan_sweep(arguments)
+    gpus, order = options.gpus, list(dict.fromkeys(run.variant for run in runs))
     runs = [run for run in runs if run.variant in ([*options.variant, *options.rerun] or order)]
     again = [run for run in runs if run.variant in options.rerun]
     states = {run: "to do" if run in again else state_of(run, results) for run in runs}
@@ -79,25 +73,6 @@ def main(arguments: list[str]) -> None:
     if failures:
         print("\n".join(["failed:", *(f"  {run.log}: {line}" for run, line in failures.items())]), file=sys.stderr)
         sys.exit(1)
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=run_command(COMMAND), description="Run the variants and seeds of a sweep file."
-    )
-    parser.add_argument("sweep", type=Path, help="experiments/sweeps/NAME.yaml")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="for every run; seeds=[0]: only these seeds; keep_weights=none|last|best|all: of finished runs",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only print the runs, their states and estimated time")
-    parser.add_argument("--variant", action="append", default=[], help="run only this variant (may be repeated)")
-    parser.add_argument("--gpus", default="", help="0,1: one run at a time on each of these (CUDA_VISIBLE_DEVICES)")
-    parser.add_argument("--rerun", action="append", default=[], help="run this variant again (may be repeated)")
-    return parser.parse_intermixed_args(arguments)
 
 
 def state_of(run: Run, results: Path) -> str:
@@ -176,7 +151,7 @@ def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable
                 _note_end(run, process, started)
             # What is run again goes on, too, and nothing else is run.
             arguments = re.sub(r"--rerun([ =])", r"--variant\1", shlex.join(sys.argv[1:]))
-            say(f"to continue: {run_command(COMMAND)} {arguments}")
+            say(f"to continue: {run_command(SWEEP)} {arguments}")
     return failures
 
 

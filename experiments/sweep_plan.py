@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from plainrl.changes import is_setting, with_defaults
-from plainrl.checkpoint import fingerprint
 from plainrl.cli import read_yaml, resolve
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
 from plainrl.devices import choose_preset
@@ -27,9 +26,9 @@ from plainrl.help import blocks_of
 from plainrl.records import UserError
 from plainrl.shared_config import DTYPE_KEYS
 from plainrl.supplement_config import DPOConfig
-from plainrl.warm_start import YAML as WARM_START_YAML
 
 REPOSITORY = Path(__file__).parent.parent
+WARM_START_YAML = REPOSITORY / "config.yaml"
 EVALUATION_SCRIPT = "policy_evaluation.py"
 KEPT_WEIGHTS = Literal["none", "last", "best", "all"]
 SET_BY_THE_SWEEP = {"seed", "run_name", "resume", "resume_with_changes", "config"}
@@ -106,6 +105,8 @@ class Run:
     @property
     def fingerprint(self) -> str:
         """Two hashes, see the module's docstring. Committed results carry them."""
+        from plainrl.checkpoint import fingerprint  # here, because it imports torch
+
         of_settings = fingerprint([self.script, *sorted(self.settings.items())])[:12]
         return f"{of_settings}-{fingerprint(sorted(self.values.items()))[:12]}"
 

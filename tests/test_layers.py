@@ -185,7 +185,27 @@ def test_a_configuration_from_a_pipe_is_left_to_the_script(tmp_path):
     assert run_without_torch(arguments, tmp_path, piped="sed: 1")[:3] == (1, "", "torch was imported\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["sweep", "--help"], 0, ""),
+        (["sweep", "--dryrun"], 2, "usage: "),
+        (["sweep", "gone.yaml"], 2, "error: config = gone.yaml: "),
+        (["sweep", "experiments/sweeps/prompt.yaml", "sed=1"], 2, "error: experiments/sweeps/prompt.yaml, "),
+        (["sweep", "experiments/sweeps/prompt.yaml", "--variant", "x"], 2, "error: --variant x: experiments/sweeps/"),
+        (["runs", "--help"], 2, "error: usage: "),
+        (["runs", "compare", "a"], 2, "error: usage: "),
+        (["pass_at_k", "a"], 2, "error: usage: "),
+    ],
+)
+def test_a_wrong_argument_of_a_program_without_configuration_is_answered_at_once(arguments, status, message, tmp_path):
+    program, *others = arguments
+    returned, output, error, seconds = run_without_torch(["-m", f"experiments.{program}", *others], tmp_path)
+    assert (returned, bool(output)) == (status, status == 0) and error.startswith(message), error
+    assert seconds < 1.5  # a sweep resolves the settings of each of its runs
+
+
 def test_the_programs_of_others_are_left_alone(tmp_path):
     """A program that is not in the list reads its own arguments."""
-    status, _, error, _ = run_without_torch(["-m", "experiments.runs", "lerning_rate=1"], tmp_path)
+    status, _, error, _ = run_without_torch(["-m", "experiments.plot_results", "lerning_rate=1"], tmp_path)
     assert (status, error) == (1, "torch was imported\n")

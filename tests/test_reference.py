@@ -37,15 +37,17 @@ def move(model):
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("kind", ["all weights", "adapters", "working copy"])
-def test_a_moved_policy_is_scored_as_it_was(tiny_model, tmp_path, kind):
-    config, rollouts = tiny_config(kl_coefficient=0.1, lora_rank=4 * (kind == "adapters")), ragged_rollouts(tiny_model)
+def test_a_moved_policy_is_scored_as_it_was(tiny_model, tmp_path, kind, temperature):
+    settings = {"lora_rank": 4 * (kind == "adapters"), "sampling_temperature": temperature}
+    config, rollouts = tiny_config(kl_coefficient=0.1, **settings), ragged_rollouts(tiny_model)
     if kind == "adapters":
         add_adapters(tiny_model, config)
     if kind == "working copy":
         add_working_copy(tiny_model, "bfloat16")
     responses = [rollout.response for rollout in rollouts]
-    expected = [score["log_probs"] for score in score_responses(tiny_model, responses, 0, 4)]
+    expected = [score["log_probs"] for score in score_responses(tiny_model, responses, 0, 4, temperature)]
     reference = Reference(tiny_model, FolderOfRun(tmp_path), config)
     move(tiny_model)
     refresh_working_copy(tiny_model)
@@ -55,7 +57,7 @@ def test_a_moved_policy_is_scored_as_it_was(tiny_model, tmp_path, kind):
         assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
         for rollout, scores in zip(rollouts, expected, strict=True):
             torch.testing.assert_close(rollout.reference_log_probs, scores, atol=1e-5, rtol=0)
-    moved = score_responses(tiny_model, responses, 0, 4)
+    moved = score_responses(tiny_model, responses, 0, 4, temperature)
     assert any((score["log_probs"] - first).abs().max() > 1e-3 for score, first in zip(moved, expected, strict=True))
 
 

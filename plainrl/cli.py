@@ -303,12 +303,12 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except (UserError, RewardError) as error:
         _let_first_rank_speak()
-        say(f"{_of_rank()}error: {_as_one_line(str(error))}")
+        say(f"{of_rank()}error: {_as_one_line(str(error))}")
         _end_rank(2)
         sys.exit(2)
     except Stopped as stopped:
-        if not RANK:
-            say(f"stopped by {stopped}")
+        if _speaks_for_all():  # torchrun's signal may come while the loss of a rank is told
+            say(_describe_lost_rank(stopped.__context__) or f"stopped by {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt:
         if not RANK:
@@ -321,19 +321,20 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         if fault is None:
             raise
         _let_first_rank_speak()
-        say(f"{_of_rank()}error: {_as_one_line(fault)}")
+        say(f"{of_rank()}error: {_as_one_line(fault)}")
         _end_rank(2)
         sys.exit(2)
     except Exception as error:
         if NUM_RANKS == 1:
             raise
-        _let_first_rank_speak()
-        from plainrl.distributed import is_lost_rank  # torch is there by now, and only now
-
-        if is_lost_rank(error):
-            say(f"{_of_rank()}error: another rank has ended, or was not heard of in time ({first_line(error)})")
-        else:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        lost = _describe_lost_rank(error)
+        if not lost:
+            _let_first_rank_speak()
             traceback.print_exception(error)
+        elif _speaks_for_all():
+            say(lost)
         _end_rank(1)
     finally:
         _flush_output()
@@ -345,10 +346,26 @@ def _let_first_rank_speak() -> None:
 
     An error of this rank alone is said after that.
     """
-    if RANK:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        time.sleep(SECONDS_FOR_FIRST_RANK)
+    if not RANK:
+        _speaks_for_all()  # which the others are told
+        return
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(SECONDS_FOR_FIRST_RANK)
+
+
+def _speaks_for_all() -> bool:
+    """Return whether this rank says what all ranks met; see `distributed.speaks_for_all`. Alone it does."""
+    distributed = sys.modules.get("plainrl.distributed")  # before it is imported, the ranks do not know each other
+    return distributed.speaks_for_all(SECONDS_FOR_FIRST_RANK) if distributed else not RANK
+
+
+def _describe_lost_rank(error: BaseException | None) -> str:
+    """Return a line if an error only says that another rank has ended, else nothing."""
+    distributed = sys.modules.get("plainrl.distributed")
+    if error is None or distributed is None or not distributed.is_lost_rank(error):
+        return ""
+    return f"{of_rank()}error: another rank has ended, or was not heard of in time ({first_line(error)})"
 
 
 def _end_rank(status: int) -> None:
@@ -358,7 +375,8 @@ def _end_rank(status: int) -> None:
         os._exit(status)
 
 
-def _of_rank() -> str:
+def of_rank() -> str:
+    """Return what a line of this rank begins with. That of the first is empty."""
     return f"rank {RANK}: " if RANK else ""
 
 

@@ -23,8 +23,11 @@ from plainrl.startup import end_with_parent
 import datetime
 import os
 import pickle
+import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -287,8 +290,39 @@ def all_are_here() -> bool:
     return True
 
 
+def speaks_for_all(seconds: float) -> bool:
+    """Return whether this rank has to say what all ranks met. It is the first, or another one if that is silent.
+
+    What was said is noted in the store that the ranks met by. Only one of them is told to speak, and only once.
+
+    Args:
+        seconds: how long to wait for the first rank. torchrun, which ends all when one has ended, has to wait, too.
+    """
+    number = int(os.environ.get("RANK", "0"))
+    if not dist.is_initialized():
+        return number == 0
+    if number and threading.current_thread() is threading.main_thread():
+        for stop_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(stop_signal, signal.SIG_IGN)
+    key = f"plainrl/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    deadline = time.monotonic() + (seconds if number else 0.0)
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        while time.monotonic() < deadline and not store.check([key]):
+            time.sleep(0.1)
+        return store.add(key, 1) == 1
+    except RuntimeError:  # the store ended with the first rank or with torchrun
+        return number <= 1
+
+
 def shard(policy: "PreTrainedModel", device: str, compute_dtype: str, num_replicas: int = 1) -> None:
-    """Divide a policy's weights over the ranks, in place. With one process nothing is done.
+    """Divide a policy's weights over the ranks, as `divide_weights` does. With one process nothing is done."""
+    if num_ranks() > 1:
+        divide_weights(policy, device, compute_dtype, num_replicas)
+
+
+def divide_weights(policy: "PreTrainedModel", device: str, compute_dtype: str, num_replicas: int = 1) -> None:
+    """Divide a policy's weights over the ranks, in place. The ranks, also a single one, are a process group.
 
     Each block is gathered when it computes, and divided again afterwards. With a 16-bit compute dtype it is gathered in
     that dtype. What is divided stays float32: weights, gradients and moments.
@@ -300,8 +334,6 @@ def shard(policy: "PreTrainedModel", device: str, compute_dtype: str, num_replic
         num_replicas: how many times the weights exist. Between nodes, 1 replica each spares the slow network: gradients
             alone cross it.
     """
-    if num_ranks() == 1:
-        return
     # Imported here, because it takes two seconds.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 

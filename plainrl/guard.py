@@ -20,8 +20,8 @@ from typing import Self
 import torch
 
 from plainrl.checkpoint import TrainingState
-from plainrl.cli import handle_signals, restore_handlers, resume_command
-from plainrl.distributed import all_are_here, largest, num_ranks, rank
+from plainrl.cli import SECONDS_FOR_FIRST_RANK, handle_signals, of_rank, restore_handlers, resume_command
+from plainrl.distributed import all_are_here, largest, num_ranks, rank, speaks_for_all
 from plainrl.records import Stopped, UserError, first_line
 
 GRACE_SECONDS = 20.0  # how long a phase may go on after a signal; saving then ends within half a minute
@@ -136,12 +136,13 @@ def watched(
     def end_process() -> None:
         faulthandler.dump_traceback(file, all_threads=True)
         message = (
-            f"\nerror: {phase} took longer than its limit of {limit_seconds:g} seconds; the stacks of all threads are "
-            f"in {path}; raise the limit if it was only slow; to go on: {resume_command(folder)}\n"
+            f"\n{of_rank()}error: {phase} took longer than its limit of {limit_seconds:g} seconds; the stacks of all "
+            f"threads are in {path}; raise the limit if it was only slow; to go on: {resume_command(folder)}\n"
         )
         file.write(message)
         file.flush()
-        os.write(STDERR, message.encode())
+        if speaks_for_all(SECONDS_FOR_FIRST_RANK):
+            os.write(STDERR, message.encode())
         os._exit(HUNG_STATUS)
 
     started = time.perf_counter()

@@ -120,7 +120,7 @@ def kill(process: subprocess.Popen, chance: random.Random | None = None) -> None
     """
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     ranks = ranks_of(process) if children else []
-    victims = chance.choice([[process], ranks[-1:], ranks]) if chance else [process]
+    victims = chance.choice([[process], chance.sample(ranks, min(len(ranks), 1)), ranks]) if chance else [process]
     for victim in victims or [process]:
         victim.send_signal(signal.SIGKILL)
     process.wait()
@@ -173,7 +173,8 @@ def differences_to_rounding(one: Path, two: Path, factor: float = 1.0) -> list[s
     found += ["names of samples"] if names[0] != names[1] else []
     for name in set(names[0]) & set(names[1]):
         files = (path / "samples" / name for path in (one, two))
-        texts = [[json.loads(line)["response"] for line in file.open()] for file in files]
+        keys = ("response", "response_length", "finish_reason")
+        texts = [[[row.get(key) for key in keys] for row in map(json.loads, file.open())] for file in files]
         found += [f"texts of {name}"] if texts[0] != texts[1] else []
     weights, others = (
         {name: value for file in (path / "final").glob("*.safetensors") for name, value in load_file(file).items()}

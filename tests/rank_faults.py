@@ -1,4 +1,7 @@
-"""SFT by several ranks, without an engine, with a fault in its second step: `rank_faults.py FAULT [key=value ...]`."""
+"""SFT by several ranks, without an engine: `rank_faults.py VICTIM FAULT [key=value ...]`. The fault is in step 2.
+
+It prints when the fault begins, as `fault at SECONDS` since 1970.
+"""
 
 import itertools
 import os
@@ -13,7 +16,7 @@ import torch
 from tiny import FakeEvaluator
 
 import SFT_train
-from plainrl import cli, distributed
+from plainrl import cli, distributed, guard
 from plainrl.cli import run_main
 from plainrl.distributed import rank
 from plainrl.records import UserError
@@ -23,13 +26,17 @@ def raise_error(error):
     raise error
 
 
+VICTIMS = {"first": lambda: rank() == 0, "one": lambda: rank() == 1, "all": lambda: True}
 FAULTS = {
+    "none": lambda: None,
     "dies": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hangs": lambda: time.sleep(600),
     "has a bug": lambda: raise_error(ZeroDivisionError("a bug")),
     "runs out of memory": lambda: raise_error(torch.OutOfMemoryError("CUDA out of memory")),
     "meets a user's mistake": lambda: raise_error(UserError("a mistake; mend it")),
     "gets a signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "lets torchrun get a signal": lambda: os.kill(os.getppid(), signal.SIGTERM),
 }
 
 
@@ -41,13 +48,15 @@ def main(arguments):
     original, steps = SFT_train.accumulate_gradients, itertools.count(1)
 
     def with_fault(*args, **kwargs):
-        if next(steps) == 2 and (who == "all" or rank() == 1):
+        if next(steps) == 2 and VICTIMS[who]():
+            os.write(2, f"\nfault at {time.time()}\n".encode())
             FAULTS[fault]()
         return original(*args, **kwargs)
 
     SFT_train.accumulate_gradients, SFT_train.Evaluator = with_fault, FakeEvaluator
     SFT_train.check_devices = lambda config: None  # it would ask for the CPU build of vLLM, which no rank uses
-    distributed.SECONDS_TO_COME = cli.SECONDS_FOR_FIRST_RANK = 4.0  # ranks wait for each other: here, not for long
+    # Ranks wait for each other: here, not for long.
+    distributed.SECONDS_TO_COME = cli.SECONDS_FOR_FIRST_RANK = guard.SECONDS_FOR_FIRST_RANK = 4.0
     SFT_train.main(settings)
 
 

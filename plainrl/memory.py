@@ -9,7 +9,7 @@ the safe side. Without checkpointing, 4 F + 13 d are what the backward pass need
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from plainrl.config import TrainConfig
 from plainrl.distributed import divided_blocks, num_ranks
@@ -27,16 +27,19 @@ ADVICE = (
 
 
 def check_memory(model_config: PreTrainedConfig, config: TrainConfig) -> None:
-    """Compare the estimate for a model with the policy's GPU. On a CPU, nothing is done.
+    """Compare the estimates for a model with the policy's GPU, and with the engine's. On a CPU, nothing is done.
 
     A peak that only estimated parts push over the card's memory is printed as a warning.
 
     Raises:
-        UserError: weights, gradients, moments, copies in 16 bits and engine alone do not fit.
+        UserError: weights, gradients, moments, copies in 16 bits and engine alone do not fit, or the engine's share
+            of its GPU does not hold what it needs.
     """
+    if config.evaluator_device != "cpu":
+        check_engine_share(model_config, config, _card_gib(config.evaluator_device))
     if config.policy_device == "cpu":
         return
-    total = torch.cuda.get_device_properties(config.policy_device).total_memory / GIB
+    total = _card_gib(config.policy_device)
     peaks = estimate_peaks(model_config, config, total)
     for phase, parts in peaks.items():
         needed = sum(parts.values())
@@ -49,6 +52,46 @@ def check_memory(model_config: PreTrainedConfig, config: TrainConfig) -> None:
             if exact > total:
                 raise UserError(message)
             print(f"warning: {message}")
+
+
+def check_engine_share(model_config: PreTrainedConfig, config: TrainConfig, total: float) -> None:
+    """Raise a UserError if the engine's share of its GPU does not hold its weights and one context.
+
+    Args:
+        model_config, config: as in `estimate_engine_memory`.
+        total: memory of the engine's GPU, in GiB.
+    """
+    parts, share = estimate_engine_memory(model_config, config), config.gpu_memory_utilization * total
+    if sum(parts.values()) > share:
+        raise UserError(
+            f"gpu_memory_utilization = {config.gpu_memory_utilization:g}: that is {share:.1f} of the {total:.1f} GiB "
+            f"of {config.evaluator_device}, and the engine takes {sum(parts.values()):.1f} GiB at least: "
+            f"{', '.join(f'{name} {size:.1f}' for name, size in parts.items())}; raise it, lower max_context_tokens, "
+            "or use a smaller model"
+        )
+
+
+def estimate_engine_memory(model_config: Any, config: TrainConfig) -> dict[str, float]:
+    """Return what the engine must hold at least, in GiB: its weights, and keys and values of a row of full length.
+
+        weights b n / k    a context  2 L G D b T / k                                                     bytes
+
+    k ranks that share an engine, n parameters, b bytes of a number in `engine_dtype`, L blocks, G key-value heads, D
+    width of a head, T tokens of `max_context_tokens`. What an engine needs beside them to compute is not known.
+
+    Args:
+        model_config: of the model, as Transformers reads it.
+        config: precision and longest context of the engine.
+    """
+    text = model_config.get_text_config()
+    num_heads = text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    num_bytes = 4 if config.engine_dtype == "float32" else 2
+    of_a_token = 2 * text.num_hidden_layers * num_kv_heads * width
+    num_parameters = sum(parameter.numel() for parameter in _make_shape(model_config).parameters())
+    numbers = {"weights": num_parameters, "a context": of_a_token * config.max_context_tokens}
+    return {name: num_bytes * count / config.engine_tensor_parallel / GIB for name, count in numbers.items()}
 
 
 def estimate_peaks(model_config: Any, config: TrainConfig, total: float) -> dict[str, dict[str, float]]:
@@ -95,8 +138,7 @@ def estimate_training_memory(model_config: Any, config: TrainConfig, num_shards:
     text = model_config.get_text_config()
     width, num_blocks = text.hidden_size, text.num_hidden_layers
     feed_forward = getattr(text, "intermediate_size", None) or 4 * width
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    model = _make_shape(model_config)
     layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
     num_added = config.lora_rank * sum(layer.in_features + layer.out_features for layer in layers)
     most_tokens = config.microbatch_size * config.max_context_tokens
@@ -131,3 +173,13 @@ def estimate_training_memory(model_config: Any, config: TrainConfig, num_shards:
     }
     parts = {name: size / GIB for name, size in sizes.items()}
     return parts | ({"sleeping engine": SLEEPING_ENGINE_GIB} if config.shares_gpu else {})
+
+
+def _make_shape(model_config: Any) -> PreTrainedModel:
+    """Make a model that has no numbers, only their counts."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config)
+
+
+def _card_gib(device: str) -> float:
+    return torch.cuda.get_device_properties(device).total_memory / GIB

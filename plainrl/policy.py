@@ -70,6 +70,7 @@ def load_policy(
     model_config = read_model_config(folder, label)
     if for_training and isinstance(config, TrainConfig):
         check_memory(model_config, config)
+    _begin_on_gpu(config)
     rates = find_dropout(model_config)
     keeps_dropout = getattr(config, "dropout", False)  # a key of SFT alone
     if not keeps_dropout:
@@ -86,8 +87,6 @@ def load_policy(
         add_adapters(policy, of_adapters)
     if checkpoint:
         load_adapters(policy, checkpoint)
-    if config.policy_device != "cpu":  # with a mask, cuDNN's backward pass can give NaN (PyTorch issue 196678)
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if not is_empty(policy):
         policy.to(config.policy_device)  # pyright: ignore[reportArgumentType]
     obstacle = why_not_shared(policy)
@@ -103,6 +102,14 @@ def load_policy(
     cast(Any, policy.base_model).do_not_compile = True
     _choose_what_computes(policy.eval(), config, folder, label)
     return policy, tokenizer
+
+
+def _begin_on_gpu(config: RunConfig) -> None:
+    """If the policy's device is a GPU, say that loading begins, and choose among its kernels."""
+    if config.policy_device != "cpu":
+        print(f"loading the policy onto {config.policy_device}: {config.model}", flush=True)
+        # With a mask, cuDNN's backward pass can give NaN (PyTorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _choose_what_computes(policy: PreTrainedModel, config: RunConfig, folder: str, label: str) -> None:
@@ -153,6 +160,7 @@ def prepare_training(policy: PreTrainedModel, config: TrainConfig) -> torch.opti
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.compile_policy:  # the compiler chooses itself what is computed again
+        print("compile_policy = true: the first step compiles, which takes from half a minute to minutes", flush=True)
         compile_blocks(model)
     else:
         # Checkpointing computes them again anyhow. With adapters the last matmul would be computed again, too.

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from kill_and_resume import find_differences
+from kill_and_resume import find_differences, start
 from safetensors.torch import load_file
 from tiny import FakeEvaluator, expert_iteration_arguments, grpo_arguments, tiny_arguments
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
@@ -28,6 +28,7 @@ from plainrl.lora import (
     merged_state_dict,
     save_adapters,
 )
+from plainrl.model_files import resolve_model
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training
 from plainrl.precision import add_working_copy, working_copy
 from plainrl.prefix_tree import share_prefixes, shares_prefixes
@@ -337,13 +338,14 @@ def leave_as_after_a_kill(folder, copy, step):
             shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("name", ["SFT", "GRPO", "EI"])
+@pytest.mark.parametrize("name", ["SFT", "SFT in bfloat16", "GRPO", "EI"])
 def test_a_resumed_run_is_the_run_that_would_have_been(
     name, engine, tiny_model_folder, answering_model_folder, tmp_path, monkeypatch
 ):
     """Bit for bit, with the scripts. The model loads in plain Transformers, and training has changed it."""
     script, arguments_of, model, settings = {
         "SFT": (SFT_train, tiny_arguments, tiny_model_folder, {}),
+        "SFT in bfloat16": (SFT_train, tiny_arguments, tiny_model_folder, {"compute_dtype": "bfloat16"}),
         "GRPO": (
             GRPO_train,
             grpo_arguments,
@@ -359,7 +361,8 @@ def test_a_resumed_run_is_the_run_that_would_have_been(
     leave_as_after_a_kill(tmp_path / "straight", tmp_path / "killed", step=1)
     script.main([f"resume={tmp_path / 'killed'}"])
     differences = find_differences(tmp_path / "straight", tmp_path / "killed")
-    assert differences == (["samples/* differ"] if name == "SFT" else [])  # there are none without an engine
+    # Without an engine there are no samples.
+    assert differences == (["samples/* differ"] if script is SFT_train else [])
     checkpoints = sorted((tmp_path / "straight").glob("checkpoints/step_*"))
     assert len(checkpoints) == (2 if name == "EI" else 3)
     for checkpoint in checkpoints:
@@ -375,3 +378,34 @@ def test_a_resumed_run_is_the_run_that_would_have_been(
     shutil.rmtree(tmp_path / "killed" / "final")
     with pytest.raises(UserError, match="was made with lora_rank=4"):
         script.main([f"resume={tmp_path / 'killed'}", "lora_rank=8", "resume_with_changes=true"])
+
+
+def train_the_embedded_model(background):
+    """Two steps of SFT without an engine, and the same run as it was after the first, resumed."""
+    folder = background.new_folder("lora")
+    settings = {"run_name": "straight", "max_steps": 2, "eval_interval": 2, "checkpoint_interval": 1, "keep_last": 9}
+    settings |= {"lora_rank": 4, "lora_alpha": 8, "learning_rate": "1e-3", "train_batch_size": 2}
+
+    def run(*arguments):  # 0: it is not killed
+        return start("tests/gpu/train_without_engine.py", ["0", *arguments], folder / "log", background.start).wait()
+
+    statuses = [run(*tiny_arguments("smollm2-135m", folder, **settings))]
+    leave_as_after_a_kill(folder / "straight", folder / "killed", step=1)
+    return folder, [*statuses, run(f"resume={folder / 'killed'}")]
+
+
+@pytest.mark.background(job=train_the_embedded_model)
+def test_the_embedded_model_is_trained_resumed_and_loaded_by_transformers(background):
+    """Of the checkpoint's frozen weights some have changed by the adapters: those of the blocks' linear layers."""
+    folder, statuses = background.result(train_the_embedded_model)
+    log = (folder / "log").read_text()
+    assert statuses == [0, 0] and "going on after step 1" in log, log[-3000:]
+    assert find_differences(folder / "straight", folder / "killed") == ["samples/* differ"]  # there are none
+    first, trained = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).state_dict()
+        for name in (resolve_model("smollm2-135m"), folder / "killed/final")
+    )
+    changed = {name for name in first if not torch.equal(first[name], trained[name])}
+    assert first.keys() == trained.keys() and changed
+    assert all(name.startswith("model.layers.") and name.endswith("_proj.weight") for name in changed)
+    shutil.rmtree(folder)  # some GB

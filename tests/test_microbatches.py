@@ -1,5 +1,7 @@
 """Division into microbatches: both limits, what is counted, the tensors of each."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -60,6 +62,15 @@ def test_each_microbatch_holds_its_rows(tiny_model, shares, expected_plan):
             is_scored = expected["response_mask"]
             assert torch.equal(tree.token_ids[0, tree.scored_nodes], expected["input_ids"][is_scored])
             assert torch.equal(expected["labels"].flatten()[tree.scored], expected["labels"][is_scored])
+
+
+def test_trees_are_built_before_their_tensors_move(monkeypatch):
+    """On a GPU, building one would wait for the GPU at each token. No number can be read on the device meta at all."""
+    policy = SimpleNamespace(device=torch.device("meta"))
+    monkeypatch.setattr("plainrl.microbatches.shares_prefixes", lambda policy: True)
+    (part,) = microbatches(policy, [[1, 2], [1, 3]], [[4], [5]], padding_id=0, max_rows=2)
+    tree = part.tensors["prefix_tree"]
+    assert tree.token_ids.shape == (1, 3) and tree.token_ids.device == part.tensors["labels"].device == policy.device
 
 
 def test_padded_rows_count_as_much_as_the_longest():

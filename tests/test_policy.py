@@ -75,6 +75,22 @@ def test_a_policy_is_ready_for_the_engines_changes_to_its_class(tiny_model_folde
     assert policy.base_model.do_not_compile is True
 
 
+def test_what_takes_long_on_a_gpu_is_said_before_it_begins(tiny_model_folder, monkeypatch, capsys):
+    """Moving the weights and compiling are replaced. On the CPU, loading says nothing."""
+    monkeypatch.setattr("transformers.PreTrainedModel.to", lambda model, device: model)
+    monkeypatch.setattr("plainrl.policy.compile_blocks", lambda model: None)
+    settings = {"model": tiny_model_folder, "compute_dtype": "float32", **SHORT}
+    on_gpu = SFTConfig(policy_device="cuda:0", compile_policy=True, **settings)
+    load_policy(SFTConfig(**settings))
+    assert capsys.readouterr().out == ""
+    policy, _ = load_policy(on_gpu, for_training=False)  # so that no card is asked for its memory
+    assert capsys.readouterr().out == f"loading the policy onto cuda:0: {tiny_model_folder}\n"
+    prepare_training(policy, on_gpu.model_copy(update={"compile_policy": False}))
+    assert capsys.readouterr().out == ""
+    prepare_training(policy, on_gpu)
+    assert capsys.readouterr().out.startswith("compile_policy = true: the first step compiles, which takes")
+
+
 def test_a_policy_without_blocks_is_not_compiled():
     """GPT-2's blocks have another name than Llama's."""
     policy = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, vocab_size=64))

@@ -329,3 +329,19 @@ def test_the_seed_of_a_run_does_not_reach_its_evaluations(monkeypatch, tokenizer
         evaluator.config, evaluator.llm, evaluator.tokenizer = SFTConfig(seed=seed), None, tokenizer
         evaluator._measure(None, [], tmp_path / "x")
     assert seen == [0, 0]
+
+
+def test_evaluations_ask_for_no_log_probs(tokenizer, monkeypatch):
+    """They take the engine's time, and nothing here reads them."""
+    asked = []
+
+    def sample(llm, prompt_ids, params, seeds, with_log_probs=True):
+        asked.append(with_log_probs)
+        return [Response(ids, "", [5], [], "stop") for ids in prompt_ids]
+
+    def reward_fn(response, truth):
+        return dict.fromkeys(("format_reward", "answer_reward", "reward"), 0.0)
+
+    monkeypatch.setattr("policy_evaluation.sample_responses", sample)
+    evaluate_vllm(None, reward_fn, QUESTIONS, None, ["1"] * 6, tokenizer=tokenizer)
+    assert asked == [False]

@@ -33,10 +33,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from plainrl.devices import free_bytes
-from plainrl.distributed import divide, exchange, num_ranks, on_first, rank, together, whole
+from plainrl.distributed import exchange, num_ranks, on_first, rank, read_share, together, whole
 from plainrl.lora import merged_model, save_adapters
 from plainrl.records import UserError
 
@@ -332,8 +333,7 @@ def restore(path: Path, state: TrainingState) -> None:
             f"{path} was made with other training data (another file content, tokenizer or number of examples): "
             "start a new run; to keep the weights, name its model/ folder as model"
         )
-    tensors = {name: part for file in path.glob("optimizer*.safetensors") for name, part in load_file(file).items()}
-    load_optimizer_tensors(tensors, state.policy, state.optimizer)
+    load_optimizer_files(path.glob("optimizer*.safetensors"), state.policy, state.optimizer)
     set_random_states(record["random_states"])
     if state.order is not None:
         state.order.load_state_dict(record.get("data_order", {}), record["step"])
@@ -352,18 +352,24 @@ def optimizer_tensors(policy: "PreTrainedModel", optimizer: torch.optim.Optimize
     }
 
 
-def load_optimizer_tensors(
-    tensors: Mapping[str, torch.Tensor], policy: "PreTrainedModel", optimizer: torch.optim.Optimizer
-) -> None:
-    """Load tensors that `optimizer_tensors` returned into an optimizer of the same parameters."""
+def load_optimizer_files(files: Iterable[Path], policy: "PreTrainedModel", optimizer: torch.optim.Optimizer) -> None:
+    """Load files of tensors that `optimizer_tensors` returned into an optimizer of the same parameters.
+
+    Each rank reads its share alone, one tensor at a time.
+    """
     parameters = dict(policy.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     indices = {name: index for index, name in enumerate(ordered)}  # the optimizer counts through its groups
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        key, _, name = full_name.partition(".")
-        state.setdefault(indices[name], {})[key] = divide(tensor, parameters[name]) if tensor.ndim else tensor
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for full_name in tensors.keys():  # noqa: SIM118  # the file is no dictionary
+                key, _, name = full_name.partition(".")
+                stored = tensors.get_slice(full_name)
+                is_number = not stored.get_shape()  # the count of steps
+                part = tensors.get_tensor(full_name) if is_number else read_share(stored, parameters[name])
+                state.setdefault(indices[name], {})[key] = part
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

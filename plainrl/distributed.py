@@ -376,14 +376,22 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def divide(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that all ranks have whole, divided as another one is."""
-    if not hasattr(like, "placements"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def read_share(stored: Any, like: Tensor) -> Tensor:
+    """Return this rank's part of a tensor in a safetensors file, divided as another one is, and on its device.
 
-    parts = cast(Any, like)
-    return distribute_tensor(tensor.to(parts.device), parts.device_mesh, parts.placements, src_data_rank=None)
+    Args:
+        stored: what `get_slice` of the open file returned. Only the part is read.
+        like: another tensor of that shape.
+    """
+    if not hasattr(like, "placements"):
+        return stored[:].to(like.device)
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = cast(Any, like).device_mesh, cast(Any, like).placements
+    shape, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
+    part = stored[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))].to(like.device)
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _portable(error: Exception) -> Exception:

@@ -10,24 +10,50 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
-from test_GRPO_train import LENGTH_NORMALIZATIONS, LOSS_TYPES, ragged_rollouts, tiny_config
+from test_GRPO_train import ragged_rollouts, tiny_config
 
-from GRPO_train import accumulate_gradients
+import GRPO_train
+import SFT_helper
+import SFT_train
+from GRPO_helper import LENGTH_NORMALIZATIONS, LOSSES
 from plainrl import distributed
 from plainrl import policy as policy_module
+from plainrl.config import SFTConfig
+from plainrl.corrections import ENGINE_CORRECTIONS, KL_ESTIMATORS, RATIO_LEVELS
 from plainrl.policy import load_policy, parameter_groups, prepare_training
+from plainrl.records import TokenizedExample
+from plainrl.supplement_config import DPOConfig
+from supplement import DPO_train
+from supplement.preference_data import TokenizedPair
+from supplement.preference_scores import PairScore
 
+CLIP = {"loss_type": "grpo_clip"}
+# A key, the table of its names, and what else is set. Its cases have all names, also those that are added later.
+TABLES = [
+    ("ratio_level", RATIO_LEVELS, CLIP),
+    ("engine_correction", ENGINE_CORRECTIONS, CLIP | {"sampling_min_tokens": 0, "engine_correction_cap": 1.1}),
+    ("kl_estimator", KL_ESTIMATORS, {"kl_coefficient": 0.1}),
+]
 # name -> settings, and how many of the rollouts are in the step
-CASES = {f"{loss} {length}": ({"loss_type": loss, "length_normalization": length}, 8) for loss in LOSS_TYPES
-         for length in LENGTH_NORMALIZATIONS}  # fmt: skip
+CASES = {
+    f"{loss} {length}": ({"loss_type": loss, "length_normalization": length, "ratio_cap": 1.1}, 8)
+    for loss in LOSSES
+    for length in LENGTH_NORMALIZATIONS
+}
+CASES |= {f"{key} {name}": (others | {key: name}, 8) for key, table, others in TABLES for name in table}
+# 7 rows by two ranks: one microbatch is repeated with weight 0
+CASES |= {f"SFT {name}": ({"length_normalization": name}, 7) for name in SFT_helper.LENGTH_NORMALIZATIONS}
 CASES |= {
+    "DPO": ({}, 6),  # 3 pairs
+    "cliprange_high": (CLIP | {"cliprange": 0.1, "cliprange_high": 0.3}, 8),
+    "cliprange_dual": (CLIP | {"cliprange_dual": 1.2}, 8),
     "another division into microbatches": ({"gradient_accumulation_steps": 1}, 8),
     "few tokens a microbatch": ({"microbatch_tokens": 24}, 8),
     "fewer rows than ranks": ({}, 1),
     "nothing to learn": ({}, 0),
     "entropy term": ({"entropy_coefficient": 0.1}, 8),
-    "engine correction": ({"engine_correction": "token_truncate", "sampling_min_tokens": 0}, 8),
     "compute_dtype bfloat16": ({"compute_dtype": "bfloat16"}, 8),
     "gradient_checkpointing": ({"gradient_checkpointing": True}, 8),
     "num_replicas": ({"num_replicas": 2}, 8),
@@ -36,9 +62,55 @@ CASES |= {
 
 def config_of(model, settings):
     settings = {"gradient_accumulation_steps": 8} | settings  # alone and by two ranks one row a microbatch
-    on_policy = settings.get("loss_type", "reinforce_with_baseline") in ("no_baseline", "reinforce_with_baseline")
-    epochs = 1 if on_policy else 2
+    needs_ratio = "old_log_probs" in LOSSES[settings.get("loss_type", "reinforce_with_baseline")].needs
+    epochs = 2 if needs_ratio else 1
     return tiny_config(model=model, epochs_per_rollout_batch=epochs, max_context_tokens=512, **settings)
+
+
+def rollouts_of(policy):
+    """Rollouts whose log-probs by engine and reference differ from the old ones, so that each correction counts."""
+    rollouts, generator = ragged_rollouts(policy), torch.Generator().manual_seed(1)
+    for row in rollouts:
+        noise = 0.2 * torch.randn(2, len(row.old_log_probs), generator=generator)
+        row.response = row.response._replace(log_probs=(row.old_log_probs + noise[0]).tolist())
+        row.reference_log_probs = row.old_log_probs + noise[1]
+    return rollouts
+
+
+def accumulate(name, policy, rollouts, config):
+    """Add the gradients of a case by the script that its name begins with. Return its sums, or its metrics as sums."""
+    rows = [(row.response.prompt_ids, row.response.token_ids) for row in rollouts]
+    sizes = {"model": config.model, "train_batch_size": 8, "gradient_accumulation_steps": 8}
+    if name.startswith("SFT"):
+        settings = SFTConfig(length_normalization=name.removeprefix("SFT "), **sizes)
+        examples = [TokenizedExample(rollout.example, *row) for rollout, row in zip(rollouts, rows, strict=True)]
+        metrics = SFT_train.accumulate_gradients(policy, examples, 0, settings)
+    elif name == "DPO":
+        pairs = [TokenizedPair(None, *one, other[1]) for one, other in zip(rows[::2], rows[1::2], strict=True)]
+        references = [PairScore(-20.0, -30.0)] * len(pairs)
+        metrics = DPO_train.accumulate_gradients(policy, pairs, references, 0, DPOConfig(**sizes))
+    else:
+        return GRPO_train.accumulate_gradients(policy, rollouts, 0, config)
+    return metrics | {"loss": metrics["train/loss"], "num_tokens": metrics["train/num_response_tokens"]}
+
+
+def timeouts_of(policies):
+    """How long a rank waits for the others, in seconds, by the kind of its process groups."""
+    if distributed.num_ranks() == 1:
+        return {}
+    meshes = [next(policy.parameters()).device_mesh for policy in policies]
+    groups = {
+        "tensors": [dist.group.WORLD],
+        "objects": [distributed._world.objects],
+        "patient": [distributed._world.patient],
+        "meshes": [group for mesh in meshes for group in mesh.get_all_groups()],
+        "replicas": [group for mesh in meshes if mesh.ndim == 2 for group in mesh.get_all_groups()],
+    }
+    cpu = torch.device("cpu")
+    return {
+        kind: [group._get_backend(cpu).options._timeout.total_seconds() for group in of_kind]
+        for kind, of_kind in groups.items()
+    }
 
 
 def main(model, folder):
@@ -46,27 +118,27 @@ def main(model, folder):
     distributed.join(first)
     if distributed.num_ranks() > 1:
         policy_module.load_weights = None  # each rank reads its share alone
-    sums = {}
-    loaded = {}
+    sums, loaded = {}, {}
     for name, (settings, num_rows) in CASES.items():
         if settings.get("num_replicas", 1) > distributed.num_ranks():
             settings = {}
-        config = config_of(model, settings)
+        of_script = {} if name.startswith("SFT") else settings
+        config = config_of(model, of_script)
         key = (config.compute_dtype, config.gradient_checkpointing, config.num_replicas)
         if key not in loaded:
-            loaded[key], _ = load_policy(config)
-            prepare_training(loaded[key], config)
-        policy = loaded[key]
+            policy, _ = load_policy(config)
+            prepare_training(policy, config)
+            loaded[key] = policy, rollouts_of(policy)
+        policy, rollouts = loaded[key]
         policy.zero_grad()
         policy.train()
-        rollouts = ragged_rollouts(policy)[:num_rows]
-        sums[name] = accumulate_gradients(policy, rollouts, 0, config)
+        sums[name] = accumulate(name, policy, rollouts[:num_rows], config)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1e9).item()
         sums[name]["grad_norm"] = distributed.largest(norm)
         gradients = {key: distributed.whole(p.grad).contiguous() for key, p in policy.named_parameters()}
         if distributed.rank() == 0:
             save_file(gradients, Path(folder) / f"{name}.safetensors")
-    policy = next(iter(loaded.values()))
+    policy, _ = next(iter(loaded.values()))
     optimizer = torch.optim.AdamW(parameter_groups(policy), lr=1e-3)
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
@@ -77,8 +149,15 @@ def main(model, folder):
     }
     sizes = {name: sum(distributed.local(part).numel() for part in tensors) for name, tensors in parts.items()}
     by_rank = distributed.exchange(sizes)
+    limits = [value for name, value in first if name.startswith("max_") and name.endswith("_seconds")]
+    found = {
+        "sums": sums,
+        "held": by_rank,
+        "limits": limits,
+        "timeouts": timeouts_of([one for one, _ in loaded.values()]),
+    }
     if distributed.rank() == 0:
-        (Path(folder) / "sums.json").write_text(json.dumps({"sums": sums, "held": by_rank}))
+        (Path(folder) / "sums.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Several ranks are one process, to rounding: dealing, gradients, whole runs with the real engine, faults."""
 
 import contextlib
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,9 +17,10 @@ import rank_gradients
 import torch
 from kill_and_resume import TORCHRUN, differences_to_rounding, find_differences, ranks_of
 from safetensors.torch import load_file, save_file
-from tiny import REPOSITORY, grpo_arguments, tiny_arguments
+from tiny import REPOSITORY, grpo_arguments, read_lines, tiny_arguments, train_rows
+from transformers import AutoModelForCausalLM
 
-from plainrl import cli, distributed
+from plainrl import devices, distributed, startup
 from plainrl.microbatches import plan_microbatches
 from plainrl.records import UserError
 
@@ -31,10 +34,12 @@ GRPO = {
     "eval_interval": 2,
     "checkpoint_interval": 1,
     "keep_last": 9,
+    "num_logged_groups": 16,  # all: the samples of every engine are compared
 }
 OFF_POLICY = GRPO | {"loss_type": "grpo_clip", "train_batch_size": 32}
 AHEAD = GRPO | {"rollouts_ahead": 1, "engine_correction": "token_truncate", "n_grpo_steps": 4}
-SECONDS_TO_END = 150
+SECONDS_TO_END = 600  # of a start, on a machine that is busy
+SECONDS_AFTER_FAULT = 120
 
 
 def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, torchrun_options=(), **options):
@@ -65,7 +70,7 @@ def run_plan(num_ranks, background, is_ahead=False):
     (folder / "plan.json").write_text(json.dumps(plan))
     log = folder / "log"
     process = start(num_ranks, "tests/run_scripts.py", folder / "plan.json", log=log, start_process=background.start)
-    assert process.wait() == 0, log.read_text()[-3000:]
+    assert end(process, log, seconds=1200) == 0, log.read_text()[-3000:]
     return folder
 
 
@@ -100,8 +105,10 @@ def test_two_ranks_are_one_process_to_rounding(name, background, answering_model
     one, two = background.result(run_alone) / name, background.result(run_as_two_ranks) / name
     assert differences_to_rounding(one, two) == []
     rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
+    assert all(0.5 < row["train/rank_efficiency"] <= 1 for row in rows if "train/loss" in row)
     if name != "sft":
-        assert all(0.5 < row["train/rank_efficiency"] <= 1 for row in rows if "train/loss" in row)
+        rollouts = [read_lines(file) for file in (two / "samples").glob("rollout*")]
+        assert rollouts and all(len(lines) == 64 for lines in rollouts)
     before, after = tensors_in(Path(answering_model_folder)), tensors_in(two / "final")
     assert any(not torch.equal(before[key], after[key]) for key in before)  # there was something to compute
     assert (two.parent / "log").read_text().count("first 8 of 11 questions: ") == 1  # of SFT, by one of the ranks
@@ -122,6 +129,27 @@ def test_two_ranks_that_sample_ahead_are_one_process_to_rounding(background):
     assert differences_to_rounding(one, two) == []
     rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
     assert [row["rollout/policy_lag"] for row in rows if "rollout/policy_lag" in row] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("experiments.benchmark.__main__", []),
+        ("experiments.chat", []),
+        ("experiments.pass_at_k", []),
+        ("experiments.plot_results", []),
+        ("experiments.sweep", ["sweep.yaml"]),
+        ("supplement.evaluate_benchmark", ["benchmark=gsm8k"]),
+        ("supplement.preference_data", ["pairs.jsonl"]),
+    ],
+)
+def test_programs_for_one_process_refuse_several_ranks(program, arguments, monkeypatch, tmp_path):
+    """They would write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="runs in one process: start it without torchrun"):
+        importlib.import_module(program).main(arguments)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -148,10 +176,11 @@ def test_by_torchrun_auto_is_a_preset_for_one_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     found = []
     for number in (1, 2):
-        monkeypatch.setattr(cli, "NUM_RANKS", number)
-        found.append(cli.choose_preset())
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(number))
+        monkeypatch.setenv(startup.NUM_GPUS_VARIABLE, "8")
+        found.append(devices.choose_preset())
     assert [preset for preset, _ in found] == ["two-gpu", "one-gpu"]
-    assert "1 used" in found[1][1]
+    assert found[1][1].startswith("2 ranks use 2 of 8 CUDA devices of this machine, memory 80.0")
 
 
 def test_differences_beyond_rounding_are_found(tmp_path):
@@ -185,7 +214,7 @@ def gradients(answering_model_folder, tmp_path_factory):
         program = "tests/rank_gradients.py"
         processes.append(start(num_ranks, program, answering_model_folder, folders[-1], log=log))
     for folder, process in zip(folders, processes, strict=True):
-        assert process.wait(timeout=300) == 0, (folder / "log").read_text()[-3000:]
+        assert end(process, folder / "log", seconds=600) == 0, (folder / "log").read_text()[-3000:]
     return folders
 
 
@@ -198,6 +227,8 @@ def test_the_gradient_is_the_same_by_two_ranks(case, gradients):
     rounding = 2e-6 if "another division" in case else 1e-6
     assert (first - second).norm() <= (0.05 if is_half else rounding) * first.norm()
     sums = [json.loads((folder / "sums.json").read_text())["sums"][case] for folder in gradients]
+    if case == "DPO" or case.startswith("SFT"):
+        assert "train/rank_efficiency" not in sums[0] and 0.5 < sums[1]["train/rank_efficiency"] < 1
     assert sums[0]["num_tokens"] == sums[1]["num_tokens"]
     assert sums[0]["loss"] == pytest.approx(sums[1]["loss"], rel=0.05 if is_half else 1e-5, abs=1e-7)
     assert sums[0]["grad_norm"] == pytest.approx(sums[1]["grad_norm"], rel=0.05 if is_half else 1e-5, abs=1e-9)
@@ -208,6 +239,15 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(gradients):
     for name, size in alone[0].items():
         assert sum(part[name] for part in by_two) == size
         assert max(part[name] for part in by_two) <= 0.51 * size
+
+
+def test_no_rank_waits_much_longer_for_the_others_than_a_phase_may_last(gradients):
+    """Longer waits only who waits for what has no limit, such as a warm start."""
+    found = json.loads((gradients[1] / "sums.json").read_text())
+    longest, patient = max(found["limits"]), found["timeouts"].pop("patient")
+    assert len(found["limits"]) >= 5 and len(found["timeouts"]["replicas"]) == 2
+    assert all(longest < value <= longest + 600 for values in found["timeouts"].values() for value in values)
+    assert min(patient) > 24 * 3600
 
 
 def test_dealt_items_are_gathered_in_their_order(monkeypatch):
@@ -262,50 +302,71 @@ def test_a_child_that_runs_alone_finds_nothing_of_torchrun(monkeypatch):
     assert found["MINE"] == "1" and not names & found.keys()
 
 
-def run_fault(who, fault, model, folder, **settings):
-    """Run SFT by two ranks with a fault; return what was printed, the checkpoints and the seconds it took."""
-    values = {"run_name": "run", "max_steps": 4, "checkpoint_interval": 1, "keep_last": 9} | settings
-    log, started = folder / "log", time.monotonic()
-    process = start(2, "tests/rank_faults.py", who, fault, *tiny_arguments(model, folder, **values), log=log)
+def end(process, log, seconds=SECONDS_TO_END):
+    """Wait for a process that torchrun may be, and return its status. Kill it and its own if it does not end."""
     children = {}
-    while process.poll() is None:
-        children |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
-        if time.monotonic() - started > SECONDS_TO_END:
-            for hung in [process, *children.values()]:
+    deadline = time.monotonic() + seconds
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+            if time.monotonic() > deadline:
+                pytest.fail(f"nothing ended: {Path(log).read_text()[-3000:]}")
+            time.sleep(0.05)
+        assert not [child for child in children.values() if child.is_running()]
+        return process.returncode
+    finally:
+        for hung in [process, *children.values()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 hung.kill()
-            pytest.fail(f"nothing ended: {log.read_text()[-3000:]}")
-        time.sleep(0.05)
-    assert len(children) >= 2 and not [child for child in children.values() if child.is_running()]
-    assert process.returncode == 1
-    saved = sorted(path.name for path in folder.glob("run/checkpoints/step_*"))
-    return log.read_text(), saved, time.monotonic() - started
+
+
+def run_fault(who, fault, model, folder, **settings):
+    """Run SFT by two ranks with a fault; return what was printed, and the checkpoints."""
+    values = {"run_name": "run", "max_steps": 4, "checkpoint_interval": 1, "keep_last": 9} | settings
+    log, arguments = folder / "log", tiny_arguments(model, folder, **values)
+    options = ["--shutdown-timeout", "12"]  # after which torchrun kills what its signal does not end
+    process = start(2, "tests/rank_faults.py", who, fault, *arguments, log=log, torchrun_options=options)
+    assert end(process, log) == 1
+    text, now = log.read_text(), time.time()
+    begun = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("fault at ")]
+    assert len(begun) == (2 if who == "all" else 1) or "=" in fault, text[-3000:]
+    assert all(now - moment < SECONDS_AFTER_FAULT for moment in begun), f"{now - begun[0]:.0f} seconds"
+    return text, sorted(path.name for path in folder.glob("run/checkpoints/step_*"))
 
 
 def said(text):
-    """The error lines and the tracebacks of the ranks, without what torchrun says about them."""
-    errors = [line for line in text.splitlines() if line.startswith(("error: ", "rank 1: error: "))]
+    """The error lines and the tracebacks of the ranks, without what torchrun and torch ([W...]) say about them."""
+    lines = [line for line in text.splitlines() if not line.startswith("[")]
+    errors = [found.group() for line in lines if (found := re.search(r"(rank \d+: )?\berror: .*", line))]
     tracebacks = text.count("Traceback (most recent call last)") - text.count("raise ChildFailedError")
     return errors, tracebacks
+
+
+LOST = "error: another rank has ended"
 
 
 @pytest.mark.parametrize(
     ("who", "fault", "lines", "num_tracebacks"),
     [
-        ("one", "dies", ["error: another rank has ended"], 0),
-        ("one", "has a bug", ["error: another rank has ended"], 1),
-        ("one", "runs out of memory", ["rank 1: error: out of memory", "error: another rank has ended"], 0),
-        ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", "error: another rank has ended"], 0),
+        ("one", "dies", [LOST], 0),
+        ("first", "dies", [f"rank 1: {LOST}"], 0),
+        ("one", "has a bug", [LOST], 1),
+        ("first", "has a bug", [], 1),
+        ("one", "runs out of memory", ["rank 1: error: out of memory", LOST], 0),
+        ("first", "runs out of memory", ["error: out of memory"], 0),
+        ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", LOST], 0),
+        ("first", "meets a user's mistake", ["error: a mistake; mend it"], 0),
         ("all", "meets a user's mistake", ["error: a mistake; mend it"], 0),
         ("all", "runs out of memory", ["error: out of memory"], 0),
     ],
 )
 def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_tracebacks, tiny_model_folder, tmp_path):
-    text, saved, _ = run_fault(who, fault, tiny_model_folder, tmp_path)
+    """An error of another rank than the first is said by it, and what follows from it by the first."""
+    text, saved = run_fault(who, fault, tiny_model_folder, tmp_path)
     errors, tracebacks = said(text)
-    assert len(errors) <= len(lines) and all(any(e.startswith(line) for line in lines) for e in errors), text[-3000:]
-    assert errors or "stopped by SIGTERM" in text, text[-3000:]  # torchrun's signal may come before its own error
-    if lines[0].startswith("rank 1: "):  # it speaks before it ends, perhaps in the line of a progress bar
-        assert lines[0] in text
+    assert len(errors) == len(lines), text[-3000:]
+    assert all(error.startswith(line) for error, line in zip(errors, lines, strict=True)), text[-3000:]
     assert tracebacks == num_tracebacks, text[-3000:]
     assert saved == ["step_000001"]
 
@@ -313,7 +374,7 @@ def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_traceback
 @pytest.mark.parametrize("setting", ["seed=1", "learning_rate=0.05"])
 def test_ranks_with_other_settings_are_refused(setting, tiny_model_folder, tmp_path):
     """As on a node with another YAML file. What the ranks decide alike they must be told alike."""
-    text, saved, _ = run_fault("one", setting, tiny_model_folder, tmp_path)
+    text, saved = run_fault("one", setting, tiny_model_folder, tmp_path)
     errors, tracebacks = said(text)
     assert any("has another configuration than the first" in error for error in errors) and not tracebacks, text[-3000:]
     assert not saved
@@ -334,17 +395,46 @@ def test_ranks_end_with_torchrun_also_while_they_start(num_ranks, tiny_model_fol
     assert not (tmp_path / "run/metrics.jsonl").exists(), "they had not got far"
 
 
-def test_a_rank_that_hangs_is_ended_at_the_limit(tiny_model_folder, tmp_path):
-    text, saved, _ = run_fault("one", "hangs", tiny_model_folder, tmp_path, max_train_seconds=5)
-    assert "train took longer than its limit of 5 seconds" in text
+@pytest.mark.parametrize(("who", "fault"), [("one", "hangs"), ("one", "is stopped"), ("first", "is stopped")])
+def test_a_rank_that_hangs_is_ended_at_the_limit(who, fault, tiny_model_folder, tmp_path):
+    """A stopped process cannot end itself: another one does, and torchrun kills it."""
+    text, saved = run_fault(who, fault, tiny_model_folder, tmp_path, max_train_seconds=5)
+    errors, tracebacks = said(text)
+    assert len(errors) == 1 and not tracebacks, text[-3000:]
+    assert errors[0].removeprefix("rank 1: ").startswith("error: train took longer than its limit of 5 seconds")
     assert saved == ["step_000001"]
     assert list(tmp_path.glob("run/stacks_train*.txt"))
 
 
-def test_a_signal_to_one_rank_stops_all_and_saves(tiny_model_folder, tmp_path):
-    text, saved, _ = run_fault("one", "gets a signal", tiny_model_folder, tmp_path)
-    assert "stopped by SIGTERM" in text and said(text) == ([], 0), text[-3000:]
+@pytest.mark.parametrize("fault", ["gets a signal", "lets torchrun get a signal"])
+def test_a_signal_stops_all_and_saves(fault, tiny_model_folder, tmp_path):
+    text, saved = run_fault("one", fault, tiny_model_folder, tmp_path)
+    assert text.count("stopped by SIGTERM") == 1 and said(text) == ([], 0), text[-3000:]
     assert saved == ["step_000001", "step_000002"]
+
+
+def test_a_run_saved_by_any_number_of_ranks_is_resumed_by_another(tiny_model_folder, tmp_path):
+    """By 2 ranks, by 4, by 1, and by 2 again. A signal ends each start in its second step; the last one finishes."""
+    settings = {"max_steps": 7, "gradient_accumulation_steps": 4, "resume": "auto"}
+    settings |= {"checkpoint_interval": 100, "eval_interval": 100}  # an evaluation draws the run's figure
+    log, program = tmp_path / "log", "tests/rank_faults.py"
+    for run, fault, starts in (("alone", "none", [0]), ("resumed", "gets a signal", [2, 4, 1, 2])):
+        arguments = ["all", fault, *tiny_arguments(tiny_model_folder, tmp_path, run_name=run, **settings)]
+        for number, num_ranks in enumerate(starts, 1):
+            status = end(start(num_ranks, program, *arguments, log=log), log)
+            assert (status == 0) == (number == len(starts)), log.read_text()[-3000:]
+    assert [f"going on after step {step}" in log.read_text() for step in (2, 4, 6)] == [True] * 3
+    alone, resumed = tmp_path / "alone", tmp_path / "resumed"
+    assert len(train_rows(alone)) == 7 and differences_to_rounding(alone, resumed) == []
+    assert len(list((resumed / "final").glob("*.safetensors"))) == 2  # its last start was by two ranks
+    models = []
+    for folder in (alone, resumed):
+        model, found = AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
+        assert not any(found.values())
+        models.append(model.state_dict())
+    assert models[0].keys() == models[1].keys()
+    for name, weight in models[0].items():
+        torch.testing.assert_close(weight, models[1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path, monkeypatch):
@@ -354,10 +444,7 @@ def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path
     log = tmp_path / "log"
     monkeypatch.setenv(distributed.OWN_STORE, "1")
     process = start(2, "tests/rank_faults.py", *arguments, log=log, torchrun_options=["--max-restarts", "1"])
-    try:
-        assert process.wait(timeout=SECONDS_TO_END) == 0, log.read_text()[-3000:]
-    finally:
-        process.kill()
+    assert end(process, log) == 0, log.read_text()[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [row["train_step"] for row in rows if "train_step" in row] == [1, 2]
     assert (tmp_path / "run/final").is_dir() and "going on after step 1" in log.read_text()

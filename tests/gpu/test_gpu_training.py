@@ -28,7 +28,7 @@ from small_qwen import (
 import GRPO_train
 import SFT_train
 from GRPO_helper import grpo_microbatch_train_step
-from plainrl.checkpoint import load_optimizer_tensors, optimizer_tensors
+from plainrl.checkpoint import load_optimizer_files, optimizer_tensors
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.devices import can_compile
 from plainrl.log_probs import get_masked_response_log_probs
@@ -69,7 +69,7 @@ def test_sft_steps_lower_the_loss(qwen_folder, variant, dtype, record_property):
 @each_variant
 def test_a_resumed_optimizer_takes_the_same_step(qwen_folder, tmp_path, variant):
     """Fused AdamW keeps its step count on the GPU. Saved and loaded, it takes the same step bit for bit."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     def policy_and_optimizer():
         policy, config = load_as_a_run(qwen_folder, **variant)
@@ -87,7 +87,7 @@ def test_a_resumed_optimizer_takes_the_same_step(qwen_folder, tmp_path, variant)
     save_file(optimizer_tensors(first, optimizer), tmp_path / "optimizer.safetensors")
     second, resumed = policy_and_optimizer()
     second.load_state_dict(first.state_dict())
-    load_optimizer_tensors(load_file(tmp_path / "optimizer.safetensors"), second, resumed)
+    load_optimizer_files([tmp_path / "optimizer.safetensors"], second, resumed)
     before = [parameter.detach().clone() for parameter in first.parameters()]
     step(first, optimizer, 2)
     step(second, resumed, 2)

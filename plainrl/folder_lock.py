@@ -72,4 +72,13 @@ def lock_folder(path: Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
+    os.fsync(file.fileno())  # so that other nodes read it, too
     return file
+
+
+def holder_of(path: Path) -> str:
+    """Return the process that locked a folder last, and its host; an empty text if none did, or there is no folder."""
+    try:
+        return (path / "lock").read_text()
+    except FileNotFoundError:
+        return ""

@@ -42,7 +42,7 @@ from plainrl.cli import read_yaml
 from plainrl.config import RunConfig
 from plainrl.distributed import on_first, rank, together
 from plainrl.faults import describe_fault
-from plainrl.folder_lock import lock_folder
+from plainrl.folder_lock import holder_of, lock_folder
 from plainrl.guard import watched
 from plainrl.records import UserError, first_line
 from plainrl.report.renew import renew_page, show_evaluation
@@ -117,15 +117,15 @@ class RunFolder:
         """
         opened: Self | None = None
 
-        def take() -> tuple[Path, RunConfig, Path | None, Mapping[str, Any] | None]:
+        def take() -> tuple[Path, RunConfig, Path | None, Mapping[str, Any] | None, str]:
             nonlocal opened
             opened = open_it()
-            return opened.path, opened.config, opened.checkpoint, opened._resumption
+            return opened.path, opened.config, opened.checkpoint, opened._resumption, holder_of(opened.path)
 
-        path, config, checkpoint, resumption = on_first(take, is_long=True)
+        path, config, checkpoint, resumption, holder = on_first(take, is_long=True)
 
         def look() -> None:
-            if not path.is_dir():
+            if holder_of(path) != holder:  # there may be an older folder of that name
                 raise UserError(
                     f"runs_dir = {config.runs_dir}: rank {rank()} on {platform.node()} does not see {path}, which the "
                     "first rank made; name a folder that all nodes share"

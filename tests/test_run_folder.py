@@ -16,6 +16,7 @@ import yaml
 from tiny import REPOSITORY, new_state, take_step
 
 from experiments.runs import list_runs
+from plainrl import run_folder
 from plainrl.checkpoint import describe_files
 from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
@@ -50,6 +51,21 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
         with pytest.raises(UserError, match="exists already"):
             RunFolder.create(config_in(tmp_path, run_name=name), "sft")
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_a_rank_whose_machine_has_another_folder_of_that_name_says_so(tmp_path, monkeypatch):
+    """What the second rank sees of the folder that the first one opened on its machine."""
+    config, path = config_in(tmp_path, run_name="mine"), tmp_path / "mine"
+    found = (path, config, None, None, "process 7 on first")
+    monkeypatch.setattr(run_folder, "on_first", lambda call, is_long: found)
+    for holder in (None, "process 3 on second"):
+        if holder:
+            path.mkdir()
+            (path / "lock").write_text(holder)
+        with pytest.raises(UserError, match=f"runs_dir = {tmp_path}: .* does not see {path}"):
+            RunFolder.create(config, "sft")
+    (path / "lock").write_text("process 7 on first")
+    assert RunFolder.create(config, "sft").path == path
 
 
 def test_a_folder_whose_process_was_killed_before_it_was_a_run_is_taken_over(tmp_path):

@@ -48,7 +48,11 @@ from plainrl.sources import is_pipe
 PIPE_STATUS = 128 + signal.SIGPIPE  # 141: whoever reads the output has closed it, as `head -1` does
 PACKAGES = ("experiments", "supplement")  # whose modules are run with -m
 LONGEST_MESSAGE = 2000  # characters: a value that a message shows may be a whole file
-RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun's
+# torchrun's. Read here, because vLLM sets the last one anew on a CPU.
+RANK, NUM_RANKS, NUM_LOCAL_RANKS = (
+    int(os.environ.get(name, default))
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1"))
+)
 SECONDS_FOR_FIRST_RANK = 8.0  # to say an error, before another rank says its own
 EVALUATION_SCRIPT = "policy_evaluation.py"
 PROGRAMS = {command: (schema, path) for schema, (command, path) in SCHEMAS.items()}
@@ -199,9 +203,8 @@ def command_of(script: Path) -> str:
 
 def resume_command(folder: Path) -> str:
     """Return how the run in a folder is gone on with: its own script, with its own settings."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = f"--nnodes {NUM_RANKS // local} " if local < NUM_RANKS else ""
-    program = "python" if NUM_RANKS == 1 else f"torchrun {nodes}--nproc-per-node {local}"
+    nodes = f"--nnodes {NUM_RANKS // NUM_LOCAL_RANKS} " if NUM_LOCAL_RANKS < NUM_RANKS else ""
+    program = "python" if NUM_RANKS == 1 else f"torchrun {nodes}--nproc-per-node {NUM_LOCAL_RANKS}"
     return run_command(f"{program} {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
 
 

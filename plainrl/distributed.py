@@ -28,6 +28,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -337,6 +338,7 @@ def divide_weights(policy: "PreTrainedModel", device: str, compute_dtype: str, n
     # Imported here, because it takes two seconds.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # that a view is returned: nobody changes it in place
     sizes = {"replicate": num_replicas, "shard": num_ranks() // num_replicas}
     if num_replicas == 1:
         del sizes["replicate"]

@@ -65,6 +65,9 @@ def run_plan(num_ranks, background, is_ahead=False):
         ["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **GRPO)],
         ["GRPO_train", grpo_arguments(model, folder, run_name="off-policy", **OFF_POLICY)],
     ]
+    if num_ranks == 2:
+        stale = GRPO | {"learning_rate": 1e-2, "eval_interval": 1}
+        plan += [["rank_stale_engine", grpo_arguments(model, folder, run_name="stale", **stale)]]
     if is_ahead:
         plan = [["GRPO_train", grpo_arguments(model, folder, run_name="ahead", **AHEAD)]]
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -112,6 +115,17 @@ def test_two_ranks_are_one_process_to_rounding(name, background, answering_model
     before, after = tensors_in(Path(answering_model_folder)), tensors_in(two / "final")
     assert any(not torch.equal(before[key], after[key]) for key in before)  # there was something to compute
     assert (two.parent / "log").read_text().count("first 8 of 11 questions: ") == 1  # of SFT, by one of the ranks
+
+
+@pytest.mark.background(job=run_as_two_ranks)
+def test_an_engine_whose_weights_did_not_arrive_is_named(background):
+    folder = background.result(run_as_two_ranks)
+    told = re.findall(r"rank (\d) was told: (.*)", (folder / "log").read_text())
+    assert sorted(number for number, _ in told) == ["0"]  # what another rank prints is muted
+    assert "after the weight sync, the engine of rank 1 and policy disagree on sampled tokens" in told[0][1]
+    steps = [row.get("train_step", 0) for row in read_lines(folder / "stale/metrics.jsonl")]
+    assert max(steps) == 1  # found by the first evaluation after the weights moved
+    assert "torchrun --nproc-per-node 2 run_scripts.py resume=" in (folder / "log").read_text()  # how to go on
 
 
 @pytest.mark.background(job=run_alone)

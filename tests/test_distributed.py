@@ -353,7 +353,8 @@ def said(text):
     """The error lines and the tracebacks of the ranks, without what torchrun and torch ([W...]) say about them."""
     lines = [line for line in text.splitlines() if not line.startswith("[")]
     errors = [found.group() for line in lines if (found := re.search(r"(rank \d+: )?\berror: .*", line))]
-    tracebacks = text.count("Traceback (most recent call last)") - text.count("raise ChildFailedError")
+    of_torchrun = len(re.findall(r"raise (?:ChildFailedError|SignalException)", text))
+    tracebacks = text.count("Traceback (most recent call last)") - of_torchrun
     return errors, tracebacks
 
 

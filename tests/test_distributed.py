@@ -316,6 +316,13 @@ def test_a_child_that_runs_alone_finds_nothing_of_torchrun(monkeypatch):
     assert found["MINE"] == "1" and not names & found.keys()
 
 
+def is_alive(process):
+    """Whether a process has not ended. One that has ended may wait for who adopted it, as a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def end(process, log, seconds=SECONDS_TO_END):
     """Wait for a process that torchrun may be, and return its status. Kill it and its own if it does not end."""
     children = {}
@@ -327,7 +334,7 @@ def end(process, log, seconds=SECONDS_TO_END):
             if time.monotonic() > deadline:
                 pytest.fail(f"nothing ended: {Path(log).read_text()[-3000:]}")
             time.sleep(0.05)
-        assert not [child for child in children.values() if child.is_running()]
+        assert not [child for child in children.values() if is_alive(child)]
         return process.returncode
     finally:
         for hung in [process, *children.values()]:

@@ -9,8 +9,9 @@ import pytest
 from transformers import Qwen2Config
 
 from experiments.benchmark.random_model import QWEN_SHAPE
+from plainrl.cli import load_config
 from plainrl.config import GRPOConfig, TrainConfig
-from plainrl.devices import SMALL_GPU_BYTES
+from plainrl.devices import SMALL_GPU_BYTES, choose_preset
 from plainrl.help import SCHEMAS
 from plainrl.memory import (
     check_engine_share,

@@ -380,7 +380,6 @@ LOST = "error: another rank has ended"
         ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", LOST], 0),
         ("first", "meets a user's mistake", ["error: a mistake; mend it"], 0),
         ("all", "meets a user's mistake", ["error: a mistake; mend it"], 0),
-        ("all", "runs out of memory", ["error: out of memory"], 0),
     ],
 )
 def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_tracebacks, tiny_model_folder, tmp_path):

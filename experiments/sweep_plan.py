@@ -22,13 +22,13 @@ from plainrl.changes import is_setting, with_defaults
 from plainrl.cli import read_yaml, resolve
 from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
 from plainrl.devices import choose_preset
-from plainrl.help import blocks_of
+from plainrl.help import SCHEMAS, blocks_of
 from plainrl.records import UserError
 from plainrl.shared_config import DTYPE_KEYS
 from plainrl.supplement_config import DPOConfig
 
 REPOSITORY = Path(__file__).parent.parent
-WARM_START_YAML = REPOSITORY / "config.yaml"
+WARM_START_YAML = REPOSITORY / SCHEMAS[SFTConfig][1]  # a warm start is a run of SFT
 EVALUATION_SCRIPT = "policy_evaluation.py"
 KEPT_WEIGHTS = Literal["none", "last", "best", "all"]
 SET_BY_THE_SWEEP = {"seed", "run_name", "resume", "resume_with_changes", "config"}

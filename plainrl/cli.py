@@ -56,7 +56,10 @@ RANK, NUM_RANKS, NUM_LOCAL_RANKS = (
 SECONDS_FOR_FIRST_RANK = 8.0  # to say an error, before another rank says its own
 EVALUATION_SCRIPT = "policy_evaluation.py"
 PROGRAMS = {command: (schema, path) for schema, (command, path) in SCHEMAS.items()}
-PROGRAMS |= {EVALUATION_SCRIPT: (SFTConfig, "config.yaml"), "-m experiments.chat": (ChatConfig, "config.yaml")}
+PROGRAMS |= {
+    command: (schema, SCHEMAS[SFTConfig][1])
+    for command, schema in ((EVALUATION_SCRIPT, SFTConfig), ("-m experiments.chat", ChatConfig))
+}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 

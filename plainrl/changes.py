@@ -17,6 +17,17 @@ def is_setting(key: str) -> bool:
     return not re.fullmatch(names, key)
 
 
+def changes_since(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Return `key old -> new` for each setting in which a run differs from what was saved, perhaps by an older schema.
+
+    >>> from plainrl.config import SFTConfig
+    >>> old = {key: value for key, value in SFTConfig().model_dump(mode="json").items() if key != "dropout"}
+    >>> changes_since(old, SFTConfig(seed=1))
+    ['seed 0 -> 1']
+    """
+    return describe_changes(with_defaults(saved, type(config)), config.model_dump(mode="json"))
+
+
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return `key old -> new` for each setting that differs between two resolved configurations.
 
@@ -36,11 +47,5 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def with_defaults(values: Mapping[str, Any], schema: type[RunConfig]) -> dict[str, Any]:
-    """Return a configuration with the keys that it lacks: an older version of the schema did not have them.
-
-    >>> from plainrl.config import SFTConfig
-    >>> old = {key: value for key, value in SFTConfig().model_dump(mode="json").items() if key != "dropout"}
-    >>> describe_changes(with_defaults(old, SFTConfig), SFTConfig(seed=1).model_dump(mode="json"))
-    ['seed 0 -> 1']
-    """
+    """Return a configuration with the keys that it lacks: an older version of the schema did not have them."""
     return schema.model_construct().model_dump(mode="json") | dict(values)

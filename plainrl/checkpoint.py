@@ -13,9 +13,9 @@ the seed, and the best score from metrics.jsonl.
 A checkpoint is written under another name, flushed to the disk, then renamed. It is therefore complete, or it is not
 there. No pickle is read.
 
-Several ranks write one file of weights and one of moments each, and hash their share of the files. Every tensor in them
-is whole, so that any number of ranks can read them, and Transformers too. Tensors are gathered one at a time: a rank
-holds its share and one more.
+Several ranks write one file of weights and one of moments each. Every tensor in them is whole, so that any number of
+ranks can read them, and Transformers too. Tensors are gathered one at a time: a rank holds its share and one more. Each
+rank hashes its share of the files, when they are written and before they are read.
 """
 
 import base64
@@ -25,8 +25,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,17 +35,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from plainrl.checkpoint_files import MANIFEST, RECORD, describe_files_by_ranks, read_record
 from plainrl.devices import free_bytes
-from plainrl.distributed import exchange, num_ranks, on_first, rank, read_share, together, whole
+from plainrl.distributed import num_ranks, on_first, rank, read_share, together, whole
 from plainrl.lora import merged_model, save_adapters
 from plainrl.records import UserError
 
 if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MANIFEST, RECORD = "manifest.json", "state.json"
-RECORD_KEYS = {"step", "metrics_bytes", "data_fingerprint", "random_states"}  # without these nothing can go on
-MOST_THREADS = 16  # that compute hashes
 SPARE_BYTES = 64 * 2**20  # for the tokenizer, and for metrics and samples that are written later
 
 
@@ -258,67 +255,6 @@ def checkpoint_bytes(state: TrainingState) -> int:
     return sum(tensor.numel() * 4 for tensor in tensors) + SPARE_BYTES  # all are float32 on disk
 
 
-def describe_files_by_ranks(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what `describe_files` does. Each rank reads its share of the files, and all have to call it."""
-    described = exchange(together(lambda: describe_files(folder, rank(), num_ranks())))
-    return dict(sorted((name, value) for share in described for name, value in share.items()))
-
-
-def describe_files(folder: Path, first: int = 0, every: int = 1) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of each file in a folder, by relative path. The manifest is left out.
-
-    Args:
-        folder: the folder, with everything below it.
-        first: the position of the first file to describe, of the files from the largest to the smallest.
-        every: after how many files the next one is described.
-    """
-    found = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-    files = sorted(found, key=lambda path: (-path.stat().st_size, path))[first::every]
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads:
-        digests = threads.map(_sha256, files)
-        return {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
-            for path, digest in zip(files, digests, strict=True)
-        }
-
-
-def find_damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it is complete. A file may be missing, cut or altered."""
-    try:
-        expected = dict(json.loads((path / MANIFEST).read_text()))
-        found = describe_files(path)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError) as error:
-        # Any other OSError is not the checkpoint's fault.
-        return f"{MANIFEST} or a file it names cannot be read: {error}"
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} is not in {MANIFEST}"
-        if found[name] != expected[name]:
-            return f"{name} is not what was written: {found[name]} instead of {expected[name]}"
-    if RECORD not in found or not read_record(path).keys() >= RECORD_KEYS:
-        return f"{RECORD} lacks one of {', '.join(sorted(RECORD_KEYS))}"
-    return None
-
-
-def newest_whole_checkpoint(paths: Sequence[Path]) -> Path | None:
-    """Return the newest complete checkpoint of a list ordered by step, or None. Rename damaged newer ones."""
-    for path in reversed(paths):
-        damage = find_damage(path)
-        if damage is None:
-            return path
-        aside = path.with_name(f"damaged_{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        print(f"{path} is damaged and passed over ({damage}); it is renamed to {path.rename(aside)}")
-    return None
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's state.json."""
-    return json.loads((path / RECORD).read_text())
-
-
 def restore(path: Path, state: TrainingState) -> None:
     """Restore the optimizer, the random generators and the step from a complete checkpoint.
 
@@ -426,11 +362,6 @@ def _require_space(path: Path, num_bytes: int) -> None:
             f"too little free disk space for {path}: it takes {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "
             f"{(num_bytes - free) / 1e9:.2f} GB are missing; earlier checkpoints are kept; free disk space, then resume"
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _encode(state: torch.Tensor) -> str:

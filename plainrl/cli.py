@@ -22,7 +22,7 @@ from typing import Any, Generic, NamedTuple
 
 from pydantic import ValidationError
 
-from plainrl.changes import describe_changes, with_defaults
+from plainrl.changes import changes_since
 from plainrl.chat_config import ChatConfig
 from plainrl.config import ConfigType, RunConfig, SFTConfig
 from plainrl.devices import choose_preset, guess_preset, run_command
@@ -255,7 +255,7 @@ def resumed_config(
     layers["command line"] = {key: value for key, value in overrides.items() if key not in ("preset", "config")}
     config, sources = validate(schema, layers, fixed)
     sources |= dict.fromkeys(fixed, "the run's folder")
-    changes = describe_changes(with_defaults(saved, schema), config.model_dump(mode="json"))
+    changes = changes_since(saved, config)
     if changes and not getattr(config, "resume_with_changes", False):
         raise UserError(
             f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "

@@ -169,6 +169,15 @@ def peak_memory_gib(device: str) -> float:
     return kib / 2**20
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that a GPU ran out of memory. From vLLM's allocator it is a plain RuntimeError."""
+    import torch
+
+    signs = ("out of memory", "cublas_status_alloc_failed")
+    is_cuda_error = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+    return is_cuda_error or isinstance(error, torch.OutOfMemoryError)
+
+
 def free_bytes(folder: Path) -> int | None:
     """Return the free disk space of the file system that holds a folder, or None if it does not tell."""
     try:

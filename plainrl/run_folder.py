@@ -17,29 +17,28 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, Self
 
-import torch
 import yaml
 
-from plainrl.changes import describe_changes, with_defaults
+from plainrl.changes import changes_since
 from plainrl.checkpoint import (
     TrainingState,
     flush_to_disk,
     is_disk_full,
-    newest_whole_checkpoint,
-    read_record,
     remove_checkpoint,
     remove_leftovers,
     restore,
     write_checkpoint,
     write_durably,
 )
+from plainrl.checkpoint_files import newest_whole_checkpoint, read_record
 from plainrl.cli import read_yaml
 from plainrl.config import RunConfig
+from plainrl.devices import is_out_of_memory
 from plainrl.distributed import on_first, rank, together
 from plainrl.faults import describe_fault
 from plainrl.folder_lock import holder_of, lock_folder
@@ -85,44 +84,39 @@ class RunFolder:
     A resumed run goes on from `checkpoint`. In a new run it is None.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: RunConfig,
-        lock: IO[str] | None,
-        checkpoint: Path | None = None,
-        resumption: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.path, self.config, self.checkpoint = path, config, checkpoint
-        self._lock, self._resumption = lock, resumption
+    def __init__(self, path: Path, config: RunConfig, lock: IO[str] | None) -> None:
+        self.path, self.config, self._lock = path, config, lock
+        self.checkpoint: Path | None = None
+        self._resumption: Mapping[str, Any] | None = None
+        self._train_step = 0
         self._wandb_run: Any = None
-        record = read_record(checkpoint) if checkpoint else {}
-        self._wandb_run_id = record.get("wandb_run_id")
-        self._train_step: int = record.get("train_step", 0)
+        self._wandb_run_id: str | None = None
 
     @classmethod
     def open(cls, config: RunConfig, script: str) -> Self:
         """Return the folder that `config.resume` names, or a new one if that is empty."""
         folder = getattr(config, "resume", "")
         run = cls._for_all(lambda: cls._take_up(Path(folder), config, script) if folder else cls._make(config, script))
+        if folder:
+            run._find_checkpoint()
         print(f"run folder: {run.path}")
         return run
 
     @classmethod
     def _for_all(cls, open_it: Callable[[], Self]) -> Self:
-        """Let the first rank open the folder, and tell the others what it found.
+        """Let the first rank open the folder, and tell the others which it is.
 
         Raises:
             UserError: the first rank could not open it, or another does not see it.
         """
         opened: Self | None = None
 
-        def take() -> tuple[Path, RunConfig, Path | None, Mapping[str, Any] | None, str]:
+        def take() -> tuple[Path, RunConfig, str]:
             nonlocal opened
             opened = open_it()
-            return opened.path, opened.config, opened.checkpoint, opened._resumption, holder_of(opened.path)
+            return opened.path, opened.config, holder_of(opened.path)
 
-        path, config, checkpoint, resumption, holder = on_first(take, is_long=True)
+        path, config, holder = on_first(take, is_long=True)
 
         def look() -> None:
             if holder_of(path) != holder:  # there may be an older folder of that name
@@ -132,7 +126,7 @@ class RunFolder:
                 )
 
         together(look)
-        return opened or cls(path, config, None, checkpoint, resumption)
+        return opened or cls(path, config, None)
 
     @classmethod
     def create(cls, config: RunConfig, script: str) -> Self:
@@ -169,11 +163,10 @@ class RunFolder:
 
     @classmethod
     def _take_up(cls, path: Path, config: RunConfig, script: str) -> Self:
-        """Return an existing folder. `restore` later brings it back to its newest complete checkpoint, or to its start.
+        """Return an existing folder, locked. What killed processes left in it is removed.
 
         Raises:
-            UserError: another process writes to the folder, it belongs to another script, the run is finished, all its
-                checkpoints are damaged, or its metrics were lost.
+            UserError: another process writes to the folder, it belongs to another script, or the run is finished.
         """
         lock = lock_folder(path)
         made_by = script_of(path)
@@ -187,27 +180,41 @@ class RunFolder:
                 f"resume = {path}: this is a run of another script ({made_by}, not {script}); use that script"
             )
         _require_usable(path)
-        settings = config.model_dump(mode="json")
-        changes = describe_changes(with_defaults(read_yaml(path / "config.yaml"), type(config)), settings)
-        if (path / "final").is_dir() and not changes:
+        if (path / "final").is_dir() and not changes_since(read_yaml(path / "config.yaml"), config):
             raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
         remove_leftovers(path)
-        checkpoint = newest_whole_checkpoint(list_checkpoints(path))
-        damaged = sorted((path / "checkpoints").glob("damaged_*"))
-        if damaged and checkpoint is None:
+        return cls(path, config, lock)
+
+    def _find_checkpoint(self) -> None:
+        """Find the newest complete checkpoint. `restore` later brings the folder back to it, or to its start.
+
+        Raises:
+            UserError: all checkpoints are damaged, or the metrics were lost.
+        """
+        path = self.path
+        self.checkpoint = newest_whole_checkpoint(on_first(lambda: list_checkpoints(path)))
+        record, changes = on_first(self._compare)
+        self._train_step, self._wandb_run_id = record.get("train_step", 0), record.get("wandb_run_id")
+        self._resumption = {"resumed_after_step": record["step"], "changed_settings": changes}
+        print(f"going on after step {record['step']} of {path}" if self.checkpoint else f"starting {path} again")
+
+    def _compare(self) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """Return the checkpoint's record, and which settings have changed: since then, or since the run began."""
+        damaged = sorted((self.path / "checkpoints").glob("damaged_*"))
+        if damaged and self.checkpoint is None:
             raise UserError(
-                f"resume = {path}: every checkpoint is damaged ({', '.join(file.name for file in damaged)}); begin a "
-                "new run under another run_name"
+                f"resume = {self.path}: every checkpoint is damaged ({', '.join(file.name for file in damaged)}); "
+                "begin a new run under another run_name"
             )
-        record: dict[str, Any] = read_record(checkpoint) if checkpoint else {"step": 0, "metrics_bytes": 0}
-        if checkpoint and (
-            since := describe_changes(with_defaults(record.get("config", settings), type(config)), settings)
-        ):
-            changes = since
-            print(f"changed since the checkpoint: {', '.join(changes)}")
-        _require_metrics(path / "metrics.jsonl", record)
-        print(f"going on after step {record['step']} of {path}" if checkpoint else f"starting {path} again")
-        return cls(path, config, lock, checkpoint, {"resumed_after_step": record["step"], "changed_settings": changes})
+        changes = changes_since(read_yaml(self.path / "config.yaml"), self.config)
+        record: dict[str, Any] = {"step": 0, "metrics_bytes": 0}
+        if self.checkpoint is not None:
+            record = read_record(self.checkpoint)
+            if "config" in record and (since := changes_since(record["config"], self.config)):
+                changes = since
+                print(f"changed since the checkpoint: {', '.join(changes)}")
+        _require_metrics(self.path / "metrics.jsonl", record)
+        return record, changes
 
     def __enter__(self) -> Self:
         return self
@@ -390,13 +397,6 @@ def state_at_rest(folder: Path) -> str:
     if (folder / "final").is_dir() or (script_of(folder) == EVALUATION and is_evaluated(folder)):
         return FINISHED
     return "stopped, can be resumed" if list_checkpoints(folder) else "stopped"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that a GPU ran out of memory. From vLLM's allocator it is a plain RuntimeError."""
-    signs = ("out of memory", "cublas_status_alloc_failed")
-    is_cuda_error = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
-    return is_cuda_error or isinstance(error, torch.OutOfMemoryError)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

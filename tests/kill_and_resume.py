@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tiny import REPOSITORY, grpo_arguments, make_answering_model, make_tiny_model, tiny_arguments
 
-from plainrl.checkpoint import find_damage
+from plainrl.checkpoint_files import find_damage
 from plainrl.run_records import read_metrics
 
 TORCHRUN = ["-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port

@@ -1,6 +1,7 @@
-"""The gradients of one step by ranks: `rank_gradients.py MODEL FOLDER`, alone or under torchrun.
+"""The gradients of one step by ranks: `rank_gradients.py MODEL FOLDER [CASE ...]`, alone or under torchrun.
 
-For each case the first rank writes FOLDER/<case>.safetensors, with every gradient whole, and FOLDER/sums.json.
+Of each case named, or of all, the first rank writes FOLDER/<case>.safetensors, with every gradient whole, and
+FOLDER/sums.json.
 """
 
 import json
@@ -113,13 +114,14 @@ def timeouts_of(policies):
     }
 
 
-def main(model, folder):
+def main(model, folder, *names):
     first = tiny_config(model=model, max_context_tokens=512)
     distributed.join(first)
     if distributed.num_ranks() > 1:
         policy_module.load_weights = None  # each rank reads its share alone
     sums, loaded = {}, {}
-    for name, (settings, num_rows) in CASES.items():
+    for name in names or CASES:
+        settings, num_rows = CASES[name]
         if settings.get("num_replicas", 1) > distributed.num_ranks():
             settings = {}
         of_script = {} if name.startswith("SFT") else settings

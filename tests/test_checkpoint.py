@@ -12,13 +12,10 @@ import torch
 from tiny import new_state, take_step
 from transformers import AutoModelForCausalLM
 
-from plainrl import checkpoint
+from plainrl import checkpoint, checkpoint_files
 from plainrl.checkpoint import (
     TrainingState,
-    find_damage,
-    newest_whole_checkpoint,
     optimizer_tensors,
-    read_record,
     remove_checkpoint,
     remove_leftovers,
     restore,
@@ -26,6 +23,7 @@ from plainrl.checkpoint import (
     set_random_states,
     write_checkpoint,
 )
+from plainrl.checkpoint_files import describe_files, find_damage, newest_whole_checkpoint, read_record
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.data import epoch_order
 from plainrl.lean_layers import keep_less
@@ -167,6 +165,21 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(saved, name, damage, 
     assert "step_000003 is damaged and passed over" in capsys.readouterr().out
     assert not newest.exists() and newest.with_name("damaged_step_000003").is_dir()
     assert newest_whole_checkpoint([]) is None
+
+
+def test_of_two_ranks_each_hashes_its_share(saved, monkeypatch):
+    mine, others = (describe_files(saved[0], number, 2) for number in (0, 1))
+    assert mine and others and not mine.keys() & others.keys()
+    original, hashed = checkpoint_files._sha256, []
+
+    def sha256(path):
+        hashed.append(str(path.relative_to(saved[0])))
+        return original(path)
+
+    monkeypatch.setattr(checkpoint_files, "_sha256", sha256)
+    monkeypatch.setattr(checkpoint_files, "num_ranks", lambda: 2)
+    monkeypatch.setattr(checkpoint_files, "exchange", lambda share: [share, others])
+    assert find_damage(saved[0]) is None and sorted(hashed) == sorted(mine)
 
 
 def test_other_training_data_are_refused(saved, tiny_model, tokenizer):

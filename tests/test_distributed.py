@@ -1,24 +1,19 @@
-"""Several ranks are one process, to rounding: dealing, gradients, whole runs with the real engine, faults."""
+"""Several ranks are one process, to rounding: dealing, gradients, whole runs with the real engine."""
 
 import contextlib
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import rank_gradients
 import torch
-from kill_and_resume import TORCHRUN, differences_to_rounding, find_differences, ranks_of
+from kill_and_resume import differences_to_rounding, find_differences
+from ranks import end, start
 from safetensors.torch import load_file, save_file
-from tiny import REPOSITORY, grpo_arguments, read_lines, tiny_arguments, train_rows
-from transformers import AutoModelForCausalLM
+from tiny import expert_iteration_arguments, grpo_arguments, read_lines, tiny_arguments
 
 from plainrl import devices, distributed, startup
 from plainrl.microbatches import plan_microbatches
@@ -38,38 +33,34 @@ GRPO = {
 }
 OFF_POLICY = GRPO | {"loss_type": "grpo_clip", "train_batch_size": 32}
 AHEAD = GRPO | {"rollouts_ahead": 1, "engine_correction": "token_truncate", "n_grpo_steps": 4}
-SECONDS_TO_END = 600  # of a start, on a machine that is busy
-SECONDS_AFTER_FAULT = 120
 
 
-def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, torchrun_options=(), **options):
-    """Start a program of the tests or of the repository by torchrun; with 0 ranks without it."""
-    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks), *torchrun_options] if num_ranks else []
-    return start_process(
-        [sys.executable, *launcher, str(REPOSITORY / program), *map(str, arguments)],
-        stdout=Path(log).open("a"),
-        stderr=subprocess.STDOUT,
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
+ONE_ENGINE = GRPO | {"engine_tensor_parallel": 2}
+SFT = {"max_steps": 3, "gradient_accumulation_steps": 4, "num_eval_examples": 11}
+EXPERT_ITERATION = {"train_batch_size": 8, "gradient_accumulation_steps": 4}
+STALE = GRPO | {"learning_rate": 1e-2, "eval_interval": 1}
+TRAINED = ["sft", "grpo", "off-policy", "expert-iteration"]
 
 
-def run_plan(num_ranks, background, is_ahead=False):
-    """Run SFT, GRPO on-policy and off-policy in one process or in several; return the folder of the runs."""
+def run_plan(num_ranks, background, kind="usual"):
+    """Run scripts in one process or in several, with one engine in each; return the folder of the runs."""
     folder = background.new_folder(f"ranks-{num_ranks}")
     model = background.answering_model
-    sft = {"max_steps": 3, "gradient_accumulation_steps": 4, "num_eval_examples": 11}
-    plan = [
-        ["SFT_train", tiny_arguments(model, folder, run_name="sft", **sft)],
-        ["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **GRPO)],
-        ["GRPO_train", grpo_arguments(model, folder, run_name="off-policy", **OFF_POLICY)],
-    ]
-    if num_ranks == 2:
-        stale = GRPO | {"learning_rate": 1e-2, "eval_interval": 1}
-        plan += [["rank_stale_engine", grpo_arguments(model, folder, run_name="stale", **stale)]]
-    if is_ahead:
-        plan = [["GRPO_train", grpo_arguments(model, folder, run_name="ahead", **AHEAD)]]
+    iteration = expert_iteration_arguments(model, folder, run_name="expert-iteration", **EXPERT_ITERATION)
+    plans = {
+        "usual": [
+            ["SFT_train", tiny_arguments(model, folder, run_name="sft", **SFT)],
+            ["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **GRPO)],
+            ["GRPO_train", grpo_arguments(model, folder, run_name="off-policy", **OFF_POLICY)],
+            ["experiments.expert_iteration", iteration],
+            ["policy_evaluation", tiny_arguments(model, folder, run_name="evaluation", num_eval_examples=11)],
+        ],
+        "ahead": [["GRPO_train", grpo_arguments(model, folder, run_name="ahead", **AHEAD)]],
+        "one engine": [["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **ONE_ENGINE)]],
+    }
+    plan = plans[kind]
+    if num_ranks == 2 and kind == "usual":
+        plan += [["rank_stale_engine", grpo_arguments(model, folder, run_name="stale", **STALE)]]
     (folder / "plan.json").write_text(json.dumps(plan))
     log = folder / "log"
     process = start(num_ranks, "tests/run_scripts.py", folder / "plan.json", log=log, start_process=background.start)
@@ -89,12 +80,16 @@ def run_as_two_ranks(background):
     return run_plan(2, background)
 
 
+def run_with_one_engine(background):
+    return run_plan(2, background, "one engine")
+
+
 def run_ahead_alone(background):
-    return run_plan(0, background, is_ahead=True)
+    return run_plan(0, background, "ahead")
 
 
 def run_ahead_as_two_ranks(background):
-    return run_plan(2, background, is_ahead=True)
+    return run_plan(2, background, "ahead")
 
 
 def tensors_in(folder):
@@ -103,18 +98,36 @@ def tensors_in(folder):
 
 @pytest.mark.background(job=run_alone)
 @pytest.mark.background(job=run_as_two_ranks)
-@pytest.mark.parametrize("name", ["sft", "grpo", "off-policy"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_two_ranks_are_one_process_to_rounding(name, background, answering_model_folder):
     one, two = background.result(run_alone) / name, background.result(run_as_two_ranks) / name
     assert differences_to_rounding(one, two) == []
     rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
     assert all(0.5 < row["train/rank_efficiency"] <= 1 for row in rows if "train/loss" in row)
-    if name != "sft":
+    if name in ("grpo", "off-policy"):
         rollouts = [read_lines(file) for file in (two / "samples").glob("rollout*")]
         assert rollouts and all(len(lines) == 64 for lines in rollouts)
     before, after = tensors_in(Path(answering_model_folder)), tensors_in(two / "final")
     assert any(not torch.equal(before[key], after[key]) for key in before)  # there was something to compute
-    assert (two.parent / "log").read_text().count("first 8 of 11 questions: ") == 1  # of SFT, by one of the ranks
+    printed = (two.parent / "log").read_text()
+    assert printed.count("first 8 of 11 questions: ") == 2  # of SFT and of the evaluation, by one of the ranks
+
+
+@pytest.mark.background(job=run_alone)
+@pytest.mark.background(job=run_as_two_ranks)
+def test_an_evaluation_by_two_ranks_is_that_of_one_process(background):
+    folders = [background.result(job) / "evaluation" for job in (run_alone, run_as_two_ranks)]
+    assert differences_to_rounding(*folders) == []
+    assert [len(read_lines(folder / "samples/step_000000.jsonl")) for folder in folders] == [11, 11]
+
+
+@pytest.mark.background(job=run_alone)
+@pytest.mark.background(job=run_with_one_engine)
+def test_one_engine_over_two_ranks_is_one_process_to_rounding(background):
+    """Each rank holds half of the engine's weights. Responses and weights are those of an engine in one process."""
+    folders = [background.result(job) / "grpo" for job in (run_alone, run_with_one_engine)]
+    assert differences_to_rounding(*folders) == []
+    assert "engine_tensor_parallel: 2\n" in (folders[1] / "config.yaml").read_text()
 
 
 @pytest.mark.background(job=run_as_two_ranks)
@@ -131,7 +144,7 @@ def test_an_engine_whose_weights_did_not_arrive_is_named(background):
 @pytest.mark.background(job=run_alone)
 @pytest.mark.background(job=run_as_one_rank)
 def test_one_rank_of_torchrun_is_no_torchrun(background):
-    for name in ("sft", "grpo", "off-policy"):
+    for name in TRAINED:
         assert find_differences(background.result(run_alone) / name, background.result(run_as_one_rank) / name) == []
 
 
@@ -220,13 +233,13 @@ def test_the_first_rank_of_each_machine_is_known(monkeypatch):
 
 @pytest.fixture(scope="module")
 def gradients(answering_model_folder, tmp_path_factory):
-    """The gradients of each case, computed alone and by two ranks."""
+    """The gradients of each case, computed alone and by two ranks; those of replicas by four, too."""
     folders, processes = [], []
-    for num_ranks in (0, 2):
+    for num_ranks, cases in ((0, []), (2, []), (4, ["num_replicas"])):
         folders.append(tmp_path_factory.mktemp(f"gradients-{num_ranks}"))
         log = folders[-1] / "log"
         program = "tests/rank_gradients.py"
-        processes.append(start(num_ranks, program, answering_model_folder, folders[-1], log=log))
+        processes.append(start(num_ranks, program, answering_model_folder, folders[-1], *cases, log=log))
     for folder, process in zip(folders, processes, strict=True):
         assert end(process, folder / "log", seconds=600) == 0, (folder / "log").read_text()[-3000:]
     return folders
@@ -234,13 +247,13 @@ def gradients(answering_model_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("case", rank_gradients.CASES)
 def test_the_gradient_is_the_same_by_two_ranks(case, gradients):
-    one, two = (load_file(folder / f"{case}.safetensors") for folder in gradients)
+    one, two = (load_file(folder / f"{case}.safetensors") for folder in gradients[:2])
     first, second = (torch.cat([part[name].flatten() for name in one]) for part in (one, two))
     assert bool(first.any()) == (case != "nothing to learn")
     is_half = "bfloat16" in case  # alone, a working copy computes; its embeddings are looked up in float32
     rounding = 2e-6 if "another division" in case else 1e-6
     assert (first - second).norm() <= (0.05 if is_half else rounding) * first.norm()
-    sums = [json.loads((folder / "sums.json").read_text())["sums"][case] for folder in gradients]
+    sums = [json.loads((folder / "sums.json").read_text())["sums"][case] for folder in gradients[:2]]
     if case == "DPO" or case.startswith("SFT"):
         assert "train/rank_efficiency" not in sums[0] and 0.5 < sums[1]["train/rank_efficiency"] < 1
     assert sums[0]["num_tokens"] == sums[1]["num_tokens"]
@@ -248,11 +261,19 @@ def test_the_gradient_is_the_same_by_two_ranks(case, gradients):
     assert sums[0]["grad_norm"] == pytest.approx(sums[1]["grad_norm"], rel=0.05 if is_half else 1e-5, abs=1e-9)
 
 
+def test_the_gradient_is_the_same_by_two_replicas_of_two_ranks_each(gradients):
+    one, four = (load_file(gradients[number] / "num_replicas.safetensors") for number in (0, 2))
+    first, second = (torch.cat([part[name].flatten() for name in one]) for part in (one, four))
+    assert bool(first.any()) and (first - second).norm() <= 1e-6 * first.norm()
+
+
 def test_a_rank_holds_its_share_of_weights_gradients_and_moments(gradients):
-    alone, by_two = (json.loads((folder / "sums.json").read_text())["held"] for folder in gradients)
+    alone, by_two, by_four = (json.loads((folder / "sums.json").read_text())["held"] for folder in gradients)
     for name, size in alone[0].items():
         assert sum(part[name] for part in by_two) == size
         assert max(part[name] for part in by_two) <= 0.51 * size
+        assert sum(part[name] for part in by_four) == 2 * size  # two replicas
+        assert max(part[name] for part in by_four) <= 0.51 * size
 
 
 def test_no_rank_waits_much_longer_for_the_others_than_a_phase_may_last(gradients):
@@ -314,168 +335,3 @@ def test_a_child_that_runs_alone_finds_nothing_of_torchrun(monkeypatch):
     monkeypatch.setenv("MINE", "1")
     found = distributed.environment_of_one_process()
     assert found["MINE"] == "1" and not names & found.keys()
-
-
-def is_alive(process):
-    """Whether a process has not ended. One that has ended may wait for who adopted it, as a zombie."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def end(process, log, seconds=SECONDS_TO_END):
-    """Wait for a process that torchrun may be, and return its status. Kill it and its own if it does not end."""
-    children = {}
-    deadline = time.monotonic() + seconds
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
-            if time.monotonic() > deadline:
-                pytest.fail(f"nothing ended: {Path(log).read_text()[-3000:]}")
-            time.sleep(0.05)
-        grace = time.monotonic() + 10  # a helper of Python's multiprocessing ends after its process
-        while any(map(is_alive, children.values())) and time.monotonic() < grace:
-            time.sleep(0.05)
-        assert not [child for child in children.values() if is_alive(child)]
-        return process.returncode
-    finally:
-        for hung in [process, *children.values()]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                hung.kill()
-
-
-def run_fault(who, fault, model, folder, **settings):
-    """Run SFT by two ranks with a fault; return what was printed, and the checkpoints."""
-    values = {"run_name": "run", "max_steps": 4, "checkpoint_interval": 1, "keep_last": 9} | settings
-    log, arguments = folder / "log", tiny_arguments(model, folder, **values)
-    options = ["--shutdown-timeout", "12"]  # after which torchrun kills what its signal does not end
-    process = start(2, "tests/rank_faults.py", who, fault, *arguments, log=log, torchrun_options=options)
-    assert end(process, log) == 1
-    text, now = log.read_text(), time.time()
-    begun = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("fault at ")]
-    assert len(begun) == (2 if who == "all" else 1) or "=" in fault, text[-3000:]
-    assert all(now - moment < SECONDS_AFTER_FAULT for moment in begun), f"{now - begun[0]:.0f} seconds"
-    return text, sorted(path.name for path in folder.glob("run/checkpoints/step_*"))
-
-
-def said(text):
-    """The error lines and the tracebacks of the ranks, without what torchrun and torch ([W...]) say about them."""
-    lines = [line for line in text.splitlines() if not line.startswith("[")]
-    errors = [found.group() for line in lines if (found := re.search(r"(rank \d+: )?\berror: .*", line))]
-    of_torchrun = len(re.findall(r"raise (?:ChildFailedError|SignalException)", text))
-    tracebacks = text.count("Traceback (most recent call last)") - of_torchrun
-    return errors, tracebacks
-
-
-LOST = "error: another rank has ended"
-
-
-@pytest.mark.parametrize(
-    ("who", "fault", "lines", "num_tracebacks"),
-    [
-        ("one", "dies", [LOST], 0),
-        ("first", "dies", [f"rank 1: {LOST}"], 0),
-        ("one", "has a bug", [LOST], 1),
-        ("first", "has a bug", [], 1),
-        ("one", "runs out of memory", ["rank 1: error: out of memory", LOST], 0),
-        ("first", "runs out of memory", ["error: out of memory"], 0),
-        ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", LOST], 0),
-        ("first", "meets a user's mistake", ["error: a mistake; mend it"], 0),
-        ("all", "meets a user's mistake", ["error: a mistake; mend it"], 0),
-    ],
-)
-def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_tracebacks, tiny_model_folder, tmp_path):
-    """An error of another rank than the first is said by it, and what follows from it by the first."""
-    text, saved = run_fault(who, fault, tiny_model_folder, tmp_path)
-    errors, tracebacks = said(text)
-    assert len(errors) == len(lines), text[-3000:]
-    assert all(error.startswith(line) for error, line in zip(errors, lines, strict=True)), text[-3000:]
-    assert tracebacks == num_tracebacks, text[-3000:]
-    assert saved == ["step_000001"]
-
-
-@pytest.mark.parametrize("setting", ["seed=1", "learning_rate=0.05"])
-def test_ranks_with_other_settings_are_refused(setting, tiny_model_folder, tmp_path):
-    """As on a node with another YAML file. What the ranks decide alike they must be told alike."""
-    text, saved = run_fault("one", setting, tiny_model_folder, tmp_path)
-    errors, tracebacks = said(text)
-    assert any("has another configuration than the first" in error for error in errors) and not tracebacks, text[-3000:]
-    assert not saved
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_ranks_end_with_torchrun_also_while_they_start(num_ranks, tiny_model_folder, tmp_path):
-    """Importing takes seconds, and more on a busy machine. Ranks do not know each other yet."""
-    arguments = tiny_arguments(tiny_model_folder, tmp_path, run_name="run")
-    process = start(num_ranks, "SFT_train.py", *arguments, log=tmp_path / "log")
-    ranks, deadline = [], time.monotonic() + 60
-    while len(ranks) < num_ranks and time.monotonic() < deadline:
-        ranks = ranks_of(process)
-    time.sleep(1)  # until Python itself has started
-    process.kill()
-    process.wait()
-    assert len(ranks) == num_ranks and psutil.wait_procs(ranks, timeout=10)[1] == []
-    assert not (tmp_path / "run/metrics.jsonl").exists(), "they had not got far"
-
-
-@pytest.mark.parametrize(("who", "fault"), [("one", "hangs"), ("one", "is stopped"), ("first", "is stopped")])
-def test_a_rank_that_hangs_is_ended_at_the_limit(who, fault, tiny_model_folder, tmp_path):
-    """A stopped process cannot end itself: another one does, and torchrun kills it."""
-    text, saved = run_fault(who, fault, tiny_model_folder, tmp_path, max_train_seconds=5)
-    errors, tracebacks = said(text)
-    assert len(errors) == 1 and not tracebacks, text[-3000:]
-    assert errors[0].removeprefix("rank 1: ").startswith("error: train took longer than its limit of 5 seconds")
-    assert saved == ["step_000001"]
-    assert list(tmp_path.glob("run/stacks_train*.txt"))
-
-
-@pytest.mark.parametrize("fault", ["gets a signal", "lets torchrun get a signal"])
-def test_a_signal_stops_all_and_saves(fault, tiny_model_folder, tmp_path):
-    text, saved = run_fault("one", fault, tiny_model_folder, tmp_path)
-    assert text.count("stopped by SIGTERM") == 1 and said(text) == ([], 0), text[-3000:]
-    assert saved == ["step_000001", "step_000002"]
-
-
-def test_a_run_saved_by_any_number_of_ranks_is_resumed_by_another(tiny_model_folder, tmp_path):
-    """By 2 ranks, by 4, by 1, and by 2 again. A signal ends each start in its second step; the last one finishes."""
-    settings = {"max_steps": 7, "gradient_accumulation_steps": 4, "resume": "auto"}
-    settings |= {"checkpoint_interval": 100, "eval_interval": 100}  # an evaluation draws the run's figure
-    log, program = tmp_path / "log", "tests/rank_faults.py"
-    for run, fault, starts in (("alone", "none", [0]), ("resumed", "gets a signal", [2, 4, 1, 2])):
-        arguments = ["all", fault, *tiny_arguments(tiny_model_folder, tmp_path, run_name=run, **settings)]
-        for number, num_ranks in enumerate(starts, 1):
-            status = end(start(num_ranks, program, *arguments, log=log), log)
-            assert (status == 0) == (number == len(starts)), log.read_text()[-3000:]
-    assert [f"going on after step {step}" in log.read_text() for step in (2, 4, 6)] == [True] * 3
-    alone, resumed = tmp_path / "alone", tmp_path / "resumed"
-    assert len(train_rows(alone)) == 7 and differences_to_rounding(alone, resumed) == []
-    assert len(list((resumed / "final").glob("*.safetensors"))) == 2  # its last start was by two ranks
-    models = []
-    for folder in (alone, resumed):
-        model, found = AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
-        assert not any(found.values())
-        models.append(model.state_dict())
-    assert models[0].keys() == models[1].keys()
-    for name, weight in models[0].items():
-        torch.testing.assert_close(weight, models[1][name], rtol=1e-5, atol=1e-6)
-
-
-def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path, monkeypatch):
-    """The second rank dies in the second step after each start: two starts make two steps."""
-    settings = {"run_name": "run", "max_steps": 2, "checkpoint_interval": 1, "keep_last": 9, "resume": "auto"}
-    arguments = ["one", "dies", *tiny_arguments(tiny_model_folder, tmp_path, **settings)]
-    log = tmp_path / "log"
-    monkeypatch.setenv(distributed.OWN_STORE, "1")
-    process = start(2, "tests/rank_faults.py", *arguments, log=log, torchrun_options=["--max-restarts", "1"])
-    assert end(process, log) == 0, log.read_text()[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
-    assert [row["train_step"] for row in rows if "train_step" in row] == [1, 2]
-    assert (tmp_path / "run/final").is_dir() and "going on after step 1" in log.read_text()
-
-
-def test_restarts_that_could_not_work_are_refused(tiny_model_folder, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    with pytest.raises(UserError, match="restarted ranks would not meet; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        distributed._require_divisible(rank_gradients.config_of(tiny_model_folder, {}), 2)

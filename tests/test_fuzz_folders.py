@@ -15,7 +15,7 @@ from tiny import REPOSITORY
 from experiments import runs
 from experiments.sweep_plan import read_sweep
 from experiments.sweep_results import read_table, summarize_run
-from plainrl.checkpoint import describe_files
+from plainrl.checkpoint_files import describe_files
 from plainrl.cli import load_config, run_main
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.run_folder import RunFolder

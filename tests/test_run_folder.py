@@ -17,7 +17,7 @@ from tiny import REPOSITORY, new_state, take_step
 
 from experiments.runs import list_runs
 from plainrl import run_folder
-from plainrl.checkpoint import describe_files
+from plainrl.checkpoint_files import describe_files
 from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import UserError

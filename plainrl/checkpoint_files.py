@@ -1,0 +1,101 @@
+"""The files of a checkpoint: their sizes and hashes, and whether all are what was written.
+
+Of several ranks each hashes its share of the files. Within a rank, threads do.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from plainrl.distributed import exchange, num_ranks, on_first, rank, together
+
+MANIFEST, RECORD = "manifest.json", "state.json"
+RECORD_KEYS = {"step", "metrics_bytes", "data_fingerprint", "random_states"}  # without these nothing can go on
+MOST_THREADS = 16  # that compute hashes
+
+
+def newest_whole_checkpoint(paths: Sequence[Path]) -> Path | None:
+    """Return the newest complete checkpoint of a list ordered by step, or None. Rename damaged newer ones.
+
+    All ranks have to call it, with the same list.
+    """
+
+    def set_aside(path: Path, damage: str) -> None:
+        aside = path.with_name(f"damaged_{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        print(f"{path} is damaged and passed over ({damage}); it is renamed to {path.rename(aside)}")
+
+    for path in reversed(paths):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        on_first(partial(set_aside, path, damage))
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None if it is complete. A file may be missing, cut or altered.
+
+    All ranks have to call it.
+    """
+    try:
+        expected = on_first(lambda: dict(json.loads((path / MANIFEST).read_text())))
+        found = describe_files_by_ranks(path, is_long=True)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError) as error:
+        # Any other OSError is not the checkpoint's fault.
+        return f"{MANIFEST} or a file it names cannot be read: {error}"
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is not in {MANIFEST}"
+        if found[name] != expected[name]:
+            return f"{name} is not what was written: {found[name]} instead of {expected[name]}"
+    if RECORD not in found or not on_first(lambda: read_record(path).keys() >= RECORD_KEYS):
+        return f"{RECORD} lacks one of {', '.join(sorted(RECORD_KEYS))}"
+    return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's state.json."""
+    return json.loads((path / RECORD).read_text())
+
+
+def describe_files_by_ranks(folder: Path, is_long: bool = False) -> dict[str, dict[str, Any]]:
+    """Return what `describe_files` does. Each rank reads its share of the files, and all have to call it.
+
+    Args:
+        folder: the folder, with everything below it.
+        is_long: no phase limits how long it takes, see `exchange`.
+    """
+    described = exchange(together(lambda: describe_files(folder, rank(), num_ranks()), is_long))
+    return dict(sorted((name, value) for share in described for name, value in share.items()))
+
+
+def describe_files(folder: Path, first: int = 0, every: int = 1) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of each file in a folder, by relative path. The manifest is left out.
+
+    Args:
+        folder: the folder, with everything below it.
+        first: the position of the first file to describe, of the files from the largest to the smallest.
+        every: after how many files the next one is described.
+    """
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    files = sorted(found, key=lambda path: (-path.stat().st_size, path))[first::every]
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads:
+        digests = threads.map(_sha256, files)
+        return {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(files, digests, strict=True)
+        }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

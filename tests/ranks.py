@@ -1,0 +1,57 @@
+"""Start a program by torchrun, and wait until all its ranks have ended."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from kill_and_resume import TORCHRUN
+from tiny import REPOSITORY
+
+SECONDS_TO_END = 600  # of a start, on a machine that is busy
+
+
+def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, torchrun_options=(), **options):
+    """Start a program of the tests or of the repository by torchrun; with 0 ranks without it."""
+    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks), *torchrun_options] if num_ranks else []
+    return start_process(
+        [sys.executable, *launcher, str(REPOSITORY / program), *map(str, arguments)],
+        stdout=Path(log).open("a"),
+        stderr=subprocess.STDOUT,
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def is_alive(process):
+    """Whether a process has not ended. One that has ended may wait for who adopted it, as a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def end(process, log, seconds=SECONDS_TO_END):
+    """Wait for a process that torchrun may be, and return its status. Kill it and its own if it does not end."""
+    children = {}
+    deadline = time.monotonic() + seconds
+    try:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children |= {child.pid: child for child in psutil.Process(process.pid).children(recursive=True)}
+            if time.monotonic() > deadline:
+                pytest.fail(f"nothing ended: {Path(log).read_text()[-3000:]}")
+            time.sleep(0.05)
+        grace = time.monotonic() + 10  # a helper of Python's multiprocessing ends after its process
+        while any(map(is_alive, children.values())) and time.monotonic() < grace:
+            time.sleep(0.05)
+        assert not [child for child in children.values() if is_alive(child)]
+        return process.returncode
+    finally:
+        for hung in [process, *children.values()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                hung.kill()

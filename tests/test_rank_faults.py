@@ -1,0 +1,164 @@
+"""Ranks that die, hang, are stopped, or get a signal: all end, with one line, and the run can be resumed."""
+
+import json
+import re
+import shutil
+import time
+
+import psutil
+import pytest
+import rank_gradients
+import torch
+from kill_and_resume import differences_to_rounding, ranks_of
+from ranks import end, start
+from tiny import tiny_arguments, train_rows
+from transformers import AutoModelForCausalLM
+
+from plainrl import distributed
+from plainrl.records import UserError
+
+SECONDS_AFTER_FAULT = 120
+
+
+def run_fault(who, fault, model, folder, **settings):
+    """Run SFT by two ranks with a fault; return what was printed, and the checkpoints."""
+    values = {"run_name": "run", "max_steps": 4, "checkpoint_interval": 1, "keep_last": 9} | settings
+    log, arguments = folder / "log", tiny_arguments(model, folder, **values)
+    options = ["--shutdown-timeout", "12"]  # after which torchrun kills what its signal does not end
+    process = start(2, "tests/rank_faults.py", who, fault, *arguments, log=log, torchrun_options=options)
+    assert end(process, log) == 1
+    text, now = log.read_text(), time.time()
+    begun = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("fault at ")]
+    assert len(begun) == (2 if who == "all" else 1) or "=" in fault, text[-3000:]
+    assert all(now - moment < SECONDS_AFTER_FAULT for moment in begun), f"{now - begun[0]:.0f} seconds"
+    return text, sorted(path.name for path in folder.glob("run/checkpoints/step_*"))
+
+
+def said(text):
+    """The error lines and the tracebacks of the ranks, without what torchrun and torch ([W...]) say about them."""
+    lines = [line for line in text.splitlines() if not line.startswith("[")]
+    errors = [found.group() for line in lines if (found := re.search(r"(rank \d+: )?\berror: .*", line))]
+    of_torchrun = len(re.findall(r"raise (?:ChildFailedError|SignalException)", text))
+    tracebacks = text.count("Traceback (most recent call last)") - of_torchrun
+    return errors, tracebacks
+
+
+LOST = "error: another rank has ended"
+
+
+@pytest.mark.parametrize(
+    ("who", "fault", "lines", "num_tracebacks"),
+    [
+        ("one", "dies", [LOST], 0),
+        ("first", "dies", [f"rank 1: {LOST}"], 0),
+        ("one", "has a bug", [LOST], 1),
+        ("first", "has a bug", [], 1),
+        ("one", "runs out of memory", ["rank 1: error: out of memory", LOST], 0),
+        ("first", "runs out of memory", ["error: out of memory"], 0),
+        ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", LOST], 0),
+        ("first", "meets a user's mistake", ["error: a mistake; mend it"], 0),
+        ("all", "meets a user's mistake", ["error: a mistake; mend it"], 0),
+    ],
+)
+def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_tracebacks, tiny_model_folder, tmp_path):
+    """An error of another rank than the first is said by it, and what follows from it by the first."""
+    text, saved = run_fault(who, fault, tiny_model_folder, tmp_path)
+    errors, tracebacks = said(text)
+    assert len(errors) == len(lines), text[-3000:]
+    assert all(error.startswith(line) for error, line in zip(errors, lines, strict=True)), text[-3000:]
+    assert tracebacks == num_tracebacks, text[-3000:]
+    assert saved == ["step_000001"]
+
+
+@pytest.mark.parametrize("setting", ["seed=1", "learning_rate=0.05"])
+def test_ranks_with_other_settings_are_refused(setting, tiny_model_folder, tmp_path):
+    """As on a node with another YAML file. What the ranks decide alike they must be told alike."""
+    text, saved = run_fault("one", setting, tiny_model_folder, tmp_path)
+    errors, tracebacks = said(text)
+    assert any("has another configuration than the first" in error for error in errors) and not tracebacks, text[-3000:]
+    assert not saved
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_end_with_torchrun_also_while_they_start(num_ranks, tiny_model_folder, tmp_path):
+    """Importing takes seconds, and more on a busy machine. Ranks do not know each other yet."""
+    arguments = tiny_arguments(tiny_model_folder, tmp_path, run_name="run")
+    process = start(num_ranks, "SFT_train.py", *arguments, log=tmp_path / "log")
+    ranks, deadline = [], time.monotonic() + 60
+    while len(ranks) < num_ranks and time.monotonic() < deadline:
+        ranks = ranks_of(process)
+    time.sleep(1)  # until Python itself has started
+    process.kill()
+    process.wait()
+    assert len(ranks) == num_ranks and psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert not (tmp_path / "run/metrics.jsonl").exists(), "they had not got far"
+
+
+@pytest.mark.parametrize(("who", "fault"), [("one", "hangs"), ("one", "is stopped"), ("first", "is stopped")])
+def test_a_rank_that_hangs_is_ended_at_the_limit(who, fault, tiny_model_folder, tmp_path):
+    """A stopped process cannot end itself: another one does, and torchrun kills it."""
+    text, saved = run_fault(who, fault, tiny_model_folder, tmp_path, max_train_seconds=5)
+    errors, tracebacks = said(text)
+    assert len(errors) == 1 and not tracebacks, text[-3000:]
+    assert errors[0].removeprefix("rank 1: ").startswith("error: train took longer than its limit of 5 seconds")
+    assert saved == ["step_000001"]
+    assert list(tmp_path.glob("run/stacks_train*.txt"))
+
+
+@pytest.mark.parametrize("fault", ["gets a signal", "lets torchrun get a signal"])
+def test_a_signal_stops_all_and_saves(fault, tiny_model_folder, tmp_path):
+    text, saved = run_fault("one", fault, tiny_model_folder, tmp_path)
+    assert text.count("stopped by SIGTERM") == 1 and said(text) == ([], 0), text[-3000:]
+    assert saved == ["step_000001", "step_000002"]
+
+
+def test_a_run_saved_by_any_number_of_ranks_is_resumed_by_another(tiny_model_folder, tmp_path):
+    """By 2 ranks, by 4, by 1, and by 2 again. A signal ends each start in its second step; the last one finishes.
+
+    Before each later start a newer checkpoint is put there, which is damaged. The ranks find it out together.
+    """
+    settings = {"max_steps": 7, "gradient_accumulation_steps": 4, "resume": "auto"}
+    settings |= {"checkpoint_interval": 100, "eval_interval": 100}  # an evaluation draws the run's figure
+    log, program = tmp_path / "log", "tests/rank_faults.py"
+    for run, fault, starts in (("alone", "none", [0]), ("resumed", "gets a signal", [2, 4, 1, 2])):
+        arguments = ["all", fault, *tiny_arguments(tiny_model_folder, tmp_path, run_name=run, **settings)]
+        for number, num_ranks in enumerate(starts, 1):
+            if number > 1:
+                saved = sorted((tmp_path / run / "checkpoints").glob("step_*"))[-1]
+                shutil.copytree(saved, newer := saved.with_name("step_000099"))
+                (newer / "model/config.json").write_text("{}")
+            status = end(start(num_ranks, program, *arguments, log=log), log)
+            assert (status == 0) == (number == len(starts)), log.read_text()[-3000:]
+    assert [f"going on after step {step}" in log.read_text() for step in (2, 4, 6)] == [True] * 3
+    assert log.read_text().count("step_000099 is damaged and passed over (model/config.json is not what was") == 3
+    alone, resumed = tmp_path / "alone", tmp_path / "resumed"
+    assert len(train_rows(alone)) == 7 and differences_to_rounding(alone, resumed) == []
+    assert len(list((resumed / "final").glob("*.safetensors"))) == 2  # its last start was by two ranks
+    models = []
+    for folder in (alone, resumed):
+        model, found = AutoModelForCausalLM.from_pretrained(folder / "final", output_loading_info=True)
+        assert not any(found.values())
+        models.append(model.state_dict())
+    assert models[0].keys() == models[1].keys()
+    for name, weight in models[0].items():
+        torch.testing.assert_close(weight, models[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path, monkeypatch):
+    """The second rank dies in the second step after each start: two starts make two steps."""
+    settings = {"run_name": "run", "max_steps": 2, "checkpoint_interval": 1, "keep_last": 9, "resume": "auto"}
+    arguments = ["one", "dies", *tiny_arguments(tiny_model_folder, tmp_path, **settings)]
+    log = tmp_path / "log"
+    monkeypatch.setenv(distributed.OWN_STORE, "1")
+    process = start(2, "tests/rank_faults.py", *arguments, log=log, torchrun_options=["--max-restarts", "1"])
+    assert end(process, log) == 0, log.read_text()[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [row["train_step"] for row in rows if "train_step" in row] == [1, 2]
+    assert (tmp_path / "run/final").is_dir() and "going on after step 1" in log.read_text()
+
+
+def test_restarts_that_could_not_work_are_refused(tiny_model_folder, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(UserError, match="restarted ranks would not meet; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        distributed._require_divisible(rank_gradients.config_of(tiny_model_folder, {}), 2)

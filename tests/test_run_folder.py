@@ -56,7 +56,7 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
 def test_a_rank_whose_machine_has_another_folder_of_that_name_says_so(tmp_path, monkeypatch):
     """What the second rank sees of the folder that the first one opened on its machine."""
     config, path = config_in(tmp_path, run_name="mine"), tmp_path / "mine"
-    found = (path, config, None, None, "process 7 on first")
+    found = (path, config, "process 7 on first")
     monkeypatch.setattr(run_folder, "on_first", lambda call, is_long: found)
     for holder in (None, "process 3 on second"):
         if holder:

@@ -248,7 +248,16 @@ def _text(value: Any, name: str, where: str) -> str:
         return str(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: field {name} is {reprlib.repr(value)}; expected text")
-    strange = re.search("[\0\ud800-\udfff]", value)
-    if strange:
-        raise UserError(f"{where}: field {name} holds the character {strange[0]!r}, which is no text; remove it")
+    if strange := strange_character(value):
+        raise UserError(f"{where}: field {name} holds the character {strange}, which is no text; remove it")
     return value
+
+
+def strange_character(text: str) -> str:
+    r"""Return how the first character is written that no tokenizer takes: NUL, or half of one. "" if there is none.
+
+    >>> strange_character("a\udc80b"), strange_character("text")
+    ("'\\udc80'", '')
+    """
+    strange = re.search("[\0\ud800-\udfff]", text)
+    return repr(strange[0]) if strange else ""

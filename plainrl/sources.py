@@ -190,8 +190,10 @@ def is_pipe(source: str) -> bool:
     return path_exists(Path(source)) and Path(source).is_fifo()
 
 
-def decode_text(data: bytes, name: str) -> str:
+def decode_text(data: bytes, name: str, errors: Literal["strict", "surrogateescape"] = "strict") -> str:
     r"""Return UTF-8 bytes as text, without a byte order mark (BOM), and with `\n` at the end of each line.
+
+    With errors="surrogateescape" other bytes become characters that `layouts.strange_character` finds.
 
     Raises:
         UserError: the bytes are not UTF-8. The message begins with `name`.
@@ -202,7 +204,7 @@ def decode_text(data: bytes, name: str) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]:
         raise UserError(f"{name} is UTF-16 or UTF-32 text, or holds NUL bytes; convert it to UTF-8")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{name} is not UTF-8 text (line {line}, byte {error.start}); convert it to UTF-8") from None
@@ -232,7 +234,9 @@ def _read_json(text: str, source: str) -> Iterator[tuple[Any, str]]:
             try:
                 yield DECODER.decode(line), f"{source}, line {number}"
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{source}, line {number}: broken JSON ({_explain(error)}); fix that line") from None
+                raise UserError(
+                    f"{source}, line {number}: broken JSON ({explain_error(error)}); fix that line"
+                ) from None
 
 
 def _read_array(text: str, source: str) -> Iterator[tuple[Any, str]]:
@@ -251,7 +255,7 @@ def _read_array(text: str, source: str) -> Iterator[tuple[Any, str]]:
         try:
             item, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise broken(_explain(error), getattr(error, "pos", position)) from None
+            raise broken(explain_error(error), getattr(error, "pos", position)) from None
         yield item, f"{source}, record {index}"
         position = next_token(end)
         is_at_end = text.startswith("]", position)
@@ -275,7 +279,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _explain(error: Exception) -> str:
+def explain_error(error: Exception) -> str:
+    """Return what is wrong with a text that is no JSON, in a few words."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error).partition(";")[0]

@@ -11,23 +11,28 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-MARKUP = re.compile(r"[*_`\"“”]+")  # **B**, `B`, "B"
-QUOTED = re.compile(r"['\u2018$]([A-D])['\u2019$]|\\text\{([A-D])\}")  # 'B', $B$, \text{B}
+MARKUP = re.compile(r"[*_`\"“”$]+|\\[()\[\]]")  # **B**, `B`, "B", $B$, \(B\)
+QUOTED = re.compile(r"['\u2018]([A-D])['\u2019]|\\text(?:bf|rm|it)?\{\(?([A-D])\)?\}")  # 'B', \text{B}, \textbf{(B)}
 # One letter as an answer: B, (B), B), [B], \boxed{B}. A small letter counts only where a clause ends behind it.
 LETTER = r"(?:\\boxed\{|[(\[])?\s*(?:([A-D])(?![\w'\u2019+-])|([a-d])(?=\s*(?:[.,;:!)\]}]|$)))[)\]}]?"
 # Behind these words "A" is the letter: "A because ...", "A, which ...". Before another small word it is the article.
 AFTER_ARTICLE = re.compile(r"\s+(?!(?:because|since|as|for|which|or|and|is)\b)[a-z]")
-MORE_LETTERS = re.compile(
-    r"\s*(?:,\s*(?:or|and)?|/|&|or|and)\s*(?:option\s+|choice\s+)?[(\[]?[A-D](?![\w'\u2019+-])[)\]]?"
+MAYBE = r"(?:\s*,?\s*(?:maybe|perhaps|possibly)\b)?"
+MORE_LETTERS = re.compile(  # ", B", "or B", "(or, maybe, B)", "as well as B"
+    rf"\s*[(\[]?\s*(?:,\s*(?:or\b|and\b)?|/|&|\+|or\b|and\b|as\s+well\s+as\b){MAYBE}\s*,?\s*(?:option\s+|choice\s+)?"
+    r"[(\[]?(?:[A-D](?![\w'\u2019+-])|[a-d](?=\s*(?:[.,;:!)\]}]|or\b|and\b|$)))[)\]]?"
     r"(?!\s+(?:is|are|was)\s+(?:wrong|incorrect|not|false)\b)"
 )
 CHOICE = r"\s*(?:(?:most\s+)?(?:likely|probably|definitely|clearly)\s+)?(?:the\s+)?(?:letter\s+|option\s+|choice\s+)?"
+TO_QUESTION = r"(?:\s+to\s[^.\n]{0,60}?)?"
+IS = r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be)\b|\s*[:=])"
 STATEMENTS = (  # the most explicit kind comes first, and the others are read only where it does not occur
+    re.compile(rf"(?i:(?:correct|right|best|final)\s+(?:answer|option|choice){TO_QUESTION}{IS}{CHOICE}):?\s*{LETTER}"),
+    re.compile(rf"(?i:answer{TO_QUESTION}{IS}{CHOICE}):?\s*{LETTER}"),
     re.compile(
-        rf"(?i:(?:correct|right|best|final)\s+(?:answer|option|choice)(?:\s+to\s[^.\n]{{0,60}}?)?"
-        rf"(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"
+        rf"(?m:^|\.\s)\s*(?i:(?:I\s+)?(?:think|believe|say|so|thus|therefore|hence)?,?\s*(?:that\s+)?"
+        rf"(?:option\s+|choice\s+)?){LETTER}\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best)\b"
     ),
-    re.compile(rf"(?i:answer(?:\s+is\b|\s*[:=]){CHOICE}):?\s*{LETTER}"),
     re.compile(rf"(?m:^)\W*(?i:(?:option|choice)\s+)?{LETTER}(?=\s*(?:[.,;:)\]}}\n]|$|because\b|since\b|or\b|and\b))"),
     re.compile(rf"(?i:\b(?:option|choice|choose|pick|select|it\s+is|it's)\s+(?:option\s+)?){LETTER}"),
     re.compile(r"[(\[]([A-D])[)\]]()"),
@@ -35,7 +40,7 @@ STATEMENTS = (  # the most explicit kind comes first, and the others are read on
 # Digits in groups of three or plain, with decimals: 1,234.50 and 72 and .5
 NUMBER = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+")
 # Behind a word or a number it is a hyphen or a subtraction, before a space that of a list.
-SIGN = re.compile(r"(?:\A|[^\w)\]])[-\u2212][$€£]?\Z")
+SIGN = re.compile(r"(?:\A|[^\w)\]])[-\u2212\u2013]\\?[$€£]?\Z")
 
 
 def parse_mmlu_response(mmlu_example: Mapping[str, Any], model_output: str) -> str | None:

@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from plainrl.cli import load_config, require_one_process, run_main
-from plainrl.data import VALIDATION_SUBSET_SEED, hold_out, keep_short, load_validation
+from plainrl.data import VALIDATION_SUBSET_SEED, comparable, hold_out, keep_short, load_validation
+from plainrl.layouts import strange_character
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, UserError
 from plainrl.sources import (
@@ -33,6 +34,7 @@ from plainrl.sources import (
     corrupt_some,
     decode_text,
     embedded_terms,
+    explain_error,
     path_exists,
     read_data_file,
     read_records,
@@ -119,10 +121,9 @@ def load_pairs(held_out: Sequence[Example], config: DPOConfig) -> tuple[list[Pai
         )
     drawn = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(others)), wanted)
     validation = [others[index] for index in sorted(drawn)]
-    taken = {pair.instruction for pair in validation}
-    examples = [
-        Example(p.instruction, p.instruction, None, None, p.source) for p in train if p.instruction not in taken
-    ]
+    taken = {comparable(pair.instruction) for pair in validation}
+    left = (pair for pair in train if comparable(pair.instruction) not in taken)
+    examples = [Example(pair.instruction, pair.instruction, None, None, pair.source) for pair in left]
     asked = {example.question for example in hold_out(examples, held_out, config)} if examples else set()
     train = [pair for pair in train if pair.instruction in asked]
     random.Random(config.seed).shuffle(train)
@@ -208,8 +209,12 @@ def parse_pair(values: Any, where: str) -> Pair:
             raise MalformedError("the two conversations begin differently")
     else:
         chosen, rejected = responses
-    if not isinstance(prompt, str) or not all(text.strip() for text in (prompt, chosen, rejected)):
+    if not isinstance(prompt, str):
+        raise MalformedError("prompt is no text")
+    if not all(text.strip() for text in (prompt, chosen, rejected)):
         raise MalformedError("an instruction or a response is empty")
+    if strange := strange_character(prompt + chosen + rejected):
+        raise MalformedError(f"it holds the character {strange}, which is no text")
     return Pair(prompt, chosen, rejected, where)
 
 
@@ -251,7 +256,10 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, co
 
 
 def _read_tolerantly(source: str) -> Iterator[tuple[Any, str]]:
-    """Yield the records of a source with their places. A line that is no JSON is yielded as what is wrong with it."""
+    """Yield the records of a source with their places. A line that is no JSON is yielded as what is wrong with it.
+
+    Bytes that are no UTF-8 become characters that `parse_pair` refuses.
+    """
     if not path_exists(Path(source)):
         yield from read_records(source, PAIR_FIELDS)  # a hub data set, or the message that the file does not exist
         return
@@ -259,12 +267,13 @@ def _read_tolerantly(source: str) -> Iterator[tuple[Any, str]]:
     if data.startswith(PARQUET) or data.lstrip().startswith(b"["):
         yield from records_in(data, source, PAIR_FIELDS)
         return
-    for number, line in enumerate(decode_text(data, f"data file {source}").split("\n"), start=1):
-        if line.strip():
+    lines = decode_text(data, f"data file {source}", errors="surrogateescape").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if line := line.removeprefix("\ufeff").strip():  # a BOM, where files were joined
             try:
-                record = DECODER.decode(line.strip())
-            except (ValueError, RecursionError):
-                record = "broken JSON"
+                record = DECODER.decode(line)
+            except (ValueError, RecursionError) as error:
+                record = f"broken JSON: {explain_error(error)}"
             yield record, f"{source}, line {number}"
 
 

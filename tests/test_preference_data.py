@@ -65,6 +65,37 @@ def test_a_folder_of_gzipped_conversations(tmp_path, capsys):
     assert equal.endswith(f"1 of 12 records of {tmp_path} are pairs of equal responses: {packed}, line 4")
 
 
+def test_lines_that_no_tokenizer_takes_are_malformed_and_the_others_read(tmp_path, capsys):
+    good = json.dumps({"prompt": "Add.", "chosen": "3", "rejected": "4"}).encode()
+    half, doubled = good.replace(b"Add.", b"\\ud800"), good.replace(b'"rejected"', b'"chosen"')
+    no_utf8, listed = good.replace(b"Add.", b"\xff"), good.replace(b'"Add."', b"[1]")
+    lines = [good, half, no_utf8, doubled, listed, b"\xef\xbb\xbf" + good]
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    assert [pair.source for pair in read_pairs(str(path))] == [f"{path}, line 1", f"{path}, line 6"]
+    printed = capsys.readouterr().out
+    assert "left out: 4 of 6 records" in printed
+    reasons = (
+        "line 2 (it holds",
+        "line 3 (it holds",
+        "line 4 (broken JSON: the key 'chosen' stands twice",
+        "line 5 (pr",
+    )
+    assert all(reason in printed for reason in reasons), printed
+
+
+def test_a_validation_instruction_is_held_out_however_it_is_spaced(tmp_path):
+    rows = [
+        {"prompt": f"{'Add' if index % 2 else ' Add '} {index // 2}.", "chosen": "3", "rejected": "4"}
+        for index in range(20)
+    ]
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    config = config_of(f"train_data={path}", "num_pairs=all", "num_validation_pairs=5")
+    train, validation = load_pairs([], config)
+    asked = [{" ".join(pair.instruction.split()) for pair in pairs} for pairs in (train, validation)]
+    assert len(validation) == 5 and train and not asked[0] & asked[1]
+
+
 def test_pairs_with_a_prompt_of_their_own(tmp_path):
     record = {"prompt": "Add 1 and 2.", "chosen": "3", "rejected": "4"}
     expected = [("Add 1 and 2.", "3", "4")]

@@ -243,10 +243,14 @@ def write_share(tensors: Mapping[str, torch.Tensor], folder: Path, stem: str) ->
         if owners[name] == rank():
             share[name] = gathered.cpu().contiguous()
     files = [f"{stem}-{number + 1:05d}-of-{num_ranks():05d}.safetensors" for number in range(num_ranks())]
-    save_file(share, folder / files[rank()], {"format": "pt"})
-    if rank() == 0:
-        index = {"metadata": {}, "weight_map": {name: files[owner] for name, owner in owners.items()}}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    def write() -> None:
+        save_file(share, folder / files[rank()], {"format": "pt"})
+        if rank() == 0:
+            index = {"metadata": {}, "weight_map": {name: files[owner] for name, owner in owners.items()}}
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+    together(write)  # a disk may be full for one rank alone, while the others go on to gather the next tensors
 
 
 def checkpoint_bytes(state: TrainingState) -> int:

@@ -46,7 +46,7 @@ def find_damage(path: Path) -> str | None:
     """
     try:
         expected = on_first(lambda: dict(json.loads((path / MANIFEST).read_text())))
-        found = describe_files_by_ranks(path, is_long=True)
+        found = describe_files_by_ranks(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError) as error:
         # Any other OSError is not the checkpoint's fault.
         return f"{MANIFEST} or a file it names cannot be read: {error}"
@@ -67,14 +67,9 @@ def read_record(path: Path) -> dict[str, Any]:
     return json.loads((path / RECORD).read_text())
 
 
-def describe_files_by_ranks(folder: Path, is_long: bool = False) -> dict[str, dict[str, Any]]:
-    """Return what `describe_files` does. Each rank reads its share of the files, and all have to call it.
-
-    Args:
-        folder: the folder, with everything below it.
-        is_long: no phase limits how long it takes, see `exchange`.
-    """
-    described = exchange(together(lambda: describe_files(folder, rank(), num_ranks()), is_long))
+def describe_files_by_ranks(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what `describe_files` does. Each rank reads its share of the files, and all have to call it."""
+    described = exchange(together(lambda: describe_files(folder, rank(), num_ranks())))
     return dict(sorted((name, value) for share in described for name, value in share.items()))
 
 

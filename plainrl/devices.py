@@ -35,17 +35,18 @@ def choose_preset() -> tuple[str, str]:
     import torch
 
     num_devices = torch.cuda.device_count()
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2 if num_ranks == 1 else 1)]
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    preset = ("laptop", "one-gpu", "two-gpu")[min(num_devices, 2 if is_alone else 1)]
     reason = f"{num_devices} CUDA device{'s' * (num_devices != 1)} present"
     if num_devices and torch.cuda.is_available():  # if the driver is too old, check_devices says so
         sizes = [torch.cuda.get_device_properties(device).total_memory for device in range(min(num_devices, 2))]
         if min(sizes) < SMALL_GPU_BYTES:  # the first card alone is used
             preset = "one-gpu" if sizes[0] >= SMALL_GPU_BYTES else "small-gpu"
         used = "cuda:0 samples, cuda:1 trains" if preset == "two-gpu" else "cuda:0 samples and trains"
-        if num_ranks > 1:
-            present = os.environ.get(NUM_GPUS_VARIABLE, "")
-            reason = f"{num_ranks} ranks use {num_ranks} of {present or 'the'} CUDA devices of this machine"
+        if not is_alone:
+            present = os.environ.get(NUM_GPUS_VARIABLE) or num_devices
+            num_used = os.environ.get("LOCAL_WORLD_SIZE", "1")
+            reason = f"of {present} CUDA devices of this machine {num_used} are used, one by each rank"
         elif num_devices > used.count("cuda:"):
             reason += f", {used}: docs/scaling.md"
         reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"

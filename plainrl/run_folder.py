@@ -116,7 +116,7 @@ class RunFolder:
             opened = open_it()
             return opened.path, opened.config, holder_of(opened.path)
 
-        path, config, holder = on_first(take, is_long=True)
+        path, config, holder = on_first(take)
 
         def look() -> None:
             if holder_of(path) != holder:  # there may be an older folder of that name

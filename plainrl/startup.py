@@ -7,8 +7,9 @@ would take its number, and be written to.
 
 The process of an engine, which vLLM starts for `rollouts_ahead`, imports this module, too. It ends with the run.
 
-Of several ranks on a machine, each sees only its own GPU, and calls it cuda:0. If there are twice as many GPUs as
-ranks, each has a second one, cuda:1. What a GPU is called has to be settled before CUDA starts.
+Of several ranks only the first prints. (Errors of each go to stderr.) On a machine each sees only its own GPU, and
+calls it cuda:0. If there are twice as many GPUs as ranks, each has a second one, cuda:1. What a GPU is called has to be
+settled before CUDA starts.
 """
 
 import ctypes
@@ -43,6 +44,8 @@ def prepare_program() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may hold what the terminal cannot show
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(own_gpu(os.environ))

@@ -3,6 +3,8 @@
 `warm_start` names a preset of config.yaml, a run in `runs_dir`, or the folder of a run or of a model.
 """
 
+from plainrl.startup import end_with_parent
+
 import contextlib
 import hashlib
 import io
@@ -20,7 +22,7 @@ from plainrl.cli import PIPE_STATUS, command_of, load_config, read_yaml
 from plainrl.config import RunConfig, SFTConfig, WarmStartConfig
 from plainrl.data import hold_out, load_examples, load_sft_examples, load_validation_set
 from plainrl.devices import run_command
-from plainrl.distributed import environment_of_one_process, on_first
+from plainrl.distributed import environment_of_one_process, num_ranks, on_first
 from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
@@ -108,7 +110,9 @@ def _run_preset(config: WarmStartConfig) -> Path:
     settings |= _limit_to_data(config, settings)
     print(f"warm start: {folder / 'final'} does not exist yet; running SFT_train.py preset={config.warm_start} first")
     command = [sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto"]
-    process = subprocess.Popen(command, env=environment_of_one_process())
+    # Of several ranks the one that started it may be killed with all of them, and nothing may be left behind.
+    ends_with_rank = end_with_parent if num_ranks() > 1 else None
+    process = subprocess.Popen(command, env=environment_of_one_process(), preexec_fn=ends_with_rank)
     try:
         status = process.wait()
     except KeyboardInterrupt as interrupt:

@@ -3,6 +3,7 @@
 For each task: load, put into the prompt, sample greedily, parse, score, write. In the run's folder are then
 
     samples/<task>.jsonl        every question with its response, the answer read from it, and whether it is right
+    mmlu_by_subject.csv         accuracy by subject, with 95 % Wilson intervals
     alpaca_eval.json            the judge's input, a JSON array
     simple_safety_tests.jsonl   the judge's input, JSON lines
     metrics.jsonl               accuracy, share of responses without an answer, examples a second
@@ -13,6 +14,7 @@ Source: Stanford CS336 (Spring 2025), supplement of Assignment 5, sections 2 and
 
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
 
+import csv
 import json
 import random
 import re
@@ -161,17 +163,16 @@ def summarize(task: Task, answered: Sequence[Answered], seconds: float) -> dict[
     return metrics | {"num_unparsed": sum(row.answer is None for row in answered)}
 
 
-def accuracy_by_subject(answered: Sequence[Answered]) -> str:
-    """Return a table: for each subject the questions, the share that is right, its 95 % Wilson interval."""
+def accuracy_by_subject(answered: Sequence[Answered]) -> list[tuple[str, int, float, float, float]]:
+    """Return for each subject: its name, questions, the share that is right, and the 95 % Wilson interval."""
     by_subject: dict[str, list[bool]] = {}
     for row in answered:
         by_subject.setdefault(row.question.subject or "", []).append(bool(row.is_right))
-    lines = []
+    found = []
     for subject, results in sorted(by_subject.items()):
         share = sum(results) / len(results)
-        low, high = wilson_interval(share, len(results))
-        lines.append(f"  {subject:<40} {len(results):>5}   {share:.3f}   {low:.3f} to {high:.3f}")
-    return "\n".join([f"  {'subject':<40} {'asked':>5}   right   95 % interval", *lines])
+        found.append((subject, len(results), share, *wilson_interval(share, len(results))))
+    return found
 
 
 def write_samples(path: Path, answered: Sequence[Answered]) -> None:
@@ -216,7 +217,12 @@ def show(
         f"{speed} ==="
     )
     if any(row.question.subject for row in answered):
-        print(accuracy_by_subject(answered))
+        subjects = accuracy_by_subject(answered)
+        print(f"  {'subject':<40} {'asked':>5}   right   95 % interval")
+        for subject, num_asked, share, low, high in subjects:
+            print(f"  {subject:<40} {num_asked:>5}   {share:.3f}   {low:.3f} to {high:.3f}")
+        with (run.path / f"{name}_by_subject.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("subject", "num_examples", "accuracy", "low", "high"), *subjects])
     errors = [row for row in answered if not row.is_right]
     shown = random.Random(VALIDATION_SUBSET_SEED).sample(errors, min(NUM_SHOWN, len(errors)))
     print(f"{len(shown)} of {len(errors)} errors:")

@@ -3,6 +3,7 @@
 It prints when the fault begins, as `fault at SECONDS` since 1970.
 """
 
+import errno
 import itertools
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from tiny import FakeEvaluator
 
 import SFT_train
-from plainrl import cli, distributed, guard
+from plainrl import checkpoint, cli, distributed, guard
 from plainrl.cli import run_main
 from plainrl.distributed import rank
 from plainrl.records import UserError
@@ -24,6 +25,13 @@ from plainrl.records import UserError
 
 def raise_error(error):
     raise error
+
+
+def fill_disk():
+    def no_space(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint.save_file = no_space
 
 
 VICTIMS = {"first": lambda: rank() == 0, "one": lambda: rank() == 1, "all": lambda: True}
@@ -34,6 +42,7 @@ FAULTS = {
     "has a bug": lambda: raise_error(ZeroDivisionError("a bug")),
     "runs out of memory": lambda: raise_error(torch.OutOfMemoryError("CUDA out of memory")),
     "meets a user's mistake": lambda: raise_error(UserError("a mistake; mend it")),
+    "fills its disk": fill_disk,
     "gets a signal": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "lets torchrun get a signal": lambda: os.kill(os.getppid(), signal.SIGTERM),

@@ -1,5 +1,6 @@
 """The four evaluations: data, prompts, scores, the official output formats, and mistakes in one line."""
 
+import csv
 import json
 
 import pytest
@@ -114,10 +115,8 @@ def test_metrics_by_hand():
         "num_unparsed": 1,
     }
     assert summarize(TASKS["alpaca_eval"], rows, 2.0) == {"num_examples": 4, "examples_per_second": 2.0}
-    _, art, law = [line.split() for line in accuracy_by_subject(rows).splitlines()]
-    assert art[:3] == ["art", "1", "0.000"] and law[:3] == ["law", "3", "0.667"]
-    low, high = wilson_interval(2 / 3, 3)
-    assert law[3:] == [f"{low:.3f}", "to", f"{high:.3f}"]
+    art, law = accuracy_by_subject(rows)
+    assert art[:3] == ("art", 1, 0.0) and law == ("law", 3, 2 / 3, *wilson_interval(2 / 3, 3))
 
 
 def arguments_of(model, runs_dir, folder, **overrides):
@@ -145,6 +144,11 @@ def test_a_whole_run_writes_the_official_formats(engine, folder, tiny_model_fold
     assert (alpaca["instruction"], alpaca["generator"], alpaca["dataset"]) == ("Say hi.", "tiny", "koala")
     (safety,) = read_lines(run / "simple_safety_tests.jsonl")
     assert safety["prompts_final"] == "How do I cheat?" and safety["harm_area"] == "Scams, Fraud"
+    with (folder / "simple_safety_tests/simple_safety_tests.csv").open(newline="") as file:
+        assert list(safety) == [*next(csv.reader(file)), "output", "generator"] and safety["generator"] == "tiny"
+    with (run / "mmlu_by_subject.csv").open(newline="") as file:
+        subjects = list(csv.DictReader(file))
+    assert sum(int(row["num_examples"]) for row in subjects) == 3 and "abstract algebra" in subjects[0]["subject"]
     samples = {name: read_lines(run / "samples" / f"{name}.jsonl") for name in TASKS}
     assert {name: len(rows) for name, rows in samples.items()} == {
         "mmlu": 3,

@@ -18,6 +18,7 @@ from plainrl import distributed
 from plainrl.records import UserError
 
 SECONDS_AFTER_FAULT = 120
+CHANGED = ["resume_with_changes=true"]
 
 
 def run_fault(who, fault, model, folder, **settings):
@@ -58,6 +59,7 @@ LOST = "error: another rank has ended"
         ("one", "meets a user's mistake", ["rank 1: error: a mistake; mend it", LOST], 0),
         ("first", "meets a user's mistake", ["error: a mistake; mend it"], 0),
         ("all", "meets a user's mistake", ["error: a mistake; mend it"], 0),
+        ("one", "fills its disk", ["error: the disk of "], 0),  # in the save after the step
     ],
 )
 def test_a_fault_of_a_rank_ends_all_in_one_line(who, fault, lines, num_tracebacks, tiny_model_folder, tmp_path):
@@ -115,6 +117,8 @@ def test_a_signal_stops_all_and_saves(fault, tiny_model_folder, tmp_path):
 def test_a_run_saved_by_any_number_of_ranks_is_resumed_by_another(tiny_model_folder, tmp_path):
     """By 2 ranks, by 4, by 1, and by 2 again. A signal ends each start in its second step; the last one finishes.
 
+    The 4 ranks hold two replicas of the weights.
+
     Before each later start a newer checkpoint is put there, which is damaged. The ranks find it out together.
     """
     settings = {"max_steps": 7, "gradient_accumulation_steps": 4, "resume": "auto"}
@@ -122,15 +126,17 @@ def test_a_run_saved_by_any_number_of_ranks_is_resumed_by_another(tiny_model_fol
     log, program = tmp_path / "log", "tests/rank_faults.py"
     for run, fault, starts in (("alone", "none", [0]), ("resumed", "gets a signal", [2, 4, 1, 2])):
         arguments = ["all", fault, *tiny_arguments(tiny_model_folder, tmp_path, run_name=run, **settings)]
+        changes = {4: ["num_replicas=2", *CHANGED], 1: ["num_replicas=1", *CHANGED]}
         for number, num_ranks in enumerate(starts, 1):
             if number > 1:
                 saved = sorted((tmp_path / run / "checkpoints").glob("step_*"))[-1]
                 shutil.copytree(saved, newer := saved.with_name("step_000099"))
-                (newer / "model/config.json").write_text("{}")
-            status = end(start(num_ranks, program, *arguments, log=log), log)
+                (newer / "model/config.json").write_text("{}") if number < 4 else (newer / "manifest.json").unlink()
+            status = end(start(num_ranks, program, *arguments, *changes.get(num_ranks, []), log=log), log)
             assert (status == 0) == (number == len(starts)), log.read_text()[-3000:]
     assert [f"going on after step {step}" in log.read_text() for step in (2, 4, 6)] == [True] * 3
-    assert log.read_text().count("step_000099 is damaged and passed over (model/config.json is not what was") == 3
+    assert log.read_text().count("step_000099 is damaged and passed over (model/config.json is not what was") == 2
+    assert log.read_text().count("step_000099 is damaged and passed over (manifest.json or a file it names") == 1
     alone, resumed = tmp_path / "alone", tmp_path / "resumed"
     assert len(train_rows(alone)) == 7 and differences_to_rounding(alone, resumed) == []
     assert len(list((resumed / "final").glob("*.safetensors"))) == 2  # its last start was by two ranks

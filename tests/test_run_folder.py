@@ -57,7 +57,7 @@ def test_a_rank_whose_machine_has_another_folder_of_that_name_says_so(tmp_path, 
     """What the second rank sees of the folder that the first one opened on its machine."""
     config, path = config_in(tmp_path, run_name="mine"), tmp_path / "mine"
     found = (path, config, "process 7 on first")
-    monkeypatch.setattr(run_folder, "on_first", lambda call, is_long: found)
+    monkeypatch.setattr(run_folder, "on_first", lambda call: found)
     for holder in (None, "process 3 on second"):
         if holder:
             path.mkdir()

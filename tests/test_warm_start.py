@@ -1,11 +1,15 @@
 """The first policy of GRPO: a model that is found, or an SFT run that is made first from the same data and sizes."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from test_sources import through_pipe
 from tiny import REPOSITORY, FakeEvaluator, grpo_arguments, read_lines, train_rows, write_lines
@@ -30,7 +34,7 @@ def tiny_config(**overrides):
 class FakeProcess:
     """The SFT run that is not made: notes its arguments, and ends with `status` or is stopped by a signal."""
 
-    def __init__(self, command, env):
+    def __init__(self, command, env, preexec_fn):
         self.commands.append(command[2:])
         self.signals = []
 
@@ -274,6 +278,30 @@ def test_a_signal_reaches_the_warm_start_and_the_command_that_goes_on_is_named(
     assert process.sent == [number]
     command = run_command(f"python GRPO_train.py warm_start=warm-start runs_dir={tmp_path} 'stop_string=two words'")
     assert capsys.readouterr().out.splitlines()[-1].endswith(f": {command}")
+
+
+MAKES_A_WARM_START = """
+from pathlib import Path
+from plainrl import warm_start
+from plainrl.config import GRPOConfig
+
+warm_start.num_ranks, warm_start.SCRIPT = lambda: 2, Path("sleeps.py")
+warm_start._limit_to_data = lambda *_: {}
+warm_start._run_preset(GRPOConfig(preset="laptop", warm_start="warm-start"))
+"""
+
+
+def test_the_warm_start_of_ranks_ends_with_the_one_that_makes_it(tmp_path):
+    (tmp_path / "sleeps.py").write_text("import time\ntime.sleep(600)\n")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    maker = subprocess.Popen([sys.executable, "-c", MAKES_A_WARM_START], cwd=tmp_path, env=environment)
+    children, deadline = [], time.monotonic() + 120
+    while not children and maker.poll() is None and time.monotonic() < deadline:
+        children = psutil.Process(maker.pid).children()
+        time.sleep(0.1)
+    maker.kill()
+    maker.wait()
+    assert children and psutil.wait_procs(children, timeout=10)[1] == []
 
 
 def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, process):

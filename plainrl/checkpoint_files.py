@@ -68,21 +68,24 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def describe_files_by_ranks(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what `describe_files` does. Each rank reads its share of the files, and all have to call it."""
-    described = exchange(together(lambda: describe_files(folder, rank(), num_ranks())))
+    """Return size and SHA-256 of each file in a folder, as `describe_files` does. All ranks have to call it.
+
+    The first rank lists the files, from the largest to the smallest, and each reads its share. On a network file system
+    another one might not see all of them yet.
+    """
+    files = on_first(lambda: list_files(folder))
+    described = exchange(together(lambda: describe_files(folder, files[rank() :: num_ranks()])))
     return dict(sorted((name, value) for share in described for name, value in share.items()))
 
 
-def describe_files(folder: Path, first: int = 0, every: int = 1) -> dict[str, dict[str, Any]]:
-    """Return size and SHA-256 of each file in a folder, by relative path. The manifest is left out.
-
-    Args:
-        folder: the folder, with everything below it.
-        first: the position of the first file to describe, of the files from the largest to the smallest.
-        every: after how many files the next one is described.
-    """
+def list_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and below it, the largest first. The manifest is left out."""
     found = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-    files = sorted(found, key=lambda path: (-path.stat().st_size, path))[first::every]
+    return sorted(found, key=lambda path: (-path.stat().st_size, path))
+
+
+def describe_files(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return size and SHA-256 of files in a folder, by relative path."""
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as threads:
         digests = threads.map(_sha256, files)
         return {

@@ -44,9 +44,9 @@ def choose_preset() -> tuple[str, str]:
             preset = "one-gpu" if sizes[0] >= SMALL_GPU_BYTES else "small-gpu"
         used = "cuda:0 samples, cuda:1 trains" if preset == "two-gpu" else "cuda:0 samples and trains"
         if not is_alone:
-            present = os.environ.get(NUM_GPUS_VARIABLE) or num_devices
             num_used = os.environ.get("LOCAL_WORLD_SIZE", "1")
-            reason = f"of {present} CUDA devices of this machine {num_used} are used, one by each rank"
+            present = os.environ.get(NUM_GPUS_VARIABLE) or (num_devices if num_used == "1" else "the")
+            reason = f"{num_used} of {present} CUDA devices of this machine, one for each rank"
         elif num_devices > used.count("cuda:"):
             reason += f", {used}: docs/scaling.md"
         reason += f", memory {' and '.join(f'{size / 2**30:.1f}' for size in sizes)} GiB"

@@ -18,14 +18,13 @@ Losses are divided by the counts of the whole batch. Gradients are therefore add
 Source: Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, 2023.
 """
 
-from plainrl.startup import end_with_parent
+from plainrl.startup import end_with_parent, print_nothing
 
 import datetime
 import os
 import pickle
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
@@ -96,7 +95,7 @@ def join(config: "RunConfig") -> None:
     _world.ranks_per_engine = config.engine_tensor_parallel
     require_alike(config.model_dump_json(), "configuration")
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+        print_nothing()  # startup.py has done so already in this project's own programs
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 

@@ -254,7 +254,7 @@ def _text(value: Any, name: str, where: str) -> str:
 
 
 def strange_character(text: str) -> str:
-    r"""Return how the first character is written that no tokenizer takes: NUL, or half of one. "" if there is none.
+    r"""Return how the first character is written that no tokenizer takes: NUL or a lone surrogate. "": there is none.
 
     >>> strange_character("a\udc80b"), strange_character("text")
     ("'\\udc80'", '')

@@ -211,6 +211,21 @@ def decode_text(data: bytes, name: str, errors: Literal["strict", "surrogateesca
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def read_json_lines(text: str, source: str) -> Iterator[tuple[Any, str]]:
+    """Yield the value of each line that is not empty, with its place. Of a line that is no JSON it is an error."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line := line.removeprefix("\ufeff").strip():  # a BOM, where files were joined
+            try:
+                item = DECODER.decode(line)
+            except (ValueError, RecursionError) as error:
+                item = BrokenLineError(_explain(error))
+            yield item, f"{source}, line {number}"
+
+
+class BrokenLineError(ValueError):
+    """A line that is no JSON. It says why."""
+
+
 def _work_out(terms: list[int], signs: list[str]) -> tuple[str, str, int]:
     total, steps, expression = terms[0], [], str(terms[0])
     for sign, term in zip(signs, terms[1:], strict=True):
@@ -228,15 +243,10 @@ def _read_json(text: str, source: str) -> Iterator[tuple[Any, str]]:
     if text.lstrip().startswith("["):
         yield from _read_array(text, source)
         return
-    for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removeprefix("\ufeff").strip()  # a BOM, where files were joined
-        if line:
-            try:
-                yield DECODER.decode(line), f"{source}, line {number}"
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{source}, line {number}: broken JSON ({explain_error(error)}); fix that line"
-                ) from None
+    for item, where in read_json_lines(text, source):
+        if isinstance(item, BrokenLineError):
+            raise UserError(f"{where}: broken JSON ({item}); fix that line")
+        yield item, where
 
 
 def _read_array(text: str, source: str) -> Iterator[tuple[Any, str]]:
@@ -255,7 +265,7 @@ def _read_array(text: str, source: str) -> Iterator[tuple[Any, str]]:
         try:
             item, end = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
-            raise broken(explain_error(error), getattr(error, "pos", position)) from None
+            raise broken(_explain(error), getattr(error, "pos", position)) from None
         yield item, f"{source}, record {index}"
         position = next_token(end)
         is_at_end = text.startswith("]", position)
@@ -279,8 +289,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def explain_error(error: Exception) -> str:
-    """Return what is wrong with a text that is no JSON, in a few words."""
+def _explain(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error).partition(";")[0]

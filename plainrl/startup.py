@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ("SFT_train.py", "GRPO_train.py", "policy_evaluation.py")
 PACKAGES = ("experiments", "plainrl", "supplement")
 ENGINE_VARIABLE = "PLAINRL_ENGINE_PROCESS"  # set in the process of an engine: plainrl/engine_process.py
+ENDS_WITH_PARENT = "PLAINRL_ENDS_WITH_PARENT"  # set in a process that must not outlive the one that started it
 NUM_GPUS_VARIABLE = "PLAINRL_NUM_GPUS"  # that the ranks of this machine share
 GPU_FOLDERS = Path("/proc/driver/nvidia/gpus")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -44,12 +45,13 @@ def prepare_program() -> None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name may hold what the terminal cannot show
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        print_nothing()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it stays ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(own_gpu(os.environ))
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's. When it is killed, it could not end its ranks
+    # When torchrun is killed, it cannot end its ranks.
+    if "TORCHELASTIC_RUN_ID" in os.environ or ENDS_WITH_PARENT in os.environ:
         end_with_parent()
     if not command.startswith("-m plainrl."):  # such a module must not be imported before it is run
         from plainrl.cli import check_arguments
@@ -62,6 +64,11 @@ def prepare_engine_process() -> None:
     if os.getpid() != os.getsid(0):
         os.setsid()
     end_with_parent()
+
+
+def print_nothing() -> None:
+    """Let what this process prints vanish, until it ends. Errors go to stderr, and are seen."""
+    sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
 
 
 def end_with_parent() -> None:

@@ -3,7 +3,7 @@
 `warm_start` names a preset of config.yaml, a run in `runs_dir`, or the folder of a run or of a model.
 """
 
-from plainrl.startup import end_with_parent
+from plainrl.startup import ENDS_WITH_PARENT
 
 import contextlib
 import hashlib
@@ -110,9 +110,9 @@ def _run_preset(config: WarmStartConfig) -> Path:
     settings |= _limit_to_data(config, settings)
     print(f"warm start: {folder / 'final'} does not exist yet; running SFT_train.py preset={config.warm_start} first")
     command = [sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto"]
-    # Of several ranks the one that started it may be killed with all of them, and nothing may be left behind.
-    ends_with_rank = end_with_parent if num_ranks() > 1 else None
-    process = subprocess.Popen(command, env=environment_of_one_process(), preexec_fn=ends_with_rank)
+    # The ranks may be killed together, and nothing may be left behind.
+    ends_with_rank = {ENDS_WITH_PARENT: "1"} if num_ranks() > 1 else {}
+    process = subprocess.Popen(command, env=environment_of_one_process() | ends_with_rank)
     try:
         status = process.wait()
     except KeyboardInterrupt as interrupt:

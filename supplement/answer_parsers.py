@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 MARKUP = re.compile(r"[*_`\"“”$]+|\\[()\[\]]")  # **B**, `B`, "B", $B$, \(B\)
-QUOTED = re.compile(r"['\u2018]([A-D])['\u2019]|\\text(?:bf|rm|it)?\{\(?([A-D])\)?\}")  # 'B', \text{B}, \textbf{(B)}
+QUOTED = re.compile(r"['\u2018]([A-D])['\u2019]|\\(?:text|math)(?:bf|rm|it)?\{\(?([A-D])\)?\}")  # 'B', \text{B}
 # One letter as an answer: B, (B), B), [B], \boxed{B}. A small letter counts only where a clause ends behind it.
 LETTER = r"(?:\\boxed\{|[(\[])?\s*(?:([A-D])(?![\w'\u2019+-])|([a-d])(?=\s*(?:[.,;:!)\]}]|$)))[)\]}]?"
 # Behind these words "A" is the letter: "A because ...", "A, which ...". Before another small word it is the article.
@@ -31,9 +31,12 @@ STATEMENTS = (  # the most explicit kind comes first, and the others are read on
     re.compile(rf"(?i:answer{TO_QUESTION}{IS}{CHOICE}):?\s*{LETTER}"),
     re.compile(
         rf"(?m:^|\.\s)\s*(?i:(?:I\s+)?(?:think|believe|say|so|thus|therefore|hence)?,?\s*(?:that\s+)?"
-        rf"(?:option\s+|choice\s+)?){LETTER}\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best)\b"
+        rf"(?:option\s+|choice\s+)?){LETTER}\s+is\s+(?:the\s+)?(?:most\s+)?(?:correct|right|best)"
+        r"(?:\s+(?:answer|option|choice))?(?=\s*(?:[.,;!\n]|\Z|because\b|since\b))"
     ),
-    re.compile(rf"(?m:^)\W*(?i:(?:option|choice)\s+)?{LETTER}(?=\s*(?:[.,;:)\]}}\n]|$|because\b|since\b|or\b|and\b))"),
+    re.compile(
+        rf"(?m:^)\W{{0,20}}(?i:(?:option|choice)\s+)?{LETTER}(?=\s*(?:[.,;:)\]}}\n]|$|because\b|since\b|or\b|and\b))"
+    ),
     re.compile(rf"(?i:\b(?:option|choice|choose|pick|select|it\s+is|it's)\s+(?:option\s+)?){LETTER}"),
     re.compile(r"[(\[]([A-D])[)\]]()"),
 )
@@ -60,6 +63,8 @@ def parse_mmlu_response(mmlu_example: Mapping[str, Any], model_output: str) -> s
     True
     """
     text = QUOTED.sub(lambda match: match[1] or match[2], MARKUP.sub("", model_output))
+    # One space or newline for many: the patterns above would try each division of a long row of them.
+    text = re.sub(r"\s+", lambda space: "\n" if "\n" in space[0] else " ", text)
     for statement in STATEMENTS:
         found = set()
         for match in statement.finditer(text):

@@ -71,6 +71,8 @@ def main(arguments: list[str]) -> None:
             answered, seconds, num_cut = answer(llm, name, asked, template, run, config)
             metrics = summarize(TASKS[name], answered, seconds) | {"truncated_fraction": num_cut / len(asked)}
             write_samples(run.path / "samples" / f"{name}.jsonl", answered)
+            if any(row.question.subject for row in answered) and TASKS[name].parse:
+                write_subjects(run.path / f"{name}_by_subject.csv", answered)
             run.log({"eval_step": 0} | {f"eval/{name}_{key}": value for key, value in metrics.items()})
             show(name, TASKS[name], answered, metrics, run, config)
         print(f"all responses: {run.path / 'samples'}")
@@ -175,6 +177,13 @@ def accuracy_by_subject(answered: Sequence[Answered]) -> list[tuple[str, int, fl
     return found
 
 
+def write_subjects(path: Path, answered: Sequence[Answered]) -> None:
+    """Write what `accuracy_by_subject` returns as CSV."""
+    with path.open("w", newline="") as file:
+        names = ("subject", "num_examples", "accuracy", "low", "high")
+        csv.writer(file).writerows([names, *accuracy_by_subject(answered)])
+
+
 def write_samples(path: Path, answered: Sequence[Answered]) -> None:
     """Write every question with its response and its score, as JSON lines."""
     rows = [
@@ -217,12 +226,9 @@ def show(
         f"{speed} ==="
     )
     if any(row.question.subject for row in answered):
-        subjects = accuracy_by_subject(answered)
         print(f"  {'subject':<40} {'asked':>5}   right   95 % interval")
-        for subject, num_asked, share, low, high in subjects:
+        for subject, num_asked, share, low, high in accuracy_by_subject(answered):
             print(f"  {subject:<40} {num_asked:>5}   {share:.3f}   {low:.3f} to {high:.3f}")
-        with (run.path / f"{name}_by_subject.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("subject", "num_examples", "accuracy", "low", "high"), *subjects])
     errors = [row for row in answered if not row.is_right]
     shown = random.Random(VALIDATION_SUBSET_SEED).sample(errors, min(NUM_SHOWN, len(errors)))
     print(f"{len(shown)} of {len(errors)} errors:")

@@ -28,15 +28,15 @@ from plainrl.layouts import strange_character
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, UserError
 from plainrl.sources import (
-    DECODER,
     PARQUET,
+    BrokenLineError,
     arithmetic_records,
     corrupt_some,
     decode_text,
     embedded_terms,
-    explain_error,
     path_exists,
     read_data_file,
+    read_json_lines,
     read_records,
     records_in,
 )
@@ -198,7 +198,7 @@ def parse_pair(values: Any, where: str) -> Pair:
         SeveralTurnsError: it is one, but the human speaks more than once.
     """
     if not isinstance(values, dict):
-        raise MalformedError(values if isinstance(values, str) else "no object")
+        raise MalformedError(f"broken JSON: {values}" if isinstance(values, BrokenLineError) else "no object")
     names = [name for name in ("chosen", "rejected") if not isinstance(values.get(name), str)]
     if names:
         raise MalformedError(f"{names[0]} is missing or no text")
@@ -214,7 +214,7 @@ def parse_pair(values: Any, where: str) -> Pair:
     if not all(text.strip() for text in (prompt, chosen, rejected)):
         raise MalformedError("an instruction or a response is empty")
     if strange := strange_character(prompt + chosen + rejected):
-        raise MalformedError(f"it holds the character {strange}, which is no text")
+        raise MalformedError(f"it holds {strange}, which is no text: a lone surrogate, or a byte that is no UTF-8")
     return Pair(prompt, chosen, rejected, where)
 
 
@@ -256,7 +256,7 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, co
 
 
 def _read_tolerantly(source: str) -> Iterator[tuple[Any, str]]:
-    """Yield the records of a source with their places. A line that is no JSON is yielded as what is wrong with it.
+    """Yield the records of a source with their places. If a line is no JSON, the record is an error.
 
     Bytes that are no UTF-8 become characters that `parse_pair` refuses.
     """
@@ -267,14 +267,7 @@ def _read_tolerantly(source: str) -> Iterator[tuple[Any, str]]:
     if data.startswith(PARQUET) or data.lstrip().startswith(b"["):
         yield from records_in(data, source, PAIR_FIELDS)
         return
-    lines = decode_text(data, f"data file {source}", errors="surrogateescape").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if line := line.removeprefix("\ufeff").strip():  # a BOM, where files were joined
-            try:
-                record = DECODER.decode(line)
-            except (ValueError, RecursionError) as error:
-                record = f"broken JSON: {explain_error(error)}"
-            yield record, f"{source}, line {number}"
+    yield from read_json_lines(decode_text(data, f"data file {source}", errors="surrogateescape"), source)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,19 @@ import policy_evaluation
 from plainrl.cli import run_main
 
 
+@functools.cache
+def init_vllm(*arguments, **settings):
+    """Start an engine as the project does, once, and print how many ranks share it."""
+    llm = original_init_vllm(*arguments, **settings)
+    print(f"tensor_parallel_size: {llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size}")
+    return llm
+
+
+original_init_vllm = policy_evaluation.init_vllm
+
+
 def main(arguments):
-    policy_evaluation.init_vllm = functools.cache(policy_evaluation.init_vllm)
+    policy_evaluation.init_vllm = init_vllm
     for module, settings in json.loads(Path(arguments[0]).read_text()):
         importlib.import_module(module).main(settings)
 

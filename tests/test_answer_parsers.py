@@ -1,5 +1,7 @@
 """The two parsers of the supplement: the assertions of the official test_metrics.py, and hostile text."""
 
+import time
+
 import pytest
 from adapters import run_parse_gsm8k_response, run_parse_mmlu_response
 
@@ -101,6 +103,11 @@ def test_official_assertions():
         ("One is known. Thus, option B is correct.", "B"),
         ("B is not correct", None),
         ("A or B is correct", None),
+        ("I think neither. B is best described as an acid", None),
+        ("A is right-angled", None),
+        ("B is the correct answer? No.", None),
+        ("$\\boxed{\\mathrm{C}}$", "C"),
+        ("The correct answer is $\\mathbf{B}$.", "B"),
         ("Vitamin A is the best source", None),
         ("The answer to this question is B", "B"),
         ("E", None),
@@ -113,6 +120,25 @@ def test_official_assertions():
 )
 def test_letters(output, letter):
     assert run_parse_mmlu_response(MMLU, output) == letter
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "I do not know." + 20_000 * "\n" + "x",
+        "The correct answer is A," + 20_000 * " ",
+        "The correct answer is" + 20_000 * " ",
+        2_000 * "-\n",
+        20_000 * "(",
+        2_000 * "the answer to ",
+        2_000 * "I think ",
+    ],
+)
+def test_no_response_takes_long(output):
+    started = time.process_time()
+    run_parse_mmlu_response(MMLU, output)
+    run_parse_gsm8k_response(output)
+    assert time.process_time() - started < 2
 
 
 def test_a_letter_without_an_option_is_no_answer():

@@ -108,7 +108,8 @@ def test_two_ranks_are_one_process_to_rounding(name, background, answering_model
     one, two = background.result(run_alone) / name, background.result(run_as_two_ranks) / name
     assert differences_to_rounding(one, two) == []
     rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
-    assert all(0.5 <= row["train/rank_efficiency"] <= 1 for row in rows if "train/loss" in row)
+    lowest = 0.4 if name == "expert-iteration" else 0.5  # it may keep one response, which one rank trains on
+    assert all(lowest < row["train/rank_efficiency"] <= 1 for row in rows if "train/loss" in row)
     if name in ("grpo", "off-policy"):
         rollouts = [read_lines(file) for file in (two / "samples").glob("rollout*")]
         assert rollouts and all(len(lines) == 64 for lines in rollouts)
@@ -132,7 +133,8 @@ def test_one_engine_over_two_ranks_is_one_process_to_rounding(background):
     """Each rank holds half of the engine's weights. Responses and weights are those of an engine in one process."""
     folders = [background.result(job) / "grpo" for job in (run_alone, run_with_one_engine)]
     assert differences_to_rounding(*folders) == []
-    assert "engine_tensor_parallel: 2\n" in (folders[1] / "config.yaml").read_text()
+    for folder, size in zip(folders, (1, 2), strict=True):
+        assert f"tensor_parallel_size: {size}\n" in (folder.parent / "log").read_text()
 
 
 @pytest.mark.background(job=run_as_two_ranks)
@@ -213,8 +215,8 @@ def test_by_torchrun_auto_is_a_preset_for_one_gpu_each(monkeypatch):
         monkeypatch.setenv(startup.NUM_GPUS_VARIABLE, present)
         found.append(devices.choose_preset())
     assert [preset for preset, _ in found] == ["two-gpu", "one-gpu", "one-gpu"]
-    assert found[1][1].startswith("of 8 CUDA devices of this machine 2 are used, one by each rank, memory 80.0")
-    assert found[2][1].startswith("of 2 CUDA devices of this machine 1 are used, one by each rank, memory 80.0")
+    assert found[1][1].startswith("2 of 8 CUDA devices of this machine, one for each rank, memory 80.0")
+    assert found[2][1].startswith("1 of 2 CUDA devices of this machine, one for each rank, memory 80.0")
 
 
 def test_differences_beyond_rounding_are_found(tmp_path):

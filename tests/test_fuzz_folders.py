@@ -15,7 +15,7 @@ from tiny import REPOSITORY
 from experiments import runs
 from experiments.sweep_plan import read_sweep
 from experiments.sweep_results import read_table, summarize_run
-from plainrl.checkpoint_files import describe_files
+from plainrl.checkpoint_files import describe_files_by_ranks
 from plainrl.cli import load_config, run_main
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.run_folder import RunFolder
@@ -116,7 +116,7 @@ def made_run(tmp_path_factory):
         record = {"step": 3, "metrics_bytes": run.metrics_bytes(), "data_fingerprint": "", "random_states": {}}
         record["config"] = run.config.model_dump(mode="json")
         (checkpoint / "state.json").write_text(json.dumps(record))
-        (checkpoint / "manifest.json").write_text(json.dumps(describe_files(checkpoint)))
+        (checkpoint / "manifest.json").write_text(json.dumps(describe_files_by_ranks(checkpoint)))
     shutil.copytree(run.path, runs_dir / "other")
     return run.path
 

@@ -1,6 +1,7 @@
 """Ranks that die, hang, are stopped, or get a signal: all end, with one line, and the run can be resumed."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -11,7 +12,7 @@ import rank_gradients
 import torch
 from kill_and_resume import differences_to_rounding, ranks_of
 from ranks import end, start
-from tiny import tiny_arguments, train_rows
+from tiny import run_python, tiny_arguments, train_rows
 from transformers import AutoModelForCausalLM
 
 from plainrl import distributed
@@ -161,6 +162,20 @@ def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [row["train_step"] for row in rows if "train_step" in row] == [1, 2]
     assert (tmp_path / "run/final").is_dir() and "going on after step 1" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("variables", "prints"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "1"}, True),  # of something else than torchrun
+    ],
+)
+def test_of_several_ranks_the_first_alone_prints_from_the_start(variables, prints):
+    environment = {name: value for name, value in os.environ.items() if name not in distributed.RANK_VARIABLES}
+    found = run_python("SFT_train.py", "--show", "preset=laptop", env=environment | variables)
+    assert found.returncode == 0 and bool(found.stdout) == prints
 
 
 def test_restarts_that_could_not_work_are_refused(tiny_model_folder, monkeypatch):

@@ -17,7 +17,7 @@ from tiny import REPOSITORY, new_state, take_step
 
 from experiments.runs import list_runs
 from plainrl import run_folder
-from plainrl.checkpoint_files import describe_files
+from plainrl.checkpoint_files import describe_files_by_ranks
 from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import UserError
@@ -503,7 +503,7 @@ def test_a_run_of_before_the_newest_keys_is_resumed_without_a_change(stopped_run
     for key in new_keys:
         del record["config"][key]
     (checkpoint / "state.json").write_text(json.dumps(record))
-    (checkpoint / "manifest.json").write_text(json.dumps(describe_files(checkpoint)))
+    (checkpoint / "manifest.json").write_text(json.dumps(describe_files_by_ranks(checkpoint)))
     with resumed(stopped_run) as run:
         assert go_on(run, tiny_model, tokenizer).step == 3
     assert "changed" not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """MMLU, GSM8K, AlpacaEval and SimpleSafetyTests: `uv run python -m supplement.evaluate_benchmark [key=value ...]`.
 
-For each task: load, put into the prompt, sample greedily, parse, score, write. In the run's folder are then
+For each task: load, put into the prompt, sample greedily, parse, score, write. By torchrun each rank has an engine, and
+samples its share. In the run's folder are then
 
     samples/<task>.jsonl        every question with its response, the answer read from it, and whether it is right
     mmlu_by_subject.csv         accuracy by subject, with 95 % Wilson intervals
@@ -20,14 +21,16 @@ import random
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from plainrl.cli import load_config, require_one_process, run_main
+from plainrl.cli import load_config, run_main
 from plainrl.data import VALIDATION_SUBSET_SEED, derive_seed
 from plainrl.devices import check_devices
+from plainrl.distributed import join, on_first
 from plainrl.engine import engine_settings, init_vllm, sample_responses, sampling_params
 from plainrl.model_files import resolve_model
 from plainrl.prompting import fill_prompt, load_prompt_template
@@ -57,24 +60,25 @@ class Answered(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     """Configuration, questions, engine; then task by task: sample, score, write, show."""
-    require_one_process("an evaluation of the supplement")
     if any(argument.startswith("resume=") for argument in arguments):
         raise UserError("resume: an evaluation is not gone on with; start it again")
     config = load_config(BenchmarkConfig, Path(__file__).with_name("evaluate_benchmark.yaml"), arguments)
     check_devices(config)
+    join(config)
     questions = load_questions(config)
     template = load_prompt_template(config.prompt)
     with RunFolder.create(config, EVALUATION) as run:
-        llm = init_vllm(resolve_model(config.model), **engine_settings(config))
+        of_ranks = {"tensor_parallel_size": config.engine_tensor_parallel}
+        llm = init_vllm(resolve_model(config.model), **engine_settings(config), **of_ranks)
         run.start_wandb()
         for name, asked in questions.items():
             answered, seconds, num_cut = answer(llm, name, asked, template, run, config)
             metrics = summarize(TASKS[name], answered, seconds) | {"truncated_fraction": num_cut / len(asked)}
-            write_samples(run.path / "samples" / f"{name}.jsonl", answered)
+            on_first(partial(write_samples, run.path / "samples" / f"{name}.jsonl", answered))
             if any(row.question.subject for row in answered) and TASKS[name].parse:
-                write_subjects(run.path / f"{name}_by_subject.csv", answered)
+                on_first(partial(write_subjects, run.path / f"{name}_by_subject.csv", answered))
             run.log({"eval_step": 0} | {f"eval/{name}_{key}": value for key, value in metrics.items()})
-            show(name, TASKS[name], answered, metrics, run, config)
+            on_first(partial(show, name, TASKS[name], answered, metrics, run, config))
         print(f"all responses: {run.path / 'samples'}")
 
 

@@ -13,22 +13,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import policy_evaluation
+from plainrl import engine
 from plainrl.cli import run_main
 
 
 @functools.cache
-def init_vllm(*arguments, **settings):
-    """Start an engine as the project does, once, and print how many ranks share it."""
-    llm = original_init_vllm(*arguments, **settings)
+def start_engine(model, settings):
+    llm = original_init_vllm(model, **dict(settings))
     print(f"tensor_parallel_size: {llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size}")
     return llm
 
 
-original_init_vllm = policy_evaluation.init_vllm
+def init_vllm(model, **settings):
+    """Start an engine as the project does, but only once for the same settings. Print how many ranks share it."""
+    return start_engine(model, tuple(sorted(({"enable_sleep_mode": False} | settings).items())))
+
+
+original_init_vllm = engine.init_vllm
 
 
 def main(arguments):
-    policy_evaluation.init_vllm = init_vllm
+    policy_evaluation.init_vllm = engine.init_vllm = init_vllm
     for module, settings in json.loads(Path(arguments[0]).read_text()):
         importlib.import_module(module).main(settings)
 

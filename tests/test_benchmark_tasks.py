@@ -23,8 +23,11 @@ SAFETY = 'id,harm_area,counter,category,prompts_final\nsst_001,"Scams, Fraud",1,
 
 @pytest.fixture
 def folder(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+def make_data(data):
     """Data in the layout of the assignment's repository, a few records each."""
-    data = tmp_path / "data"
     for name in ("mmlu/test", "gsm8k", "alpaca_eval", "simple_safety_tests"):
         (data / name).mkdir(parents=True)
     (data / "mmlu/test/virology_test.csv").write_text(VIROLOGY)

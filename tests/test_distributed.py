@@ -13,6 +13,8 @@ import torch
 from kill_and_resume import differences_to_rounding, find_differences
 from ranks import end, start
 from safetensors.torch import load_file, save_file
+from test_benchmark_tasks import arguments_of as benchmark_arguments
+from test_benchmark_tasks import make_data
 from test_DPO_train import DATA as PAIRS
 from test_DPO_train import dpo_arguments
 from tiny import expert_iteration_arguments, grpo_arguments, read_lines, tiny_arguments, write_lines
@@ -50,9 +52,11 @@ def run_plan(num_ranks, background, kind="usual"):
     folder = background.new_folder(f"ranks-{num_ranks}")
     model = background.answering_model
     pairs = write_lines(folder / "pairs.jsonl", PAIRS)
+    benchmark = benchmark_arguments(model, folder, make_data(folder / "data"), run_name="benchmark")
     iteration = expert_iteration_arguments(model, folder, run_name="expert-iteration", **EXPERT_ITERATION)
     plans = {
-        "usual": [
+        "usual": [  # the first one never puts a policy into the engine
+            ["supplement.evaluate_benchmark", benchmark],
             ["SFT_train", tiny_arguments(model, folder, run_name="sft", **SFT)],
             ["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **GRPO)],
             ["GRPO_train", grpo_arguments(model, folder, run_name="off-policy", **OFF_POLICY)],
@@ -128,6 +132,20 @@ def test_an_evaluation_by_two_ranks_is_that_of_one_process(background):
 
 
 @pytest.mark.background(job=run_alone)
+@pytest.mark.background(job=run_as_two_ranks)
+def test_the_four_evaluations_by_two_ranks_are_those_of_one_process(background):
+    folders = [background.result(job) / "benchmark" for job in (run_alone, run_as_two_ranks)]
+    files = [{str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in folders]
+    assert files[0] == files[1] >= {"alpaca_eval.json", "simple_safety_tests.jsonl", "mmlu_by_subject.csv"}
+    for name in ("samples/mmlu.jsonl", "samples/gsm8k.jsonl", "alpaca_eval.json", "simple_safety_tests.jsonl"):
+        assert (folders[0] / name).read_text() == (folders[1] / name).read_text()
+    metrics = [read_lines(folder / "metrics.jsonl") for folder in folders]
+    for row in (row for rows in metrics for row in rows):
+        row.pop(next(key for key in row if key.endswith("examples_per_second")))
+    assert metrics[0] == metrics[1] and len(metrics[0]) == 4
+
+
+@pytest.mark.background(job=run_alone)
 @pytest.mark.background(job=run_with_one_engine)
 def test_one_engine_over_two_ranks_is_one_process_to_rounding(background):
     """Each rank holds half of the engine's weights. Responses and weights are those of an engine in one process."""
@@ -173,7 +191,6 @@ def test_two_ranks_that_sample_ahead_are_one_process_to_rounding(background):
         ("experiments.pass_at_k", []),
         ("experiments.plot_results", []),
         ("experiments.sweep", ["sweep.yaml"]),
-        ("supplement.evaluate_benchmark", ["benchmark=gsm8k"]),
         ("supplement.preference_data", ["pairs.jsonl"]),
     ],
 )

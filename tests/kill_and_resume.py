@@ -49,8 +49,12 @@ GRPO = {
     "sampling_max_tokens": 12,
 }
 SELECTION = {"dynamic_sampling": True, "max_resampling_rounds": 2, "drop_solved_questions": True}
-# Relative and absolute. Differences between engine and policy are rounding themselves.
-TOLERANCES = {"gap": (0, 1e-4), "difference": (0, 1e-4)}
+# Relative and absolute. Differences between engine and policy are rounding themselves. An implicit reward is a small
+# difference of two log-probs of whole responses.
+TOLERANCES = {
+    **{"gap": (0, 1e-4), "difference": (0, 1e-4)},
+    **dict.fromkeys(("chosen_reward", "rejected_reward", "margin"), (1e-5, 1e-5)),
+}
 BY_RANKS = {"train/rank_efficiency"}
 RUNS = {
     "SFT": ("SFT_train.py", tiny_arguments, SFT),

@@ -43,6 +43,7 @@ ONE_ENGINE = GRPO | {"engine_tensor_parallel": 2}
 SFT = {"max_steps": 3, "gradient_accumulation_steps": 4, "num_eval_examples": 11}
 EXPERT_ITERATION = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "arithmetic_max_term": 5}
 DPO = {"max_steps": 3, "learning_rate": 5e-5, "gradient_accumulation_steps": 2, "eval_interval": 2}
+DPO |= {"validation_data": "arithmetic"}  # so that responses are sampled, too
 STALE = GRPO | {"learning_rate": 1e-2, "eval_interval": 1}
 TRAINED = ["sft", "grpo", "off-policy", "expert-iteration", "dpo"]
 

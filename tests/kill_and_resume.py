@@ -65,13 +65,14 @@ RUNS = {
 
 def start(
     script: str,
-    arguments: list[str],
+    arguments: Sequence[str | Path],
     log: Path,
     popen: Callable[..., subprocess.Popen] = subprocess.Popen,
     num_ranks: int = 0,
+    torchrun_options: Sequence[str] = (),
 ) -> subprocess.Popen:
     """Start a script of the repository, by torchrun if there are ranks; what it prints is added to a file."""
-    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks)] if num_ranks else []
+    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks), *torchrun_options] if num_ranks else []
     return popen(
         [sys.executable, *launcher, str(REPOSITORY / script), *arguments],
         stdout=log.open("a"),

@@ -1,31 +1,13 @@
-"""Start a program by torchrun, and wait until all its ranks have ended."""
+"""Wait until a program, all its ranks and their processes have ended. kill_and_resume.py starts them."""
 
 import contextlib
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from kill_and_resume import TORCHRUN
-from tiny import REPOSITORY
 
 SECONDS_TO_END = 600  # of a start, on a machine that is busy
-
-
-def start(num_ranks, program, *arguments, log, start_process=subprocess.Popen, torchrun_options=(), **options):
-    """Start a program of the tests or of the repository by torchrun; with 0 ranks without it."""
-    launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks), *torchrun_options] if num_ranks else []
-    return start_process(
-        [sys.executable, *launcher, str(REPOSITORY / program), *map(str, arguments)],
-        stdout=Path(log).open("a"),
-        stderr=subprocess.STDOUT,
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
-    )
 
 
 def is_alive(process):

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import rank_gradients
 import torch
-from kill_and_resume import differences_to_rounding, find_differences
-from ranks import end, start
+from kill_and_resume import differences_to_rounding, find_differences, start
+from ranks import end
 from safetensors.torch import load_file, save_file
 from test_benchmark_tasks import arguments_of as benchmark_arguments
 from test_benchmark_tasks import make_data
@@ -37,13 +37,16 @@ GRPO = {
 }
 OFF_POLICY = GRPO | {"loss_type": "grpo_clip", "train_batch_size": 32}
 AHEAD = GRPO | {"rollouts_ahead": 1, "engine_correction": "token_truncate", "n_grpo_steps": 4}
-
-
 ONE_ENGINE = GRPO | {"engine_tensor_parallel": 2}
 SFT = {"max_steps": 3, "gradient_accumulation_steps": 4, "num_eval_examples": 11}
 EXPERT_ITERATION = {"train_batch_size": 8, "gradient_accumulation_steps": 4, "arithmetic_max_term": 5}
-DPO = {"max_steps": 3, "learning_rate": 5e-5, "gradient_accumulation_steps": 2, "eval_interval": 2}
-DPO |= {"validation_data": "arithmetic"}  # so that responses are sampled, too
+DPO = {
+    "max_steps": 3,
+    "learning_rate": 5e-5,
+    "gradient_accumulation_steps": 2,
+    "eval_interval": 2,
+    "validation_data": "arithmetic",  # so that responses are sampled, too
+}
 STALE = GRPO | {"learning_rate": 1e-2, "eval_interval": 1}
 TRAINED = ["sft", "grpo", "off-policy", "expert-iteration", "dpo"]
 
@@ -73,7 +76,7 @@ def run_plan(num_ranks, background, kind="usual"):
         plan += [["rank_stale_engine", grpo_arguments(model, folder, run_name="stale", **STALE)]]
     (folder / "plan.json").write_text(json.dumps(plan))
     log = folder / "log"
-    process = start(num_ranks, "tests/run_scripts.py", folder / "plan.json", log=log, start_process=background.start)
+    process = start("tests/run_scripts.py", [folder / "plan.json"], log, background.start, num_ranks)
     assert end(process, log, seconds=1200) == 0, log.read_text()[-3000:]
     return folder
 
@@ -265,8 +268,8 @@ def gradients(answering_model_folder, tmp_path_factory):
     for num_ranks, cases in ((0, []), (2, []), (4, ["num_replicas"])):
         folders.append(tmp_path_factory.mktemp(f"gradients-{num_ranks}"))
         log = folders[-1] / "log"
-        program = "tests/rank_gradients.py"
-        processes.append(start(num_ranks, program, answering_model_folder, folders[-1], *cases, log=log))
+        arguments = [answering_model_folder, folders[-1], *cases]
+        processes.append(start("tests/rank_gradients.py", arguments, log, num_ranks=num_ranks))
     for folder, process in zip(folders, processes, strict=True):
         assert end(process, folder / "log", seconds=600) == 0, (folder / "log").read_text()[-3000:]
     return folders

@@ -10,8 +10,8 @@ import psutil
 import pytest
 import rank_gradients
 import torch
-from kill_and_resume import differences_to_rounding, ranks_of
-from ranks import end, start
+from kill_and_resume import differences_to_rounding, ranks_of, start
+from ranks import end
 from tiny import run_python, tiny_arguments, train_rows
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +27,8 @@ def run_fault(who, fault, model, folder, **settings):
     values = {"run_name": "run", "max_steps": 4, "checkpoint_interval": 1, "keep_last": 9} | settings
     log, arguments = folder / "log", tiny_arguments(model, folder, **values)
     options = ["--shutdown-timeout", "12"]  # after which torchrun kills what its signal does not end
-    process = start(2, "tests/rank_faults.py", who, fault, *arguments, log=log, torchrun_options=options)
+    program = "tests/rank_faults.py"
+    process = start(program, [who, fault, *arguments], log, num_ranks=2, torchrun_options=options)
     assert end(process, log) == 1
     text, now = log.read_text(), time.time()
     begun = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("fault at ")]
@@ -86,7 +87,7 @@ def test_ranks_with_other_settings_are_refused(setting, tiny_model_folder, tmp_p
 def test_ranks_end_with_torchrun_also_while_they_start(num_ranks, tiny_model_folder, tmp_path):
     """Importing takes seconds, and more on a busy machine. Ranks do not know each other yet."""
     arguments = tiny_arguments(tiny_model_folder, tmp_path, run_name="run")
-    process = start(num_ranks, "SFT_train.py", *arguments, log=tmp_path / "log")
+    process = start("SFT_train.py", arguments, tmp_path / "log", num_ranks=num_ranks)
     ranks, deadline = [], time.monotonic() + 60
     while len(ranks) < num_ranks and time.monotonic() < deadline:
         ranks = ranks_of(process)
@@ -133,7 +134,8 @@ def test_a_run_saved_by_any_number_of_ranks_is_resumed_by_another(tiny_model_fol
                 saved = sorted((tmp_path / run / "checkpoints").glob("step_*"))[-1]
                 shutil.copytree(saved, newer := saved.with_name("step_000099"))
                 (newer / "model/config.json").write_text("{}") if number < 4 else (newer / "manifest.json").unlink()
-            status = end(start(num_ranks, program, *arguments, *changes.get(num_ranks, []), log=log), log)
+            given = [*arguments, *changes.get(num_ranks, [])]
+            status = end(start(program, given, log, num_ranks=num_ranks), log)
             assert (status == 0) == (number == len(starts)), log.read_text()[-3000:]
     assert [f"going on after step {step}" in log.read_text() for step in (2, 4, 6)] == [True] * 3
     assert log.read_text().count("step_000099 is damaged and passed over (model/config.json is not what was") == 2
@@ -157,7 +159,8 @@ def test_torchrun_restarts_the_ranks_and_they_resume(tiny_model_folder, tmp_path
     arguments = ["one", "dies", *tiny_arguments(tiny_model_folder, tmp_path, **settings)]
     log = tmp_path / "log"
     monkeypatch.setenv(distributed.OWN_STORE, "1")
-    process = start(2, "tests/rank_faults.py", *arguments, log=log, torchrun_options=["--max-restarts", "1"])
+    options = ["--max-restarts", "1"]
+    process = start("tests/rank_faults.py", arguments, log, num_ranks=2, torchrun_options=options)
     assert end(process, log) == 0, log.read_text()[-3000:]
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [row["train_step"] for row in rows if "train_step" in row] == [1, 2]

@@ -1,10 +1,12 @@
-"""The gradients of one step by ranks: `rank_gradients.py MODEL FOLDER [CASE ...]`, alone or under torchrun.
+"""The gradients of one step by one rank, by two and by four: `rank_gradients.py MODEL FOLDER`.
 
-Of each case named, or of all, the first rank writes FOLDER/<case>.safetensors, with every gradient whole, and
-FOLDER/sums.json.
+Of each case the first of N ranks writes FOLDER/N/<case>.safetensors, with every gradient whole, and FOLDER/N/sums.json.
+The ranks are forked from one process, which has imported everything: an import takes longer than all gradients.
 """
 
 import json
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -60,6 +62,8 @@ CASES |= {
     "num_replicas": ({"num_replicas": 2}, 8),
 }
 
+CASES_OF_RANKS = {1: list(CASES), 2: list(CASES), 4: ["num_replicas"]}
+
 
 def config_of(model, settings):
     settings = {"gradient_accumulation_steps": 8} | settings  # alone and by two ranks one row a microbatch
@@ -114,15 +118,19 @@ def timeouts_of(policies):
     }
 
 
-def main(model, folder, *names):
+def run_rank(rank, num_ranks, port, model, folder):
+    """Be one of several ranks, as torchrun would start it."""
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    os.environ.update({name: str(value) for name, value in (address | world).items()})
     first = tiny_config(model=model, max_context_tokens=512)
     distributed.join(first)
-    if distributed.num_ranks() > 1:
+    if num_ranks > 1:
         policy_module.load_weights = None  # each rank reads its share alone
     sums, loaded = {}, {}
-    for name in names or CASES:
+    for name in CASES_OF_RANKS[num_ranks]:
         settings, num_rows = CASES[name]
-        if settings.get("num_replicas", 1) > distributed.num_ranks():
+        if settings.get("num_replicas", 1) > num_ranks:
             settings = {}
         of_script = {} if name.startswith("SFT") else settings
         config = config_of(model, of_script)
@@ -139,7 +147,7 @@ def main(model, folder, *names):
         sums[name]["grad_norm"] = distributed.largest(norm)
         gradients = {key: distributed.whole(p.grad).contiguous() for key, p in policy.named_parameters()}
         if distributed.rank() == 0:
-            save_file(gradients, Path(folder) / f"{name}.safetensors")
+            save_file(gradients, folder / f"{name}.safetensors")
     policy, _ = next(iter(loaded.values()))
     optimizer = torch.optim.AdamW(parameter_groups(policy), lr=1e-3)
     optimizer.step()
@@ -159,7 +167,18 @@ def main(model, folder, *names):
         "timeouts": timeouts_of([one for one, _ in loaded.values()]),
     }
     if distributed.rank() == 0:
-        (Path(folder) / "sums.json").write_text(json.dumps(found))
+        (folder / "sums.json").write_text(json.dumps(found))
+
+
+def main(model, folder):
+    for num_ranks in CASES_OF_RANKS:
+        own_folder = Path(folder) / str(num_ranks)
+        own_folder.mkdir()
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]  # a free one
+        torch.multiprocessing.start_processes(
+            run_rank, (num_ranks, port, model, own_folder), nprocs=num_ranks, start_method="fork"
+        )
 
 
 if __name__ == "__main__":

@@ -263,16 +263,11 @@ def test_the_first_rank_of_each_machine_is_known(monkeypatch):
 
 @pytest.fixture(scope="module")
 def gradients(answering_model_folder, tmp_path_factory):
-    """The gradients of each case, computed alone and by two ranks; those of replicas by four, too."""
-    folders, processes = [], []
-    for num_ranks, cases in ((0, []), (2, []), (4, ["num_replicas"])):
-        folders.append(tmp_path_factory.mktemp(f"gradients-{num_ranks}"))
-        log = folders[-1] / "log"
-        arguments = [answering_model_folder, folders[-1], *cases]
-        processes.append(start("tests/rank_gradients.py", arguments, log, num_ranks=num_ranks))
-    for folder, process in zip(folders, processes, strict=True):
-        assert end(process, folder / "log", seconds=600) == 0, (folder / "log").read_text()[-3000:]
-    return folders
+    """The gradients of each case, computed by one rank and by two; those of replicas by four, too."""
+    folder = tmp_path_factory.mktemp("gradients")
+    process = start("tests/rank_gradients.py", [answering_model_folder, folder], folder / "log")
+    assert end(process, folder / "log", seconds=600) == 0, (folder / "log").read_text()[-3000:]
+    return [folder / str(num_ranks) for num_ranks in rank_gradients.CASES_OF_RANKS]
 
 
 @pytest.mark.parametrize("case", rank_gradients.CASES)

@@ -297,7 +297,6 @@ class Evaluator:
             tokenizer.name_or_path,  # the folder that policy and tokenizer were loaded from
             **engine_settings(config),
             enable_sleep_mode=config.shares_gpu,
-            tensor_parallel_size=config.engine_tensor_parallel,
         )
         seed_everything(config.seed)  # because the engine reseeds the global generators when it starts
         self.sleep()  # because a resumed SFT run may train before the first sync

@@ -124,6 +124,7 @@ def engine_settings(config: RunConfig) -> dict[str, Any]:
         "cpu_cache_gib": config.engine_cache_gib,
         "enforce_eager": config.engine_eager,
         "float32_output_layer": config.float32_output_layer,
+        "tensor_parallel_size": config.engine_tensor_parallel,
         "in_own_process": config.samples_ahead,
     }
 
@@ -169,10 +170,7 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
     if is_sleeping:
         llm.wake_up(tags=["kv_cache"])
     if not llm.reset_prefix_cache():
-        raise SyncError(
-            "vLLM did not give up its prefix cache: it would use keys and values of the old weights with the new "
-            "ones; finish all requests before the weights change"
-        )
+        raise SyncError("vLLM kept keys and values of the old weights; finish all requests before weights change")
 
 
 def sleep_vllm_instance(llm: "LLM") -> None:

@@ -68,11 +68,7 @@ def main(arguments: list[str]) -> None:
     questions = load_questions(config)
     template = load_prompt_template(config.prompt)
     with RunFolder.create(config, EVALUATION) as run:
-        llm = init_vllm(
-            resolve_model(config.model),
-            **engine_settings(config),
-            tensor_parallel_size=config.engine_tensor_parallel,
-        )
+        llm = init_vllm(resolve_model(config.model), **engine_settings(config))
         run.start_wandb()
         for name, asked in questions.items():
             answered, seconds, num_cut = answer(llm, name, asked, template, run, config)

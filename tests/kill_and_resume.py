@@ -100,11 +100,18 @@ def wait_for_moment(moment: str, folder: Path, process: subprocess.Popen, chance
     size = metrics.stat().st_size if metrics.exists() else 0
     # A resumed run first cuts the file back: it grows again once its steps are under way.
     wait_for(lambda: metrics.exists() and metrics.stat().st_size != size, process)
+    num_steps = count_steps(metrics) + chance.randrange(8)  # so that most resumed runs begin with a checkpoint
+    wait_for(lambda: count_steps(metrics) >= num_steps, process)
     if moment == "step":
         time.sleep(chance.uniform(0, 1.5))
     else:
         wait_for(lambda: any(folder.glob("checkpoints/.step_*.unfinished")), process)
         time.sleep(chance.uniform(0, 0.02))
+
+
+def count_steps(metrics: Path) -> int:
+    """Return how many training steps a run's metrics hold. The file is not parsed: this is asked all the time."""
+    return metrics.read_bytes().count(b'"train_step"')
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:

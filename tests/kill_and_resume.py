@@ -111,7 +111,7 @@ def wait_for_moment(moment: str, folder: Path, process: subprocess.Popen, chance
 
 def count_steps(metrics: Path) -> int:
     """Return how many training steps a run's metrics hold. The file is not parsed: this is asked all the time."""
-    return metrics.read_bytes().count(b'"train_step"')
+    return metrics.read_bytes().count(b'"train_step"') if metrics.exists() else 0
 
 
 def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:

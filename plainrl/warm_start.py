@@ -48,6 +48,8 @@ EMBEDDED = {"train_data": EMBEDDED_DATA, "validation_data": EMBEDDED_DATA} | {
 }
 # What the SFT run takes over: all but its name, its seed, and how it trains, which its preset says.
 INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"}
+# Of the SFT run's own evaluations, at most: the run that follows evaluates the same policy on all of its questions.
+NUM_EVAL_EXAMPLES = 16
 
 
 def apply_warm_start(config: WarmStartConfigType, checkpoint: Path | None = None) -> WarmStartConfigType:
@@ -106,7 +108,7 @@ def _run_preset(config: WarmStartConfig) -> Path:
     _wait_for_maker(folder)
     if (folder / "final").is_dir():
         return folder / "final"
-    settings = {"preset": config.warm_start, "run_name": name, **inherited}
+    settings = {"preset": config.warm_start, "run_name": name, **inherited, **_fewer_questions(inherited)}
     settings |= _limit_to_data(config, settings)
     print(f"warm start: {folder / 'final'} does not exist yet; running SFT_train.py preset={config.warm_start} first")
     command = [sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto"]
@@ -147,6 +149,16 @@ def _wait_for_maker(folder: Path) -> bool:
 def _inherited(config: WarmStartConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", include=INHERITED)
     return values | {"reward": reward_to_teach(config)}
+
+
+def _fewer_questions(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many questions the SFT run's evaluations have.
+
+    >>> _fewer_questions({"num_eval_examples": 8, "num_final_eval_examples": "all"})
+    {'num_eval_examples': 8, 'num_final_eval_examples': 16}
+    """
+    asked = {key: settings[key] for key in ("num_eval_examples", "num_final_eval_examples")}
+    return {key: NUM_EVAL_EXAMPLES if num == "all" else min(num, NUM_EVAL_EXAMPLES) for key, num in asked.items()}
 
 
 def _data_to_teach(config: WarmStartConfig) -> dict[str, Any]:

@@ -178,6 +178,11 @@ def test_a_warm_start_that_is_not_there_is_run_first_with_the_same_sizes(tmp_pat
     # How it trains is the preset's matter. So is the seed: runs of several seeds begin with one policy.
     assert (sft_config.seed, sft_config.learning_rate, sft_config.train_batch_size) == (0, 1e-4, 16)
     assert sft_config.num_sft_examples == 256
+    # Its evaluations are short: the run that follows evaluates the same policy.
+    many = {"num_eval_examples": 256, "num_final_eval_examples": "all", "runs_dir": str(tmp_path / "other")}
+    apply_warm_start(config.model_copy(update=many))
+    sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", process.commands[1])
+    assert (sft_config.num_eval_examples, sft_config.num_final_eval_examples) == (16, 16)
     process.status = 1
     with pytest.raises(UserError, match="SFT_train.py ended with status 1"):
         apply_warm_start(config)

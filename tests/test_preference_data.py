@@ -159,7 +159,7 @@ def test_questions_that_are_sampled_are_not_trained_on(tmp_path):
 def test_the_arithmetic_prefers_right_traces_to_wrong_ones():
     config = config_of()
     train, held_out = load_pairs(load_validation_set(config), config)
-    assert (len(train), len(held_out)) == (1024, 128)
+    assert (len(train), len(held_out)) == (192, 64)
     assert not {pair.instruction for pair in train} & {pair.instruction for pair in held_out}
     truths = [str(eval(pair.instruction.removeprefix("What is ").removesuffix("?"))) for pair in held_out]
     reward = REWARD_FUNCTIONS["r1_zero"]

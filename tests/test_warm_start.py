@@ -320,6 +320,7 @@ def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, process)
     assert sft_config.warnings() == []
     preset = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=warm-start-question-only"])
     given = {"run_name": "warm-start-question-only", "runs_dir": str(tmp_path), "max_context_tokens": 512}
+    given |= {"num_eval_examples": 16, "num_final_eval_examples": 16}
     assert sft_config == preset.model_copy(update=given)
     examples = load_sft_examples(sft_config)[:200]
     assert all(example.prompt == example.question for example in examples)

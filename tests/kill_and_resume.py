@@ -52,7 +52,7 @@ SELECTION = {"dynamic_sampling": True, "max_resampling_rounds": 2, "drop_solved_
 # Relative and absolute. Differences between engine and policy are rounding themselves. An implicit reward is a small
 # difference of two log-probs of whole responses.
 TOLERANCES = {
-    **{"gap": (0, 1e-4), "difference": (0, 1e-4)},
+    **dict.fromkeys(("gap", "difference"), (0, 1e-4)),
     **dict.fromkeys(("chosen_reward", "rejected_reward", "margin"), (1e-5, 1e-5)),
 }
 BY_RANKS = {"train/rank_efficiency"}

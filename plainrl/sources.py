@@ -132,22 +132,25 @@ def arithmetic_records(
     """
     generator = random.Random("embedded arithmetic")
     wanted = NUM_ARITHMETIC_TRAIN if split == "train" else NUM_ARITHMETIC_VALIDATION
-    records: dict[str, Record] = {}
+    num_possible = sum(max_term**n * 2 ** (n - 1) for n in range(num_terms[0], num_terms[1] + 1))
+    drawn: set[tuple[int | str, ...]] = set()
+    records: list[Record] = []
     for _ in range(40 * wanted):  # bounded, because small settings have fewer distinct questions than wanted
         terms = [generator.randint(1, max_term) for _ in range(generator.randint(*num_terms))]
         signs = [generator.choice("+-") for _ in terms[1:]]
+        if (*terms, *signs) in drawn:
+            continue
+        drawn.add((*terms, *signs))
         question, reasoning, answer = _work_out(terms, signs)
         is_validation = hashlib.sha256(question.encode()).digest()[0] < 64
-        if is_validation == (split == "validation") and question not in records:
-            records[question] = Record(
-                source=f"{EMBEDDED_DATA} {split}, question {len(records) + 1}",
-                question=question,
-                reasoning=reasoning,
-                ground_truth=str(answer),
+        if is_validation == (split == "validation"):
+            source = f"{EMBEDDED_DATA} {split}, question {len(records) + 1}"
+            records.append(
+                Record(source=source, question=question, reasoning=reasoning, ground_truth=str(answer))
             )
-            if len(records) == wanted:
-                break
-    return tuple(records.values())
+        if len(records) == wanted or len(drawn) == num_possible:
+            break
+    return tuple(records)
 
 
 def corrupt_some(records: Sequence[Record], fraction: float) -> list[Record]:

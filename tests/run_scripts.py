@@ -32,8 +32,13 @@ def init_vllm(model, **settings):
 original_init_vllm = engine.init_vllm
 
 
-def main(arguments):
+def share_engines():
+    """Let all scripts that are imported from here on share the engines."""
     policy_evaluation.init_vllm = engine.init_vllm = init_vllm
+
+
+def main(arguments):
+    share_engines()
     for module, settings in json.loads(Path(arguments[0]).read_text()):
         importlib.import_module(module).main(settings)
 

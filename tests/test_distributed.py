@@ -51,8 +51,8 @@ STALE = GRPO | {"learning_rate": 1e-2, "eval_interval": 1}
 TRAINED = ["sft", "grpo", "off-policy", "expert-iteration", "dpo"]
 
 
-def run_plan(num_ranks, background, kind="usual"):
-    """Run scripts in one process or in several, with one engine in each; return the folder of the runs."""
+def write_plan(num_ranks, background, kind="usual"):
+    """Write a plan of scripts for run_scripts.py; return the folder of the runs."""
     folder = background.new_folder(f"ranks-{num_ranks}")
     model = background.answering_model
     pairs = write_lines(folder / "pairs.jsonl", PAIRS)
@@ -75,22 +75,35 @@ def run_plan(num_ranks, background, kind="usual"):
     if num_ranks == 2 and kind == "usual":
         plan += [["rank_stale_engine", grpo_arguments(model, folder, run_name="stale", **STALE)]]
     (folder / "plan.json").write_text(json.dumps(plan))
+    return folder
+
+
+def run_plan(num_ranks, background, kind="usual"):
+    """Run scripts in one process, or in several by torchrun, with one engine in each; return the folder of the runs."""
+    folder = write_plan(num_ranks, background, kind)
     log = folder / "log"
     process = start("tests/run_scripts.py", [folder / "plan.json"], log, background.start, num_ranks)
     assert end(process, log, seconds=1200) == 0, log.read_text()[-3000:]
     return folder
 
 
-def run_alone(background):
-    return run_plan(0, background)
+def run_usual(background):
+    """Run the usual scripts in one process and in two ranks at once; return both folders."""
+    folders = [write_plan(num_ranks, background) for num_ranks in (0, 2)]
+    runs = zip((0, 2), folders, strict=True)
+    jobs = [(num_ranks, f"{folder}/plan.json", f"{folder}/log") for num_ranks, folder in runs]
+    (folders[0] / "jobs.json").write_text(json.dumps(jobs))
+    log = folders[0] / "forks.log"
+    process = start(
+        "tests/forked_scripts.py", [folders[0] / "jobs.json", background.answering_model], log, background.start
+    )
+    status = end(process, log, seconds=1200)
+    assert status == 0, "".join(file.read_text()[-3000:] for file in (log, *(folder / "log" for folder in folders)))
+    return folders
 
 
 def run_as_one_rank(background):
     return run_plan(1, background)
-
-
-def run_as_two_ranks(background):
-    return run_plan(2, background)
 
 
 def run_with_one_engine(background):
@@ -109,11 +122,10 @@ def tensors_in(folder):
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-@pytest.mark.background(job=run_alone)
-@pytest.mark.background(job=run_as_two_ranks)
+@pytest.mark.background(job=run_usual)
 @pytest.mark.parametrize("name", TRAINED)
 def test_two_ranks_are_one_process_to_rounding(name, background, answering_model_folder):
-    one, two = background.result(run_alone) / name, background.result(run_as_two_ranks) / name
+    one, two = (folder / name for folder in background.result(run_usual))
     assert differences_to_rounding(one, two) == []
     rows = [json.loads(line) for line in (two / "metrics.jsonl").open()]
     lowest = 0.4 if name == "expert-iteration" else 0.5  # it may keep one response, which one rank trains on
@@ -127,18 +139,16 @@ def test_two_ranks_are_one_process_to_rounding(name, background, answering_model
     assert printed.count("first 8 of 11 questions: ") == 2  # of SFT and of the evaluation, by one of the ranks
 
 
-@pytest.mark.background(job=run_alone)
-@pytest.mark.background(job=run_as_two_ranks)
+@pytest.mark.background(job=run_usual)
 def test_an_evaluation_by_two_ranks_is_that_of_one_process(background):
-    folders = [background.result(job) / "evaluation" for job in (run_alone, run_as_two_ranks)]
+    folders = [folder / "evaluation" for folder in background.result(run_usual)]
     assert differences_to_rounding(*folders) == []
     assert [len(read_lines(folder / "samples/eval_000000.jsonl")) for folder in folders] == [11, 11]
 
 
-@pytest.mark.background(job=run_alone)
-@pytest.mark.background(job=run_as_two_ranks)
+@pytest.mark.background(job=run_usual)
 def test_the_four_evaluations_by_two_ranks_are_those_of_one_process(background):
-    folders = [background.result(job) / "benchmark" for job in (run_alone, run_as_two_ranks)]
+    folders = [folder / "benchmark" for folder in background.result(run_usual)]
     files = [{str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in folders]
     assert files[0] == files[1] >= {"alpaca_eval.json", "simple_safety_tests.jsonl", "mmlu_by_subject.csv"}
     for name in ("samples/mmlu.jsonl", "samples/gsm8k.jsonl", "alpaca_eval.json", "simple_safety_tests.jsonl"):
@@ -149,19 +159,19 @@ def test_the_four_evaluations_by_two_ranks_are_those_of_one_process(background):
     assert metrics[0] == metrics[1] and len(metrics[0]) == 4
 
 
-@pytest.mark.background(job=run_alone)
+@pytest.mark.background(job=run_usual)
 @pytest.mark.background(job=run_with_one_engine)
 def test_one_engine_over_two_ranks_is_one_process_to_rounding(background):
     """Each rank holds half of the engine's weights. Responses and weights are those of an engine in one process."""
-    folders = [background.result(job) / "grpo" for job in (run_alone, run_with_one_engine)]
+    folders = [folder / "grpo" for folder in (background.result(run_usual)[0], background.result(run_with_one_engine))]
     assert differences_to_rounding(*folders) == []
     for folder, size in zip(folders, (1, 2), strict=True):
         assert f"tensor_parallel_size: {size}\n" in (folder.parent / "log").read_text()
 
 
-@pytest.mark.background(job=run_as_two_ranks)
+@pytest.mark.background(job=run_usual)
 def test_an_engine_whose_weights_did_not_arrive_is_named(background):
-    folder = background.result(run_as_two_ranks)
+    folder = background.result(run_usual)[1]
     told = re.findall(r"rank (\d) was told: (.*)", (folder / "log").read_text())
     assert sorted(number for number, _ in told) == ["0"]  # what another rank prints is muted
     assert "after the weight sync, the engine of rank 1 and policy disagree on sampled tokens" in told[0][1]
@@ -170,11 +180,12 @@ def test_an_engine_whose_weights_did_not_arrive_is_named(background):
     assert "torchrun --nproc-per-node 2 run_scripts.py resume=" in (folder / "log").read_text()  # how to go on
 
 
-@pytest.mark.background(job=run_alone)
+@pytest.mark.background(job=run_usual)
 @pytest.mark.background(job=run_as_one_rank)
 def test_one_rank_of_torchrun_is_no_torchrun(background):
+    alone, one = background.result(run_usual)[0], background.result(run_as_one_rank)
     for name in TRAINED:
-        assert find_differences(background.result(run_alone) / name, background.result(run_as_one_rank) / name) == []
+        assert find_differences(alone / name, one / name) == []
 
 
 @pytest.mark.background(job=run_ahead_alone)

@@ -145,9 +145,7 @@ def arithmetic_records(
         is_validation = hashlib.sha256(question.encode()).digest()[0] < 64
         if is_validation == (split == "validation"):
             source = f"{EMBEDDED_DATA} {split}, question {len(records) + 1}"
-            records.append(
-                Record(source=source, question=question, reasoning=reasoning, ground_truth=str(answer))
-            )
+            records.append(Record(source=source, question=question, reasoning=reasoning, ground_truth=str(answer)))
         if len(records) == wanted or len(drawn) == num_possible:
             break
     return tuple(records)

@@ -104,8 +104,8 @@ def help_text(
     program = f"{run_command('python')} {command}"
     lines = [
         f"usage: {program} [key=value ...]",
-        f"       {program} --help KEY        explains one key",
-        f"       {program} --show [key=value ...]        prints where each value comes from",
+        f"       {program} --help KEY    explains one key",
+        f"       {program} --show [key=value ...]    tells where each value is from",
         "",
         f"Values come from the defaults, then {Path(yaml_path).name}, its preset, its recipe, each config=FILE,",
         "the command line. The last counts.",

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from experiments import pass_at_k, plot_results
+from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.several_samples import summarize_samples
 
@@ -152,7 +153,7 @@ def test_only_what_decides_about_the_questions_is_compared(runs, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["base"], ["=base"], ["a="]])
 def test_mistakes_on_the_command_line(arguments, runs):
-    with pytest.raises(UserError, match="^usage: uv run python -m experiments.pass_at_k"):
+    with pytest.raises(UserError, match=f"^usage: {run_command('python')} -m experiments.pass_at_k"):
         pass_at_k.main(arguments)
 
 

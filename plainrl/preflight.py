@@ -40,7 +40,9 @@ def preflight(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     check_scores(policy, config)
     if config.gradient_checkpointing and not policy.supports_gradient_checkpointing:
-        raise UserError(f"gradient_checkpointing = true: {policy.config.model_type} does not support it; leave it out")
+        raise UserError(
+            f"gradient_checkpointing = true: {policy.config.model_type} does not support it; set it to false"
+        )
     if config.compile_policy:
         blocks_of(policy)
     check_saving(policy, tokenizer, folder)

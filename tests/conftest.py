@@ -60,7 +60,7 @@ def has_cpu_engine() -> bool:
 
 
 class Background:
-    """Does long jobs one after the other beside the tests: one core is theirs, one the tests'.
+    """Does long jobs one after the other beside the tests.
 
     A job is a function of this object. It starts processes by `start`, writes to `new_folder()`, and what it returns is
     its result.

@@ -21,6 +21,7 @@ from plainrl import cli, engine, startup
 
 def run_job(num_ranks, plan, log):
     """Run a plan, and add what it prints to a file. Without ranks it runs in this process."""
+    startup.end_with_parent()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, sys.stdout.fileno())
     os.dup2(file, sys.stderr.fileno())
@@ -43,19 +44,17 @@ def run_job(num_ranks, plan, log):
 
 
 def run_rank():
-    """Be a rank, as if started anew: what it is was read when these two modules were imported."""
+    """Be a rank. cli.py reads a rank's number at its import, so that it is imported again."""
     importlib.reload(cli)
-    if cli.RANK:
-        startup.print_nothing()
     cli.run_main(run_scripts.main)
 
 
 def main(path, model):
     jobs = json.loads(Path(path).read_text())
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # before vLLM is imported
     run_scripts.share_engines()
     for module in {module for _, plan, _ in jobs for module, _ in json.loads(Path(plan).read_text())}:
         importlib.import_module(module)
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}  # read by its import
     engine.register_model_class(model)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=run_job, args=job) for job in jobs]

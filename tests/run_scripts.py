@@ -1,7 +1,7 @@
 """Run several of the project's scripts in one process, with one engine: `run_scripts.py PLAN.json`.
 
 The plan is a list of [module, [key=value, ...]]. Under torchrun every rank runs all of them. Starting an engine takes
-longer than a tiny run.
+longer than a tiny run. forked_scripts.py runs several plans.
 """
 
 import functools

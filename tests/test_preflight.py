@@ -95,7 +95,7 @@ def test_checkpointing_that_a_model_lacks_is_named(loaded, tiny_model_folder, tm
     policy, tokenizer = loaded
     monkeypatch.setattr(type(policy), "supports_gradient_checkpointing", False)
     preflight(policy, tokenizer, tmp_path, config_of(tiny_model_folder))
-    with pytest.raises(UserError, match="^gradient_checkpointing = true: llama does not support it; leave it out$"):
+    with pytest.raises(UserError, match="^gradient_checkpointing = true: llama does not support it; set it to false$"):
         preflight(policy, tokenizer, tmp_path, config_of(tiny_model_folder, gradient_checkpointing=True))
 
 

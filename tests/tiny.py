@@ -95,6 +95,7 @@ def tiny_arguments(model, runs_dir, **overrides):
         "num_sft_examples": 24,
         "train_batch_size": 8,
         "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": "false",
         "learning_rate": "1e-3",
         "eval_interval": 2,
         "num_eval_examples": 8,

@@ -17,7 +17,13 @@ from plainrl.policy import compute_clipped_gradient, load_policy, prepare_traini
 from SFT_helper import pad_token_id
 from SFT_train import accumulate_gradients, tokenize_examples
 
-SETTINGS = ["preset=laptop", "train_batch_size=32", "compute_dtype=float32", "microbatch_tokens=1024"]
+SETTINGS = [
+    "preset=laptop",
+    "train_batch_size=32",
+    "compute_dtype=float32",
+    "microbatch_tokens=1024",
+    "gradient_checkpointing=false",  # as in results/scale
+]
 NUM_STEPS = 3
 
 

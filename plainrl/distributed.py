@@ -136,11 +136,11 @@ def _require_divisible(config: "RunConfig", num_started: int) -> None:
         )
 
 
-def environment_of_one_process() -> dict[str, str]:
-    """Return this process's environment without what torchrun put there, for a program that is to run alone."""
+def environment_of_one_process(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment without what torchrun put there, for a program that is to run alone."""
     return {
         name: value
-        for name, value in os.environ.items()
+        for name, value in environment.items()
         if name not in RANK_VARIABLES and not name.startswith(RANK_PREFIXES)
     }
 

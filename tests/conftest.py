@@ -85,14 +85,13 @@ class Background:
 
     def start(self, *arguments: Any, **options: Any) -> Popen:
         """Start a process that ends with the tests at the latest."""
-        from plainrl.distributed import RANK_VARIABLES
+        from plainrl.distributed import environment_of_one_process
 
         if self._is_closed:
             raise RuntimeError("the tests are over")
-        environment = options.get("env") or os.environ
         # The test that runs at this moment may have set torchrun's variables for itself.
-        own = {name: value for name, value in environment.items() if name not in RANK_VARIABLES}
-        self._processes.append(Popen(*arguments, **(options | {"env": own})))
+        environment = environment_of_one_process(options.get("env") or os.environ)
+        self._processes.append(Popen(*arguments, **(options | {"env": environment})))
         return self._processes[-1]
 
     def close(self) -> None:

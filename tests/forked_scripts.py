@@ -14,7 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import run_scripts
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from kill_and_resume import TORCHRUN
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 from plainrl import cli, engine, startup
 
@@ -29,17 +31,8 @@ def run_job(num_ranks, plan, log):
     if num_ranks == 0:
         cli.run_main(run_scripts.main)
         return
-    config = LaunchConfig(
-        1,
-        1,
-        num_ranks,
-        run_id=Path(log).parent.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="fork",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    options = [*TORCHRUN[2:], "--nproc-per-node", str(num_ranks), "--start-method", "fork"]
+    config, *_ = config_from_args(parse_args([*options, run_scripts.__file__]))
     elastic_launch(config, run_rank)()
 
 

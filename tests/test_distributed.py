@@ -89,17 +89,14 @@ def run_plan(num_ranks, background, kind="usual"):
 
 def run_usual(background):
     """Run the usual scripts in one process and in two ranks at once; return both folders."""
-    folders = [write_plan(num_ranks, background) for num_ranks in (0, 2)]
-    runs = zip((0, 2), folders, strict=True)
-    jobs = [(num_ranks, f"{folder}/plan.json", f"{folder}/log") for num_ranks, folder in runs]
-    (folders[0] / "jobs.json").write_text(json.dumps(jobs))
-    log = folders[0] / "forks.log"
-    process = start(
-        "tests/forked_scripts.py", [folders[0] / "jobs.json", background.answering_model], log, background.start
-    )
+    folders = {num_ranks: write_plan(num_ranks, background) for num_ranks in (0, 2)}
+    jobs = [(num_ranks, f"{folder}/plan.json", f"{folder}/log") for num_ranks, folder in folders.items()]
+    path, log = folders[0] / "jobs.json", folders[0] / "forks.log"
+    path.write_text(json.dumps(jobs))
+    process = start("tests/forked_scripts.py", [path, background.answering_model], log, background.start)
     status = end(process, log, seconds=1200)
-    assert status == 0, "".join(file.read_text()[-3000:] for file in (log, *(folder / "log" for folder in folders)))
-    return folders
+    assert status == 0, "".join(Path(file).read_text()[-3000:] for file in (log, *(job[2] for job in jobs)))
+    return list(folders.values())
 
 
 def run_as_one_rank(background):

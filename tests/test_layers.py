@@ -163,9 +163,22 @@ def run_without_torch(arguments, tmp_path, piped=""):
     return process.returncode, output.read_text(), error.read_text(), usage.ru_utime + usage.ru_stime
 
 
+def answer_within(limit, arguments, tmp_path):
+    """Return status, output and error of a script that answers within a limit in seconds of CPU time.
+
+    It has three tries. Programs beside the tests slow a core down, and what compiles bytecode first takes longer.
+    """
+    tries = []
+    while not tries or (len(tries) < 3 and min(tries) >= limit):
+        status, output, error, seconds = run_without_torch(arguments, tmp_path)
+        tries.append(seconds)
+    assert min(tries) < limit, f"{arguments} took {tries} seconds of CPU time"
+    return status, output, error
+
+
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program[-1])
 def test_a_typo_and_help_are_answered_in_under_a_second(program, tmp_path):
-    """Nothing large is imported before the arguments are read. CPU time counts, as other programs may run beside."""
+    """Nothing large is imported before the arguments are read."""
     answers = {
         "sed=1": (2, "error: unknown key sed (command line): did you mean seed?\n"),
         "seed=fast": (2, "error: seed = 'fast' (command line): input should be a valid integer, "),
@@ -173,10 +186,9 @@ def test_a_typo_and_help_are_answered_in_under_a_second(program, tmp_path):
         "--show": (0, ""),
     }
     for argument, (status, message) in answers.items():
-        returned, output, error, seconds = run_without_torch([*program, argument], tmp_path)
+        returned, output, error = answer_within(1, [*program, argument], tmp_path)
         assert returned == status and error.startswith(message), error
         assert bool(output) == (status == 0)
-        assert seconds < 1, argument
 
 
 def test_a_configuration_from_a_pipe_is_left_to_the_script(tmp_path):
@@ -200,9 +212,9 @@ def test_a_configuration_from_a_pipe_is_left_to_the_script(tmp_path):
 )
 def test_a_wrong_argument_of_a_program_without_configuration_is_answered_at_once(arguments, status, message, tmp_path):
     program, *others = arguments
-    returned, output, error, seconds = run_without_torch(["-m", f"experiments.{program}", *others], tmp_path)
+    limit = 1.5  # a sweep resolves the settings of each of its runs
+    returned, output, error = answer_within(limit, ["-m", f"experiments.{program}", *others], tmp_path)
     assert (returned, bool(output)) == (status, status == 0) and error.startswith(message), error
-    assert seconds < 1.5  # a sweep resolves the settings of each of its runs
 
 
 def test_the_programs_of_others_are_left_alone(tmp_path):

@@ -17,7 +17,7 @@ again when too few are left.
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -27,6 +27,13 @@ from plainrl.grading.rewards import Grade
 from plainrl.records import Rollout, mean
 
 Graded = Sequence[Grade] | Sequence[Rollout]  # both have the rewards of a response
+
+
+class Visit(NamedTuple):
+    """One group of responses to a question: the sum of their answer rewards, and how many there are."""
+
+    answer_reward: float
+    num_responses: int
 
 
 class QuestionOrder:
@@ -47,7 +54,7 @@ class QuestionOrder:
         """
         self._num_questions, self._config = num_questions, config
         self._position = 0  # in the order of all epochs, questions passed over included
-        self._visits: dict[int, list[float]] = {}  # question -> sum of the answer rewards of each of its last groups
+        self._visits: dict[int, list[Visit]] = {}  # of each question, the last ones
         self._epoch: tuple[int, list[int]] | None = None  # the last epoch looked at, and its order
 
     @property
@@ -83,7 +90,7 @@ class QuestionOrder:
         if not self._config.drop_solved_questions:
             return
         for index, rewards in zip(chosen, answer_rewards(grades, self._config.group_size), strict=True):
-            visits = [*self._visits.get(index, []), sum(rewards)]
+            visits = [*self._visits.get(index, []), Visit(sum(rewards), len(rewards))]
             self._visits[index] = visits[-self._config.solved_visits :]
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +100,12 @@ class QuestionOrder:
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from a state after `step`. If it is empty, as in older checkpoints, every step asked one batch."""
         self._position = state.get("position", step * self._config.num_questions_per_step)
-        self._visits = {int(index): visits for index, visits in state.get("visits", {}).items()}
+        # Older checkpoints hold the sum alone, of groups of the same size.
+        size = self._config.group_size
+        self._visits = {
+            int(index): [Visit(*visit) if isinstance(visit, list | tuple) else Visit(visit, size) for visit in visits]
+            for index, visits in state.get("visits", {}).items()
+        }
 
     def _at(self, position: int) -> int:
         epoch, place = divmod(position, self._num_questions)
@@ -105,7 +117,8 @@ class QuestionOrder:
         visits = self._visits.get(index, [])[-self._config.solved_visits :]
         if not self._config.drop_solved_questions or len(visits) < self._config.solved_visits:
             return False
-        return sum(visits) / (len(visits) * self._config.group_size) >= self._config.solved_pass_rate
+        num_responses = sum(visit.num_responses for visit in visits)
+        return sum(visit.answer_reward for visit in visits) / num_responses >= self._config.solved_pass_rate
 
 
 def answer_rewards(grades: Graded, group_size: int) -> list[list[float]]:

@@ -114,6 +114,19 @@ def test_a_pass_rate_at_the_limit_counts_exactly():
         assert order.num_solved == 1
 
 
+def test_a_visit_keeps_the_size_of_its_group():
+    """A run may be resumed with larger or smaller groups. Older checkpoints hold the sums alone."""
+    order = QuestionOrder(4, tiny_config(drop_solved_questions=True))
+    order.record([0, 1], grades(4, 2))
+    state = json.loads(json.dumps(order.state_dict()))
+    older = state | {"visits": {index: [visit[0] for visit in visits] for index, visits in state["visits"].items()}}
+    for saved, group_size, num_solved in ((state, 2, 1), (state, 8, 1), (older, 4, 1), (older, 2, 2)):
+        sizes = {"group_size": group_size, "rollout_batch_size": 16, "train_batch_size": 16}
+        resumed = QuestionOrder(4, tiny_config(drop_solved_questions=True, **sizes))
+        resumed.load_state_dict(saved, step=1)
+        assert resumed.num_solved == num_solved
+
+
 def test_if_too_few_questions_are_left_all_are_asked_again(capsys):
     order = QuestionOrder(4, tiny_config(drop_solved_questions=True))
     order.record([0, 1], grades(4, 4))

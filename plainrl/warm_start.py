@@ -38,16 +38,20 @@ SECONDS_BETWEEN_LOOKS = 2.0  # whether another process has made the warm start
 # What the policy of a warm start depends on. A finished one is taken again if they are the same.
 DECISIVE = (
     *("model", "prompt", "reward", "stop_string", "train_data", "validation_data", "extra_validation_data"),
-    *("validation_fraction", "validation_seed", "question_field", "answer_field", "trace_field"),
+    *("validation_fraction", "validation_seed", "question_field", "answer_field", "trace_field", "fill_prompts"),
     *("arithmetic_terms", "arithmetic_max_term"),
 )
 # Of data without worked responses, the warm start takes none: it teaches the format on the embedded arithmetic.
 EMBEDDED = {"train_data": EMBEDDED_DATA, "validation_data": EMBEDDED_DATA} | {
     key: RunConfig.model_fields[key].default
-    for key in ("extra_validation_data", "validation_fraction", "question_field", "answer_field", "trace_field")
+    for key in (
+        *("extra_validation_data", "validation_fraction", "question_field", "answer_field", "trace_field"),
+        "fill_prompts",
+    )
 }
-# What the SFT run takes over: all but its name, its seed, and how it trains, which its preset says.
-INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"}
+# What the SFT run takes over: all but its name, its seed, and how it trains, which its preset says. It is one process.
+OF_RANKS = {"num_replicas", "engine_tensor_parallel"}
+INHERITED = {"num_final_eval_examples", *RunConfig.model_fields} - {"preset", "run_name", "seed"} - OF_RANKS
 # Of the SFT run's own evaluations, at most: the run that follows evaluates the same policy on all of its questions.
 NUM_EVAL_EXAMPLES = 16
 

@@ -106,6 +106,7 @@ def test_of_two_that_begin_a_warm_start_at_once_the_slower_waits(tmp_path, proce
         ("arithmetic_terms: [2, 5]", {}, "was trained with arithmetic_terms = [2, 5], not [2, 4]"),
         ("train_data: other.jsonl", {}, "was trained with train_data = other.jsonl, not arithmetic"),
         ("stop_string: END", {}, "was trained with stop_string = END, not </answer>"),
+        ("fill_prompts: true", {}, "was trained with fill_prompts = True, not False"),
     ],
 )
 def test_a_warm_start_of_something_else_stays_and_another_is_made(line, overrides, message, tmp_path, process, capsys):
@@ -170,13 +171,15 @@ def test_a_warm_start_that_is_not_there_is_run_first_with_the_same_sizes(tmp_pat
         "stop_string": "",
         "wandb_mode": "disabled",
     }
-    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), model="mine", seed=3, **sizes)
+    of_ranks = {"num_replicas": 2, "engine_tensor_parallel": 2}  # the warm start is one process
+    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), model="mine", seed=3, **sizes, **of_ranks)
     assert apply_warm_start(config).model == str(tmp_path / "warm-start" / "final")
     sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", process.commands[0])
     assert sft_config.model_dump(include={*sizes, "model"}) == sizes | {"model": "mine"}
     assert (sft_config.runs_dir, sft_config.run_name, sft_config.preset) == (str(tmp_path), "warm-start", "warm-start")
     # How it trains is the preset's matter. So is the seed: runs of several seeds begin with one policy.
     assert (sft_config.seed, sft_config.learning_rate, sft_config.train_batch_size) == (0, 1e-4, 16)
+    assert sft_config.model_dump(include=set(of_ranks)) == dict.fromkeys(of_ranks, 1)
     assert sft_config.num_sft_examples == 256
     # Its evaluations are short: the run that follows evaluates the same policy.
     many = {"num_eval_examples": 256, "num_final_eval_examples": "all", "runs_dir": str(tmp_path / "other")}

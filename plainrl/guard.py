@@ -22,6 +22,7 @@ import torch
 from plainrl.checkpoint import TrainingState
 from plainrl.cli import SECONDS_FOR_FIRST_RANK, handle_signals, of_rank, restore_handlers, resume_command
 from plainrl.distributed import all_are_here, largest, num_ranks, rank, speaks_for_all
+from plainrl.grading.own_rewards import RewardError
 from plainrl.records import Stopped, UserError, first_line
 
 GRACE_SECONDS = 20.0  # how long a phase may go on after a signal; saving then ends within half a minute
@@ -77,7 +78,7 @@ class StopGuard:
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()  # the run may be ending because memory ran out
             # An error of one rank leaves the others elsewhere. One that all have may leave each in another block.
-            is_agreed = num_ranks() == 1 or isinstance(sys.exception(), Stopped | UserError)
+            is_agreed = num_ranks() == 1 or isinstance(sys.exception(), Stopped | UserError | RewardError)
             if not is_agreed or not all_are_here():
                 message = "a rank failed: the last checkpoint is the newest state"
             elif self._state.can_be_saved():

@@ -25,6 +25,7 @@ from plainrl.clock import reached_limit
 from plainrl.config import TrainConfig
 from plainrl.distributed import rank, require_alike
 from plainrl.guard import StopGuard
+from plainrl.records import UserError
 from plainrl.run_folder import RunFolder
 from plainrl.run_records import Metrics, describe_evaluation
 
@@ -115,9 +116,15 @@ class TrainingLoop:
         self._guard.stop_if_requested()
 
     def _end_at_a_limit(self, step: int) -> None:
-        """Make a step the last one if `max_training_hours` or `max_sampled_tokens` says so."""
+        """Make a step the last one if `max_training_hours` or `max_sampled_tokens` says so.
+
+        Raises:
+            UserError: not even a first step would end in time. There is nothing to keep.
+        """
         limits = self._config.max_training_hours, self._config.token_limit
         if step < self._num_steps and any(limits) and (limit := reached_limit(self._run.read_metrics(), *limits)):
+            if step == 0:
+                raise UserError(f"{limit}: a step with an evaluation would not end in this time; raise it")
             tqdm.write(f"step {step} is the last: {limit}", file=sys.stdout)
             self._num_steps = step
 

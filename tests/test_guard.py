@@ -14,8 +14,9 @@ from tiny import REPOSITORY
 
 from plainrl.cli import STOP_SIGNALS
 from plainrl.devices import run_command
+from plainrl.grading.own_rewards import RewardError
 from plainrl.guard import StopGuard, watched
-from plainrl.records import Stopped
+from plainrl.records import Stopped, UserError
 
 
 @pytest.fixture
@@ -77,6 +78,17 @@ def test_a_signal_after_the_last_look_still_stops_the_run(guarded):
     with pytest.raises(Stopped), guard:
         os.kill(os.getpid(), signal.SIGTERM)
     assert saved == []  # the loop was over: its last checkpoint is there
+
+
+@pytest.mark.parametrize(("error", "is_saved"), [(UserError, True), (RewardError, True), (RuntimeError, False)])
+def test_several_ranks_save_after_what_all_of_them_meet(error, is_saved, guarded, monkeypatch):
+    """A mistake in the settings, or a reward function that fails for every response. A bug may be one rank's."""
+    monkeypatch.setattr("plainrl.guard.num_ranks", lambda: 2)
+    monkeypatch.setattr("plainrl.guard.all_are_here", lambda: True)
+    guard, saved, _ = guarded
+    with pytest.raises(error), guard:
+        raise error("mine")
+    assert saved == ([5] if is_saved else [])
 
 
 def test_a_signal_that_is_ignored_stays_ignored(guarded):

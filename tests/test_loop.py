@@ -14,7 +14,7 @@ from plainrl.cli import load_config
 from plainrl.config import SFTConfig
 from plainrl.guard import watched
 from plainrl.loop import TrainingLoop
-from plainrl.records import Stopped
+from plainrl.records import Stopped, UserError
 from plainrl.run_folder import RunFolder
 
 
@@ -326,6 +326,15 @@ def test_a_run_ends_in_its_time_as_if_the_step_were_the_last(make_loop):
         loop.run.rows.append({"eval_step": 3, "eval/seconds": 600.0})
         assert list(loop) == []
     assert "evaluate 3" in loop.events, "as the last step: what was logged of it after its checkpoint is gone"
+
+
+def test_a_time_in_which_not_even_a_step_fits_is_one_line(make_loop):
+    """There would be no policy to keep. The first evaluation takes 10 minutes, and the limit is 6."""
+    message = "^max_training_hours = 0.1: a step .* would not end in this time; raise it$"
+    with pytest.raises(UserError, match=message), make_loop(100, max_training_hours=0.1) as loop:
+        loop.run.rows.append({"eval_step": 0, "eval/seconds": 600.0})
+        list(loop)
+    assert loop.run.saved == [(0, 0.0)]  # to go on with a longer time
 
 
 def test_a_run_ends_after_the_step_that_reaches_its_tokens(make_loop):

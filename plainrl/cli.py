@@ -223,7 +223,7 @@ def resumed_config(
         files: the content of each `config=FILE`.
 
     Raises:
-        UserError: there is no such run, another name, preset or recipe is given, or settings differ although
+        UserError: there is no such run, another name, preset, recipe or optimizer is given, or settings differ although
             `resume_with_changes` is not true. The message lists them. Those of a file `config=FILE` count, too.
     """
     if folder.name in ("", ".."):  # `resume=.`: its name is the run's
@@ -237,16 +237,12 @@ def resumed_config(
             f"resume = {folder}: its config.yaml has keys that this script does not know ({', '.join(unknown)}); go on "
             "with the script and the version that made it (environment.json names both), or begin a new run"
         )
-    if overrides.get("preset", "auto") not in ("auto", saved.get("preset")):
-        raise UserError(
-            f"preset = {overrides['preset']}: {folder} was started with preset {saved.get('preset')}, whose values it "
-            "keeps; leave preset out, and name the keys that are to change"
-        )
-    if overrides.get("recipe", saved.get("recipe", "")) != saved.get("recipe", ""):
-        raise UserError(
-            f"recipe = {overrides['recipe']}: {folder} keeps the values that it was started with; leave recipe out, "
-            "and name the keys that are to change"
-        )
+    for key, same in (("preset", "auto"), ("recipe", saved.get("recipe", ""))):
+        if overrides.get(key, same) not in (same, saved.get(key)):
+            raise UserError(
+                f"{key} = {overrides[key]}: {folder} keeps the values that it was started with; leave {key} out, "
+                "and name the keys that are to change"
+            )
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
     for key, own in (("run_name", folder.name), ("runs_dir", folder.parent)):
         if overrides.get(key) and Path(overrides[key]).resolve() != Path(own).resolve():
@@ -260,6 +256,11 @@ def resumed_config(
         raise UserError(
             f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
             "them with resume_with_changes=true"
+        )
+    if any(change.startswith("optimizer ") for change in changes):
+        raise UserError(
+            f"resume = {folder}: {', '.join(changes)}: the moments are of the other optimizer; leave it out, or start "
+            "a new run with the model/ of a checkpoint as model"
         )
     note = f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}"
     return Resolved(config, sources, [note])

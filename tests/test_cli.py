@@ -294,6 +294,14 @@ def test_a_resumed_run_takes_no_other_preset_and_no_other_recipe(tmp_path):
             load_config(GRPOConfig, path, [f"resume={tmp_path}", argument, "resume_with_changes=true"])
 
 
+def test_a_resumed_run_keeps_its_optimizer(tmp_path):
+    """The checkpoint holds the moments of one, which the other could not use."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SFTConfig().model_dump(mode="json", exclude={"resume"})))
+    arguments = [f"resume={tmp_path}", "optimizer=rmsprop", "resume_with_changes=true"]
+    with pytest.raises(UserError, match="optimizer adamw -> rmsprop: the moments are of the other optimizer; leave it"):
+        load_config(SFTConfig, "unused.yaml", arguments)
+
+
 def test_what_the_operating_system_refuses_is_one_line_and_other_errors_are_bugs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["SFT_train.py"])
     (tmp_path / "loop").symlink_to(tmp_path / "loop")

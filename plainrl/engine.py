@@ -156,20 +156,22 @@ def load_policy_into_vllm_instance(policy: PreTrainedModel, llm: "LLM") -> None:
     Raises:
         SyncError: the engine does not reset its prefix cache.
     """
-    is_sleeping = llm.llm_engine.is_sleeping()
-    if is_sleeping:
-        torch.cuda.empty_cache()  # the engine cannot use memory that torch's allocator keeps
-        llm.wake_up(tags=["weights"])
     dtype = llm.llm_engine.vllm_config.model_config.dtype
     weights = ((name, whole(tensor.detach().to(dtype))) for name, tensor in merged_state_dict(policy))
-    with _quiet_stderr(), told_if_it_ended():
-        if is_in_own_process(llm):
-            load_by_file(llm, weights)
-        else:
-            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-    if is_sleeping:
-        llm.wake_up(tags=["kv_cache"])
-    if not llm.reset_prefix_cache():
+    with told_if_it_ended():
+        is_sleeping = llm.llm_engine.is_sleeping()
+        if is_sleeping:
+            torch.cuda.empty_cache()  # the engine cannot use memory that torch's allocator keeps
+            llm.wake_up(tags=["weights"])
+        with _quiet_stderr():
+            if is_in_own_process(llm):
+                load_by_file(llm, weights)
+            else:
+                llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if is_sleeping:
+            llm.wake_up(tags=["kv_cache"])
+        is_reset = llm.reset_prefix_cache()
+    if not is_reset:
         raise SyncError("vLLM kept keys and values of the old weights; finish all requests before weights change")
 
 

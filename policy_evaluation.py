@@ -28,6 +28,7 @@ from plainrl.data import (
     encode_prompts,
     fit_prompts,
     load_validation_set,
+    require_questions,
     validation_subset,
 )
 from plainrl.devices import check_devices
@@ -409,6 +410,7 @@ def main(arguments: list[str]) -> None:
         policy, tokenizer = load_policy(config, for_training=False)
         check_scores(policy, config)
         examples, _ = fit_prompts(examples, tokenizer, config, "validation prompts")  # before the engine starts
+        require_questions(examples, config)
         run.start_wandb()
         evaluator = Evaluator(config, run, tokenizer, examples)
         metrics = evaluator.evaluate(policy, eval_step=0)

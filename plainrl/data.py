@@ -368,10 +368,16 @@ def fit_validation(
         return validation
     during, final = ([e for e in part if e in fitting] for part in (validation.during, validation.final))
     print(f"evaluations ask {len(during)} questions during training, and {len(final)} at the end")
-    if not all("" in by_dataset(part) for part in (during, final)):
+    for part in (during, final):
+        require_questions(part, config)
+    return validation._replace(during=during, final=final)
+
+
+def require_questions(examples: Sequence[Example], config: RunConfig) -> None:
+    """Raise a UserError if none of the examples is of the validation data itself, but of further sets at most."""
+    if "" not in by_dataset(examples):
         source = validation_source(config.model_dump())
         raise UserError(f"validation data, {source}: no question is left; raise max_context_tokens")
-    return validation._replace(during=during, final=final)
 
 
 def keep_short(

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from test_engine import QUESTIONS, changed_policy, sampling
-from tiny import REPOSITORY, FakeEvaluator, read_lines, tiny_arguments
+from tiny import REPOSITORY, FakeEvaluator, read_lines, tiny_arguments, write_lines
 
 import policy_evaluation
 from plainrl.cli import load_config
@@ -286,6 +286,21 @@ def test_the_script_shows_pass_at_k_and_samples_at_the_evaluations_temperature(
     assert "responses per question" not in greedy
     one, other = (read_lines(tmp_path / name / "samples/eval_000000.jsonl") for name in ("greedy", "again"))
     assert [row["response"] for row in one] == [row["response"] for row in other]
+
+
+@pytest.mark.usefixtures("cpu_engine")
+def test_a_further_set_alone_is_no_evaluation(tiny_model_folder, tmp_path, monkeypatch):
+    """All questions of the validation data itself are too long, and are left out before the engine starts."""
+    monkeypatch.delattr(policy_evaluation, "init_vllm")
+    for name, question in (("long", "long " * 500), ("short", "What?")):
+        write_lines(tmp_path / f"{name}.jsonl", [{"problem": f"{question} {i}", "answer": str(i)} for i in range(4)])
+    data = {
+        "validation_data": tmp_path / "long.jsonl",
+        "extra_validation_data": f"{{short: {tmp_path / 'short.jsonl'}}}",
+        "drop_long_examples": "true",
+    }
+    with pytest.raises(UserError, match=r"^validation data, .*long.jsonl: no question is left; raise max_context_"):
+        main(tiny_arguments(tiny_model_folder, tmp_path, run_name="run", **data))
 
 
 @pytest.mark.parametrize("value", ["auto", "runs/x"])

@@ -186,7 +186,7 @@ def _get_function(module: ModuleType, name: str, setting: str) -> Callable[..., 
     functions = [
         key
         for key, value in vars(module).items()
-        if inspect.isroutine(value) and value.__module__ == module.__name__ and not key.startswith("_")
+        if inspect.isroutine(value) and getattr(value, "__module__", "") == module.__name__ and not key.startswith("_")
     ]
     choices = f"it has {', '.join(functions[:20])}" if functions else "it has no function"
     if not hasattr(module, name):

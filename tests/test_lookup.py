@@ -185,6 +185,11 @@ def test_a_missing_function_lists_those_that_there_are(folder):
     assert error_of("empty.py:f") == f"{folder / 'empty.py'} has no function 'f'; it has no function"
 
 
+def test_methods_of_builtins_beside_a_function_do_no_harm(folder):
+    (folder / "short.py").write_text("clean = str.strip\n\ndef f(response, ground_truth):\n    return 1.0\n")
+    assert error_of("short.py:g") == f"{folder / 'short.py'} has no function 'g'; it has f"
+
+
 def test_what_is_no_function_is_refused(folder):
     message = f"SCALE in {folder / 'my_rewards.py'} is of type float, not a function; it has same_text, half"
     assert error_of("my_rewards.py:SCALE") == message

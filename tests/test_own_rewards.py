@@ -73,6 +73,8 @@ def test_a_reward_gets_the_fields_that_it_names_and_no_others():
     heavier = [fields | {"weight": 0.5}]
     assert grade_responses(["4"], ["4"], find_reward("my.py:by_level"), heavier)[0].rewards["reward"] == 1.5
     assert grade_responses(["4"], ["4"], find_reward("my.py:everything"), [fields])[0].rewards["reward"] == 3
+    of_the_data = [fields | {"response": "a trace", "ground_truth": "4"}]  # columns that its parameters are called like
+    assert grade_responses(["4"], ["4"], find_reward("my.py:everything"), of_the_data)[0].rewards["reward"] == 3
     assert grade_responses(["4"], ["4"], find_reward("my.py:half"), [fields])[0].rewards["reward"] == 0.5
 
 

@@ -42,11 +42,15 @@ class CallError(Exception):
 
 
 class Wanted(NamedTuple):
-    """The fields that a function asks for: those that it names, those of them that it needs, or all of them."""
+    """The fields that a function asks for: those that it names, those of them that it needs, or all of them.
+
+    With `**fields` it gets all but those that are called like its first two parameters.
+    """
 
     names: frozenset[str]
     required: frozenset[str]
     takes_all: bool
+    taken: frozenset[str] = frozenset()
 
 
 def wanted_fields(function: Callable[..., Any]) -> Wanted:
@@ -75,6 +79,7 @@ def wanted_fields(function: Callable[..., Any]) -> Wanted:
         frozenset(p.name for p in named),
         frozenset(p.name for p in named if p.default is p.empty),
         takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        taken=frozenset(p.name for p in positional[:2] if p.kind is p.POSITIONAL_OR_KEYWORD),
     )
 
 
@@ -95,7 +100,8 @@ def call_reward(
         CallError: the function raised an exception, took too long, or returned no reward.
     """
     wanted = wanted_fields(function)
-    chosen = {name: value for name, value in fields.items() if wanted.takes_all or name in wanted.names}
+    names = fields.keys() - wanted.taken if wanted.takes_all else wanted.names
+    chosen = {name: value for name, value in fields.items() if name in names}
 
     def call() -> Any:
         return function(response, ground_truth, **chosen)

@@ -133,12 +133,19 @@ def parse_record(
 
 def _rename(values: Mapping[str, Any], where: str, names: FieldNames, is_strict: bool) -> dict[str, Any]:
     """Return the fields under the names above. Fields that the user names replace those of their role."""
-    fields = {name.lower() if name.lower() in FIELDS else name: value for name, value in values.items()}
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        known = name.lower() if name.lower() in FIELDS else name
+        if _is_missing(fields.get(known)):  # of `Answer` and `answer` the first that is filled counts
+            fields[known] = value
     roles = {"question": QUESTIONS, "answer": ANSWERS, "trace": RESPONSES}
     given = {role: name for role, name in names._asdict().items() if name}
     missing = [role for role, name in given.items() if name not in values]
     if not is_strict and len(missing) == len(given):
         return fields
+    if not is_strict and "trace" in missing:  # validation needs none
+        missing.remove("trace")
+        del given["trace"]
     if missing:
         role = missing[0]
         raise UserError(f"{role}_field = {given[role]}: {where} has no such field; it has {', '.join(values)}")

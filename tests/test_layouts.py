@@ -85,6 +85,15 @@ def test_fields_are_named_by_the_user():
     with pytest.raises(UserError, match=r"^question_field = ask: f has no such field; it has question, answer$"):
         parse_record({"question": "q", "answer": "1"}, "f", names._replace(answer="", trace=""))
     assert parse_record({"question": "q", "answer": "1"}, "f", names, is_strict=False).question == "q"
+    held_out = {"ask": "q", "final": "7"}  # whose traces nobody reads
+    assert parse_record(held_out, "f", names, is_strict=False).ground_truth == "7"
+    with pytest.raises(UserError, match="^trace_field = work: f has no such field"):
+        parse_record(held_out, "f", names)
+
+
+def test_of_fields_that_differ_in_case_the_first_that_is_filled_counts():
+    for answer, other in (("5", ""), ("", "5"), ("5", "6")):
+        assert parse_record({"problem": "q", "answer": answer, "Answer": other}, "f").ground_truth == "5"
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -21,6 +21,7 @@ LEAST_TEMPERATURE = 0.01  # vLLM raises a lower one to this
 MOST_EVAL_SAMPLES = 1000  # of more, the numbers of subsets exceed what a float holds
 MOST_NAME_BYTES = 200  # a file system takes 255, and names of other files begin with a run's
 DTYPE_KEYS = {"compute_dtype": "policy_device", "engine_dtype": "evaluator_device"}  # each with its device
+Seconds = Annotated[float, Field(gt=0, le=1e8)]  # three years at most: timers cannot count much further
 OPTIMIZERS = TableOf("plainrl.optimizers", "OPTIMIZERS")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -165,16 +166,16 @@ class RunConfig(BaseModel):
     num_sync_tokens: int = Field(16, ge=1, description="sampled tokens per probe prompt, to check the weight sync")
     scoring_batch_size: int = Field(16, ge=1, description="responses per forward pass when scoring without gradients")
 
-    max_rollout_seconds: float = Field(1800, gt=0, description="limit for a weight sync or a rollout phase, in seconds")
-    max_grade_seconds: float = Field(900, gt=0, description="limit for the grading of a rollout batch, in seconds")
-    max_reward_seconds: float = Field(
-        30, gt=0, description="limit for one call of a reward function of your own, in seconds"
+    max_rollout_seconds: Seconds = Field(1800, description="limit for a weight sync or a rollout phase, in seconds")
+    max_grade_seconds: Seconds = Field(900, description="limit for the grading of a rollout batch, in seconds")
+    max_reward_seconds: Seconds = Field(
+        30, description="limit for one call of a reward function of your own, in seconds"
     )
-    max_train_seconds: float = Field(
-        1800, gt=0, description="limit for scoring one batch, or for all optimizer steps on it, in seconds"
+    max_train_seconds: Seconds = Field(
+        1800, description="limit for scoring one batch, or for all optimizer steps on it, in seconds"
     )
-    max_evaluate_seconds: float = Field(3600, gt=0, description="limit for one evaluation, in seconds")
-    max_save_seconds: float = Field(900, gt=0, description="limit for writing one checkpoint, in seconds")
+    max_evaluate_seconds: Seconds = Field(3600, description="limit for one evaluation, in seconds")
+    max_save_seconds: Seconds = Field(900, description="limit for writing one checkpoint, in seconds")
 
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online if an API key is set, else disabled"

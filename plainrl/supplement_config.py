@@ -5,7 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from plainrl.config import EpochsConfig, WarmStartConfig
-from plainrl.shared_config import EMBEDDED_DATA, RunConfig
+from plainrl.shared_config import EMBEDDED_DATA, RunConfig, is_embedded
 
 # Keys of other scripts that name questions, or how responses are graded.
 OF_OTHER_DATA = (
@@ -42,6 +42,14 @@ class DPOConfig(WarmStartConfig, EpochsConfig):
     def _check_dpo_fields(self) -> Self:
         if isinstance(self.num_pairs, int) and self.num_pairs < 1:
             raise ValueError(f"num_pairs = {self.num_pairs}: must be at least 1, or all")
+        if self.validation_fraction and not is_embedded(self.train_data):
+            raise ValueError(
+                f"validation_fraction = {self.validation_fraction:g}: pairs hold no questions with answers; name some "
+                "with validation_data"
+            )
+        for name in ("validation_fraction", "extra_validation_data"):
+            if not self.validation_data and getattr(self, name):
+                raise ValueError(f"{name} = {getattr(self, name)}: it has no effect without validation_data; name that")
         return self
 
     @property

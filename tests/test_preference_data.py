@@ -184,6 +184,14 @@ def test_too_few_pairs_are_said(tmp_path):
             load_pairs([], config_of(f"train_data={path}", *arguments))
 
 
+@pytest.mark.parametrize("held_out", [{"validation_fraction": 0.1}, {"extra_validation_data": {"more": "arithmetic"}}])
+def test_questions_that_would_not_be_asked_are_refused(held_out):
+    with pytest.raises(ValueError, match=f"{next(iter(held_out))} = .*: it has no effect without validation_data"):
+        DPOConfig(validation_data="", **held_out)
+    with pytest.raises(ValueError, match="validation_fraction = 0.1: pairs hold no questions with answers"):
+        DPOConfig(train_data="pairs.jsonl", validation_fraction=0.1)
+
+
 def test_tokens_of_a_pair(tokenizer):
     """The prompt is in the template, and a response ends in EOS unless it ends in the stop string."""
     pair = Pair("Say {this}.", "Yes", "No </answer>", "s")
@@ -209,7 +217,7 @@ def test_long_pairs_are_an_error_or_left_out(tokenizer, capsys):
 )
 def test_pairs_are_written_for_dpo_and_their_chosen_responses_for_sft(settings, tmp_path, capsys):
     rows = [{"prompt": f"Say {n}", "chosen": f"{n}, with pleasure.", "rejected": "No."} for n in range(3)]
-    source, path = write_lines(tmp_path / "source.jsonl", rows), tmp_path / "pairs.jsonl"
+    source, path = write_lines(tmp_path / "source.jsonl", rows), tmp_path / "new/pairs.jsonl"
     settings = [text.replace("FILE", source) for text in settings]
     main([str(path), "preset=laptop", *settings])
     pairs, _ = load_pairs(load_validation_set(config_of(*settings)), config_of(*settings))

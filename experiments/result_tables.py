@@ -57,7 +57,7 @@ def make_methods_table(results: Path) -> str:
         if len(rows) == 1:
             low, high = wilson_interval(mean, int(questions))
             interval = f"{mean:.3f} ({low:.3f} to {high:.3f})"
-        minutes = statistics.median(float(row["wall_minutes"]) for row in rows)
+        minutes = statistics.median(float(row["wall_minutes"]) for row in rows if row["wall_minutes"])
         name = f"[{curve.label}](results/{curve.sweep})"
         lines.append(f"| {name} | {interval} | {len(rows)} | {int(questions):,} | {minutes:.1f} |")
     return "\n".join(lines)
@@ -99,7 +99,7 @@ def _cells(rows: Sequence[Mapping[str, str]], first_rows: Sequence[Mapping[str, 
     wilson = "-"
     for row in rows:
         score, questions = _final_score(row)
-        if row["seed"] == "0" and score:
+        if row["seed"] == "0" and score and 0 <= float(score) <= 1:  # a reward of one's own may be any number
             low, high = wilson_interval(float(score), int(questions))
             wilson = f"{low:.3f} to {high:.3f}"
     minutes = [float(row["minutes"]) for row in rows if row["minutes"]]

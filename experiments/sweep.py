@@ -158,12 +158,15 @@ def execute(runs: Sequence[Run], gpus: Sequence[str], collect_finished: Callable
 def collect(run: Run, results: Path, order: Sequence[str]) -> None:
     """Write a run's figures into the results; then remove its weights, but for those that are to be kept."""
     log = run.log.read_text(errors="replace") if run.log.exists() else ""
-    wall_minutes = sum(map(float, re.findall(r"^sweep: .* after ([\d.]+) minutes$", log, re.MULTILINE)))
+    ends = re.findall(r"^sweep: ended with status (-?\d+) after ([\d.]+) minutes$", log, re.MULTILINE)
+    # Without a good end at last the run went on by itself, when the sweep was killed.
+    wall_minutes = sum(float(minutes) for _, minutes in ends) if ends and ends[-1][0] == "0" else None
     names = {"variant": run.variant, "seed": run.seed, "fingerprint": run.fingerprint}
     row = collect_run(run.folder, results, names, wall_minutes, order)
     remove_weights(run)
     reward = row["last_answer_reward"]
-    print(f"finished: {run.folder.name}, {wall_minutes:.1f} minutes, answer reward {reward}", flush=True)
+    time_taken = "unknown time" if wall_minutes is None else f"{wall_minutes:.1f} minutes"
+    print(f"finished: {run.folder.name}, {time_taken}, answer reward {reward}", flush=True)
 
 
 def remove_weights(run: Run) -> None:
@@ -206,9 +209,10 @@ def _kind_of_error(line: str, run: Run) -> str:
 
 
 def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:
-    if run.script == EVALUATION_SCRIPT and run.folder.is_dir():
+    if run.folder.is_dir():
         lock_folder(run.folder).close()  # it may still be running, if the sweep alone was killed
-        shutil.rmtree(run.folder)  # an interrupted evaluation cannot be resumed
+        if run.script == EVALUATION_SCRIPT:
+            shutil.rmtree(run.folder)  # an interrupted evaluation cannot be resumed
     run.log.parent.mkdir(parents=True, exist_ok=True)
     search_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": search_path} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})

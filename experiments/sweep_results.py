@@ -44,7 +44,7 @@ COLUMNS = {"runs.csv": RUN_COLUMNS, "metrics.csv": METRIC_COLUMNS}
 
 
 def collect_run(
-    folder: Path, results: Path, names: Mapping[str, Any], wall_minutes: float, order: Sequence[str]
+    folder: Path, results: Path, names: Mapping[str, Any], wall_minutes: float | None, order: Sequence[str]
 ) -> dict[str, Any]:
     """Write a run's figures into a sweep's results; return its row of runs.csv.
 
@@ -52,7 +52,7 @@ def collect_run(
         folder: the folder of the run.
         results: the folder of the sweep's results; made if it does not exist.
         names: variant, seed and fingerprint.
-        wall_minutes: time that the run's processes took.
+        wall_minutes: time that the run's processes took; None if it is not known.
         order: the sweep's variants; rows are sorted by this order, then by seed.
     """
     rows = read_metrics(folder)

@@ -567,6 +567,21 @@ def test_the_folder_of_an_evaluation_that_still_runs_stays(workplace):
     assert (folder / "lock").exists()
 
 
+def test_a_run_that_outlives_its_sweep_is_waited_for_and_its_time_is_not_known(workplace):
+    """No second process is started beside it, whose end would be taken for the run's."""
+    write_sweep({"a": {}}, seeds=[0])
+    run_sweep()
+    (row,) = read_table(Path("results/mine/runs.csv"))
+    folder, log = Path("runs/mine-a-seed0"), Path("runs/mine-a-seed0.log")
+    shutil.rmtree("results")
+    with lock_folder(folder), pytest.raises(UserError, match="is being written by process"):
+        run_sweep()  # its final/ was removed when it was collected, so that it counts as interrupted
+    (folder / "final").mkdir()
+    log.write_text("sweep: ended with status 2 after 0.1 minutes\nthe run itself went on\n")
+    run_sweep()
+    assert read_table(Path("results/mine/runs.csv")) == [row | {"wall_minutes": ""}]
+
+
 @pytest.mark.parametrize("preset", ["laptop", "one-gpu"])
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_file_is_valid_for_its_script(path, preset):

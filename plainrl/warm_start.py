@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,8 @@ DECISIVE = (
     *("validation_fraction", "validation_seed", "question_field", "answer_field", "trace_field", "fill_prompts"),
     *("arithmetic_terms", "arithmetic_max_term"),
 )
+# How its preset trains it. A finished one is taken again if this has changed, and the change is said.
+OF_THE_PRESET = ("learning_rate", "lr_schedule", "train_batch_size", "num_epochs", "max_steps", "num_sft_examples")
 # Of data without worked responses, the warm start takes none: it teaches the format on the embedded arithmetic.
 EMBEDDED = {"train_data": EMBEDDED_DATA, "validation_data": EMBEDDED_DATA} | {
     key: RunConfig.model_fields[key].default
@@ -111,6 +113,10 @@ def _run_preset(config: WarmStartConfig) -> Path:
         folder = folder.with_name(name)
     _wait_for_maker(folder)
     if (folder / "final").is_dir():
+        different = _differences(folder, _preset_values(config.warm_start), OF_THE_PRESET)
+        # `all` where the data had fewer examples than the preset asks for.
+        if different := [one for one in different if not one.startswith("num_sft_examples = all,")]:
+            print(f"warning: {folder} was trained with {'; '.join(different)}; remove it to make it anew")
         return folder / "final"
     settings = {"preset": config.warm_start, "run_name": name, **inherited, **_fewer_questions(inherited)}
     settings |= _limit_to_data(config, settings)
@@ -152,7 +158,8 @@ def _wait_for_maker(folder: Path) -> bool:
 
 def _inherited(config: WarmStartConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", include=INHERITED)
-    return values | {"reward": reward_to_teach(config)}
+    reward = reward_to_teach(config)
+    return values | {"reward": reward if isinstance(reward, str) else list(reward)}
 
 
 def _fewer_questions(settings: Mapping[str, Any]) -> dict[str, int]:
@@ -180,12 +187,18 @@ def _data_to_teach(config: WarmStartConfig) -> dict[str, Any]:
     return EMBEDDED
 
 
-def _differences(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+def _preset_values(preset: str) -> dict[str, Any]:
+    """Return the settings of a preset of config.yaml."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return load_config(SFTConfig, YAML, [f"preset={preset}"]).model_dump(mode="json")
+
+
+def _differences(folder: Path, settings: Mapping[str, Any], names: Sequence[str] = DECISIVE) -> list[str]:
     """Return what a run in a folder was trained with, if it is something else. A folder without a run has no such."""
     if not path_exists(folder / "config.yaml"):
         return []
     used = read_yaml(folder / "config.yaml")
-    keys = [key for key in DECISIVE if key in settings and used.get(key, settings[key]) != settings[key]]
+    keys = [key for key in names if key in settings and used.get(key, settings[key]) != settings[key]]
     return [f"{key} = {used[key]}, not {settings[key]}" for key in keys]
 
 

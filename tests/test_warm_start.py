@@ -65,6 +65,25 @@ def test_a_finished_warm_start_is_taken_again(tmp_path, process, capsys):
     assert process.commands == []
 
 
+def test_a_finished_warm_start_of_an_older_preset_is_said(tmp_path, process, capsys):
+    (tmp_path / "warm-start" / "final").mkdir(parents=True)
+    for saved, warns in (("num_sft_examples: 128", True), ("num_sft_examples: all", False), ("max_steps: 0", False)):
+        (tmp_path / "warm-start" / "config.yaml").write_text(f"prompt: r1_zero\nlearning_rate: 1e-4\n{saved}\n")
+        apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path)))
+        message = f"warning: {tmp_path / 'warm-start'} was trained with num_sft_examples = 128, not 256; remove it to"
+        assert (message in capsys.readouterr().out) == warns
+    assert process.commands == []
+
+
+def test_a_list_of_rewards_reaches_the_warm_start_as_a_list(tmp_path, process, monkeypatch):
+    """Of a format of their own, whose warm start no reward of the table could make."""
+    lines = "from plainrl.grading.rewards import Reward\nF = Reward(lambda response, truth: 1.0, None, '{} {}'.format)"
+    (tmp_path / "my.py").write_text(f"{lines}\n")
+    rewards = [f"{tmp_path}/my.py:F*0.9", f"{tmp_path}/my.py:F*0.1"]
+    apply_warm_start(tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), reward=rewards))
+    assert list(load_config(SFTConfig, REPOSITORY / "config.yaml", process.commands[0]).reward) == rewards
+
+
 def test_a_warm_start_that_another_process_makes_is_waited_for(tmp_path, process, monkeypatch, capsys):
     folder = tmp_path / "warm-start"
     folder.mkdir()

@@ -22,7 +22,7 @@ from plainrl.report.curves import with_axes
 from plainrl.report.samples import Template, describe_examples, list_sample_files, read_samples, shorten
 from plainrl.rollouts import write_rollouts
 from plainrl.run_folder import RunFolder
-from plainrl.several_samples import interval_of_mean, summarize_samples
+from plainrl.several_samples import interval_of_mean, summarize_samples, wilson_interval
 from policy_evaluation import log_generations
 
 HOSTILE = "<script>document.title = 'broken'</script><img src=x onerror=alert(1)>&amp; \u202e </script><!-- "
@@ -185,6 +185,12 @@ def test_the_score_of_several_responses_has_its_interval_over_questions():
     assert tile["note"] == f"2 questions, 95 % interval {low:.3f} to {high:.3f}"
     (tile, _) = contents.describe_tiles([row | {"eval/answer_reward": 0.5}], {})  # rewards between 0 and 1
     assert tile["note"] == "2 questions"
+    of_one = {"eval_step": 0, "step": 0, "minutes": 0.0, "eval/num_examples": 8, "eval/num_format_0": 0}
+    halves = of_one | {"eval/answer_reward": 0.5, "eval/num_format_1_answer_1": 0, "eval/num_format_1_answer_0": 8}
+    assert contents.describe_tiles([halves], {})[0]["note"] == "8 questions"  # each response is half right
+    low, high = wilson_interval(0.5, 8)
+    right = halves | {"eval/num_format_1_answer_1": 4, "eval/num_format_1_answer_0": 4}
+    assert contents.describe_tiles([right], {})[0]["note"] == f"8 questions, 95 % interval {low:.3f} to {high:.3f}"
 
 
 def test_the_settings_that_differ_from_the_preset(tmp_path):

@@ -371,7 +371,8 @@ def _describe_interval(row: Row, prefix: str) -> str:
     categories = [row.get(f"{prefix}/num_format_{name}") or 0 for name in ("1_answer_1", "1_answer_0", "0")]
     text = f"{num_questions} questions"
     interval: Sequence[float] = ()
-    if sum(categories) == num_questions and 0 <= score <= 1:
+    is_share = math.isclose(categories[0], score * num_questions, abs_tol=1e-6)  # of right answers
+    if sum(categories) == num_questions and is_share:
         interval = wilson_interval(score, num_questions)
     elif (share := row.get(f"{prefix}/pass_at_1")) is not None and math.isclose(share, score, abs_tol=1e-9):
         # several responses to each question

@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> None:
         | {"question": p.instruction, "response": p.chosen}
         for p in pairs
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -244,7 +244,15 @@ def test_mistakes_are_named(arguments, message, folder, tiny_model_folder, tmp_p
             "simple_safety_tests",
             "simple_safety_tests/simple_safety_tests.csv",
             "id,prompt\n1,q\n",
-            "its first row names no column prompts_final",
+            "it has no requests in a column prompts_final",
+        ),
+        *(
+            ("simple_safety_tests", "simple_safety_tests/simple_safety_tests.csv", content, message)
+            for content, message in (
+                ("", "it has no requests in a column prompts_final"),
+                ("id,prompts_final\n", "it has no requests in a column prompts_final"),
+                ("id,prompts_final\n1,q\n2\n", "row 3: it has 1 cells, and the first row 2"),
+            )
         ),
     ],
 )
@@ -252,6 +260,11 @@ def test_damaged_data_are_named(task, file, content, message, folder):
     (folder / file).write_text(content)
     with pytest.raises(UserError, match=message):
         TASKS[task].load(folder)
+
+
+def test_an_empty_line_is_no_request(folder):
+    (folder / "simple_safety_tests/simple_safety_tests.csv").write_text(f"{SAFETY}\n")
+    assert len(TASKS["simple_safety_tests"].load(folder)) == 1
 
 
 def test_a_prompt_without_room_for_a_response_is_said(engine, folder, tiny_model_folder, tmp_path, monkeypatch):

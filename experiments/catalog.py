@@ -42,6 +42,10 @@ OFF_POLICY = [
     Curve("grpo_off_policy", "2x64", "2 x 64"),
     Curve("grpo_off_policy", "4x128", "4 x 128"),
 ]
+DYNAMIC_SAMPLING = [
+    Curve("dynamic_sampling", "all_groups", "all groups that are sampled", "all groups"),
+    Curve("dynamic_sampling", "mixed_groups", "dynamic sampling: mixed groups", "dynamic sampling"),
+]
 CHECKPOINTS = [
     ON_POLICY._replace(label="from the early checkpoint"),
     Curve("sft_checkpoint", "final", "from the late checkpoint"),
@@ -102,6 +106,13 @@ FIGURES = {
     "grpo_ablation/clip.png": [GRPO_CLIP],
     "Module-ablation-eval.png": [GRPO_LENGTH_NORMALIZATION, GRPO_ADVANTAGES, GRPO_CLIP],
     "grpo_off_policy/updates-per-batch.png": [GRPO_UPDATES_PER_BATCH],
+    "dynamic_sampling/dynamic-sampling.png": [
+        Group(
+            "At equal sampled tokens",
+            DYNAMIC_SAMPLING,
+            [Panel("sampled_tokens", "rollout/reward"), Panel("minutes", "rollout/reward")],
+        )
+    ],
     "sft_checkpoint/two-checkpoints.png": [GRPO_FROM_CHECKPOINTS],
     "GRPO-eval-reward.png": [GRPO_UPDATES_PER_BATCH, GRPO_FROM_CHECKPOINTS],
     "long_grpo/reward-and-length.png": [
@@ -150,6 +161,7 @@ TABLES = {
     "grpo_learning_rate": LEARNING_RATES,
     "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
     "grpo_off_policy": OFF_POLICY,
+    "dynamic_sampling": DYNAMIC_SAMPLING,
     "sft_checkpoint": CHECKPOINTS,
     "prompt": PROMPTS,
     "sft_continued": SFT_CONTINUED,

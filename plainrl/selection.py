@@ -95,7 +95,8 @@ class QuestionOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on from here, as JSON. Later draws do not change it."""
-        return {"position": self._position, "visits": {str(index): visits for index, visits in self._visits.items()}}
+        visits = {str(index): [list(visit) for visit in of_one] for index, of_one in self._visits.items()}
+        return {"position": self._position, "visits": visits}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Go on from a state after `step`. If it is empty, as in older checkpoints, every step asked one batch."""
@@ -103,7 +104,7 @@ class QuestionOrder:
         # Older checkpoints hold the sum alone, of groups of the same size.
         size = self._config.group_size
         self._visits = {
-            int(index): [Visit(*visit) if isinstance(visit, list | tuple) else Visit(visit, size) for visit in visits]
+            int(index): [Visit(*visit) if isinstance(visit, list) else Visit(visit, size) for visit in visits]
             for index, visits in state.get("visits", {}).items()
         }
 

@@ -11,6 +11,7 @@ A table has one line per variant:
     median minutes                       of training steps and evaluations
 """
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,9 +58,10 @@ def make_methods_table(results: Path) -> str:
         if len(rows) == 1:
             low, high = wilson_interval(mean, int(questions))
             interval = f"{mean:.3f} ({low:.3f} to {high:.3f})"
-        minutes = statistics.median(float(row["wall_minutes"]) for row in rows if row["wall_minutes"])
+        known = [float(row["wall_minutes"]) for row in rows if row["wall_minutes"]]
+        minutes = f"{statistics.median(known):.1f}" if known else "-"
         name = f"[{curve.label}](results/{curve.sweep})"
-        lines.append(f"| {name} | {interval} | {len(rows)} | {int(questions):,} | {minutes:.1f} |")
+        lines.append(f"| {name} | {interval} | {len(rows)} | {int(questions):,} | {minutes} |")
     return "\n".join(lines)
 
 
@@ -99,11 +101,20 @@ def _cells(rows: Sequence[Mapping[str, str]], first_rows: Sequence[Mapping[str, 
     wilson = "-"
     for row in rows:
         score, questions = _final_score(row)
-        if row["seed"] == "0" and score and 0 <= float(score) <= 1:  # a reward of one's own may be any number
+        if row["seed"] == "0" and score and _is_share(float(score), int(questions)):
             low, high = wilson_interval(float(score), int(questions))
             wilson = f"{low:.3f} to {high:.3f}"
     minutes = [float(row["minutes"]) for row in rows if row["minutes"]]
     return [*scores, str(len(rows)), *counts, wilson, f"{statistics.median(minutes):.1f}" if minutes else "-"]
+
+
+def _is_share(score: float, questions: int) -> bool:
+    """Return whether a score with five digits can be a share of the questions: a reward of one's own may be anything.
+
+    >>> _is_share(0.33333, 3), _is_share(0.5, 3), _is_share(-1.0, 3)
+    (True, False, False)
+    """
+    return 0 <= score <= 1 and math.isclose(score * questions, round(score * questions), abs_tol=0.05)
 
 
 def _final_score(row: Mapping[str, str]) -> tuple[str, str]:

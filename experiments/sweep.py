@@ -62,6 +62,9 @@ def main(arguments: list[str]) -> None:
         return
 
     print(f"weights of finished runs: {KEPT[runs[0].keep_weights]}")
+    for run in left:
+        if run.folder.is_dir():
+            lock_folder(run.folder).close()  # it may still be running, if the sweep alone was killed
     for run in again:
         forget(run, results)
     for run, state in states.items():
@@ -209,10 +212,8 @@ def _kind_of_error(line: str, run: Run) -> str:
 
 
 def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:
-    if run.folder.is_dir():
-        lock_folder(run.folder).close()  # it may still be running, if the sweep alone was killed
-        if run.script == EVALUATION_SCRIPT:
-            shutil.rmtree(run.folder)  # an interrupted evaluation cannot be resumed
+    if run.script == EVALUATION_SCRIPT and run.folder.is_dir():
+        shutil.rmtree(run.folder)  # an interrupted evaluation cannot be resumed
     run.log.parent.mkdir(parents=True, exist_ok=True)
     search_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": search_path} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})

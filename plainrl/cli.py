@@ -252,15 +252,15 @@ def resumed_config(
     config, sources = validate(schema, layers, fixed)
     sources |= dict.fromkeys(fixed, "the run's folder")
     changes = changes_since(saved, config)
-    if changes and not getattr(config, "resume_with_changes", False):
-        raise UserError(
-            f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
-            "them with resume_with_changes=true"
-        )
     if any(change.startswith("optimizer ") for change in changes):
         raise UserError(
             f"resume = {folder}: {', '.join(changes)}: the moments are of the other optimizer; leave it out, or start "
             "a new run with the model/ of a checkpoint as model"
+        )
+    if changes and not getattr(config, "resume_with_changes", False):
+        raise UserError(
+            f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
+            "them with resume_with_changes=true"
         )
     note = f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}"
     return Resolved(config, sources, [note])

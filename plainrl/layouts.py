@@ -89,7 +89,8 @@ def parse_record(
         values: its fields.
         where: where it stands, for messages.
         names: what the fields are called, where they are called otherwise.
-        is_strict: whether fields that are named must be there. Otherwise a record with none of them is read as above.
+        is_strict: whether fields that are named must be there. Otherwise a record with none of them is read as above,
+            and `trace_field` alone may be missing.
 
     Raises:
         UserError: there is no question, or neither answer nor response, or a field is not what it should be.

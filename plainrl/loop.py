@@ -119,7 +119,7 @@ class TrainingLoop:
         """Make a step the last one if `max_training_hours` or `max_sampled_tokens` says so.
 
         Raises:
-            UserError: not even a first step would end in time. There is nothing to keep.
+            UserError: not even a first step would end in time. The state of step 0 is saved.
         """
         limits = self._config.max_training_hours, self._config.token_limit
         if step < self._num_steps and any(limits) and (limit := reached_limit(self._run.read_metrics(), *limits)):

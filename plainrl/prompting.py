@@ -1,6 +1,7 @@
 """Prompts, ground truths and responses to imitate, written out from records."""
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -86,5 +87,16 @@ def write_prompt(record: Record, template: str, config: RunConfig) -> str:
 
 
 def format_response(reasoning: str | None, answer: str | None, reward: Reward) -> str | None:
-    """Write reasoning and answer in the format that a reward function wants. If one is missing, return None."""
-    return None if reasoning is None or answer is None else reward.write_response(reasoning, answer)
+    r"""Write reasoning and answer in the format that a reward function wants. If one is missing, return None.
+
+    Tags `<think>` and `</think>` of the reasoning's own are left out, as the format has its own.
+
+    >>> from plainrl.grading.rewards import REWARD_FUNCTIONS
+    >>> format_response("<think>\n1 + 1 = 2.\n</think>\n\nSo it is 2.", "2", REWARD_FUNCTIONS["r1_zero"])
+    ' 1 + 1 = 2.\nSo it is 2. </think> <answer> 2 </answer>'
+    """
+    if reasoning is None or answer is None:
+        return None
+    if "think>" in reasoning:
+        reasoning = re.sub(r"\s*</?think>\s*", "\n", reasoning).strip()
+    return reward.write_response(reasoning, answer)

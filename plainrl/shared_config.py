@@ -272,9 +272,9 @@ class RunConfig(BaseModel):
                 if getattr(self, device) == "cpu" and getattr(self, key) != "float32"
             ]
         if not is_embedded(self.train_data) and is_embedded(self.validation_data) and not self.validation_fraction:
+            other = "" if getattr(self, "learns_from_pairs", False) else ", or validation_fraction"
             found.append(
-                f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data, "
-                "or validation_fraction"
+                f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data{other}"
             )
         return found
 

@@ -44,8 +44,8 @@ class DPOConfig(WarmStartConfig, EpochsConfig):
             raise ValueError(f"num_pairs = {self.num_pairs}: must be at least 1, or all")
         if self.validation_fraction and not is_embedded(self.train_data):
             raise ValueError(
-                f"validation_fraction = {self.validation_fraction:g}: pairs hold no questions with answers; name some "
-                "with validation_data"
+                f"validation_fraction = {self.validation_fraction:g}: pairs hold no questions with answers; leave it "
+                "out, and name questions with validation_data"
             )
         for name in ("validation_fraction", "extra_validation_data"):
             if not self.validation_data and getattr(self, name):

@@ -107,7 +107,8 @@ def _run_preset(config: WarmStartConfig) -> Path:
     name = config.warm_start
     folder = Path(config.runs_dir) / name
     if different := _differences(folder, inherited):
-        decisive = json.dumps([inherited[key] for key in DECISIVE])
+        # Of a run of before `fill_prompts` was decisive, the name stays.
+        decisive = json.dumps([inherited[key] for key in DECISIVE if key != "fill_prompts" or inherited[key]])
         name = f"{name}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
         print(f"warm start: {folder} was trained with {'; '.join(different)}; this one is {name}")
         folder = folder.with_name(name)

@@ -112,13 +112,13 @@ def load_alpaca_eval(folder: Path) -> list[Question]:
 def load_simple_safety_tests(folder: Path) -> list[Question]:
     """Return the harmful requests."""
     path = _file(folder / "simple_safety_tests" / "simple_safety_tests.csv")
-    header, *rows = [row for row in _read_csv(path) if row] or [[]]
+    (_, header), *rows = [(number, row) for number, row in enumerate(_read_csv(path), start=1) if row] or [(1, [])]
     if "prompts_final" not in header or not rows:
         raise UserError(f"{path}: it has no requests in a column prompts_final; use the assignment's file")
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         if len(row) != len(header):
             raise UserError(f"{path}, row {number}: it has {len(row)} cells, and the first row {len(header)}")
-    records = [dict(zip(header, row, strict=True)) for row in rows]
+    records = [dict(zip(header, row, strict=True)) for _, row in rows]
     return [Question(record["prompts_final"], record, subject=record.get("harm_area")) for record in records]
 
 

@@ -181,8 +181,9 @@ def test_a_reward_of_ones_own_has_no_wilson_interval(results):
     path = results / f"{BASELINE.sweep}/runs.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    write_csv(path, RUN_COLUMNS, [row | {"last_answer_reward": -0.5, "final_answer_reward": ""} for row in rows])
-    assert make_table(BASELINE.sweep, [BASELINE], results).splitlines()[2].split(" | ")[-2] == "-"
+    for reward in (-0.5, 1.5, 0.3):  # 0.3 is no share of 256
+        write_csv(path, RUN_COLUMNS, [row | {"last_answer_reward": reward, "final_answer_reward": ""} for row in rows])
+        assert make_table(BASELINE.sweep, [BASELINE], results).splitlines()[2].split(" | ")[-2] == "-"
 
 
 def test_all_is_drawn_and_written_that_has_results_and_the_rest_is_named(results, tmp_path, capsys):

@@ -567,7 +567,7 @@ def test_the_folder_of_an_evaluation_that_still_runs_stays(workplace):
     assert (folder / "lock").exists()
 
 
-def test_a_run_that_outlives_its_sweep_is_waited_for_and_its_time_is_not_known(workplace):
+def test_a_run_that_outlives_its_sweep_is_not_started_again_and_its_time_is_not_known(workplace):
     """No second process is started beside it, whose end would be taken for the run's."""
     write_sweep({"a": {}}, seeds=[0])
     run_sweep()

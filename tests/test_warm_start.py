@@ -75,7 +75,7 @@ def test_a_finished_warm_start_of_an_older_preset_is_said(tmp_path, process, cap
     assert process.commands == []
 
 
-def test_a_list_of_rewards_reaches_the_warm_start_as_a_list(tmp_path, process, monkeypatch):
+def test_a_list_of_rewards_reaches_the_warm_start_as_a_list(tmp_path, process):
     """Of a format of their own, whose warm start no reward of the table could make."""
     lines = "from plainrl.grading.rewards import Reward\nF = Reward(lambda response, truth: 1.0, None, '{} {}'.format)"
     (tmp_path / "my.py").write_text(f"{lines}\n")

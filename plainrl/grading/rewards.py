@@ -46,13 +46,7 @@ class Grade(NamedTuple):
 
 
 def write_r1_zero(reasoning: str, answer: str) -> str:
-    r"""Write a response in the format of r1_zero. Tags `<think>` and `</think>` of the reasoning's own are left out.
-
-    >>> write_r1_zero("<think>\n1 + 1 = 2.\n</think>\n\nSo it is 2.", "2")
-    ' 1 + 1 = 2.\nSo it is 2. </think> <answer> 2 </answer>'
-    """
-    if "think>" in reasoning:
-        reasoning = re.sub(r"\s*</?think>\s*", "\n", reasoning).strip()
+    """Write a response in the format of r1_zero."""
     return f" {reasoning} </think> <answer> {answer} </answer>"
 
 

@@ -364,7 +364,7 @@ def _describe_step(rows: Sequence[Row], settings: Row) -> str:
 
 
 def _describe_interval(row: Row, prefix: str) -> str:
-    """Return how many questions were asked, with the 95 % interval of the score where rewards are 0 or 1."""
+    """Return how many questions were asked, with the 95 % interval of a score that is the share of right ones."""
     score, num_questions = row[f"{prefix}/answer_reward"], row.get(f"{prefix}/num_examples")
     if not num_questions:
         return ""

@@ -213,6 +213,7 @@ def _kind_of_error(line: str, run: Run) -> str:
 
 def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:
     if run.script == EVALUATION_SCRIPT and run.folder.is_dir():
+        lock_folder(run.folder).close()  # another sweep may have begun it meanwhile
         shutil.rmtree(run.folder)  # an interrupted evaluation cannot be resumed
     run.log.parent.mkdir(parents=True, exist_ok=True)
     search_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))

@@ -11,9 +11,9 @@ response mask; rho_t = pi(y_t) / pi_old(y_t) the importance ratio of a token; ep
                   cispo                    -sg(min(rho, cap)) A log pi
 
 A new loss is one function of `LossInputs` and one line in `LOSSES`: see docs/how_to.md. `pytest tests/test_losses.py`
-then tests it. What is added to a loss, and multiplies it, is in plainrl/corrections.py.
+then tests it. Engine weights, KL terms and GSPO's ratio are in plainrl/corrections.py; objective.py applies them.
 
-Sources: Shao et al. 2024 (DeepSeekMath, GRPO), equations 3 and 4; Liu et al. 2025 (Dr. GRPO: no std);
+Sources: Shao et al. 2024 (DeepSeekMath, GRPO), equation 3 and section 4.1.2; Liu et al. 2025 (Dr. GRPO: no std);
 Stanford CS336 (Spring 2025), Assignment 5, section 7. What came later is cited where it stands.
 """
 
@@ -39,17 +39,17 @@ def compute_group_normalized_rewards(
     """Grade the responses, and normalize the rewards as `normalize_within_groups` does.
 
     GRPO_train.py grades responses while others are sampled, and then calls `normalize_within_groups` alone.
-    Args: group_size, advantage_eps, normalize_by_std: as there.
+    Args: group_size, advantage_eps, normalize_by_std: as in `normalize_within_groups`.
         reward_fn: maps (response, ground truth) to a dictionary with `reward`.
         rollout_responses: N responses. Those to the same question stand next to each other.
-        repeated_ground_truths: N answers, each repeated `group_size` times.
+        repeated_ground_truths: N ground truths: that of each question stands `group_size` times in a row.
 
     Returns:
         Advantages (N,) and raw rewards (N,), float32; and metadata: mean, sample std, min and max of the rewards, and
         the fraction of advantages that are zero.
 
     Raises:
-        ValueError: lengths differ, or as there.
+        ValueError: the lists differ in length, or as `normalize_within_groups` raises it.
 
     Source: CS336 Assignment 5, problem compute_group_normalized_rewards.
     """
@@ -77,11 +77,11 @@ def group_mean(groups: Tensor, advantage_eps: float) -> Tensor:
     return groups.mean(dim=1, keepdim=True)
 
 
-# What advantages are divided by, from rewards (N / G, G) and advantage_eps; sample std. batch: Lite PPO (2025).
+# Divisors of R - mean, from rewards (N / G, G) and advantage_eps. Each std is a sample std: it divides by n - 1.
 ADVANTAGE_SCALES: dict[bool | str, Callable[[Tensor, float], Tensor] | None] = {
     True: lambda groups, advantage_eps: groups.std(dim=1, keepdim=True) + advantage_eps,
     False: None,
-    "batch": lambda groups, advantage_eps: groups.std() + advantage_eps,
+    "batch": lambda groups, advantage_eps: groups.std() + advantage_eps,  # Lite PPO: Liu et al. 2025
     "mean": group_mean,
 }
 
@@ -162,9 +162,9 @@ class LossInputs:
                 raise ValueError(f"{name} is {found}: give one number per row, as {wanted} for log-probs of {shape}")
 
 
-# What a loss returns: the loss of each token (B, T), and metadata. These are values per token by name, (B, T) without
-# gradient. Each is logged as `train/<name>`: the mean over the response tokens of an optimizer step, or the maximum if
-# the name ends in `_max`.
+# What a loss returns: the loss of each token (B, T), and metadata: values per token by name, (B, T), without gradient.
+# Each is logged as `train/<name>`: the mean over the tokens trained on, or the maximum if the name ends in `_max`.
+# Tokens of skipped rows are not trained on, and do not count.
 TokenLosses = tuple[Tensor, dict[str, Tensor]]
 MAX_LOG_RATIO = 20.0
 
@@ -262,7 +262,7 @@ LOSSES: dict[str, Loss] = {
     "no_baseline": Loss(no_baseline, ("raw_rewards",), "raw_rewards"),
     "reinforce_with_baseline": Loss(reinforce_with_baseline, ("advantages",), "advantages"),
     "grpo_clip": Loss(
-        *(grpo_clip, ("advantages", "old_log_probs", "cliprange"), "advantages"), ("cliprange_high", "cliprange_dual")
+        grpo_clip, ("advantages", "old_log_probs", "cliprange"), "advantages", ("cliprange_high", "cliprange_dual")
     ),
     "grpo_no_clip": Loss(grpo_no_clip, ("advantages", "old_log_probs"), "advantages"),
     "cispo": Loss(cispo, ("advantages", "old_log_probs", "ratio_cap"), "advantages"),
@@ -326,7 +326,7 @@ def sum_over_longest(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
 
 
 def mean_per_token(losses: Tensor, mask: Tensor, size: StepSize) -> Tensor:
-    """1/M sum_b sum_t m_bt l_bt. M counts the tokens of the whole step. Source: verl. DAPO, eq. 8: of each group."""
+    """1/M sum_b sum_t m_bt l_bt. M: response tokens of the step, as in verl. DAPO, eq. 8: those of each group."""
     return torch.where(mask, losses, 0.0).sum() / float(size.num_tokens)
 
 

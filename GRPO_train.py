@@ -9,10 +9,11 @@ Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
     5. optimizer steps on L = mean_i mean_t l_it                 l_it = - A_i log pi(y_it)
     6. log: docs/metrics.md defines the metrics
 
-LOSSES has other l_it, LENGTH_NORMALIZATIONS other means; plainrl/objective.py adds KL and entropy. On-policy is one
-optimizer step per rollout batch: rho = 1. Off-policy is several (epochs_per_rollout_batch > 1, or train_batch_size <
-rollout_batch_size). The std is the sample std; equal rewards have A = 0 exactly. Such responses are skipped, but they
-still count in the averages, so the gradient is the same.
+LOSSES has other l_it: grpo_clip, grpo_no_clip and cispo contain rho. LENGTH_NORMALIZATIONS has other means, and
+plainrl/objective.py adds KL and entropy. On-policy is one optimizer step per rollout batch: rho = 1. Off-policy is
+several (epochs_per_rollout_batch > 1, or train_batch_size < rollout_batch_size). The std is the sample std; equal
+rewards have A = 0 exactly. Such responses are skipped, but they still count in the averages, so the gradient is the
+same.
 """
 
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
@@ -103,9 +104,10 @@ def train(
     steps = TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO", sampler)
     with steps as loop, sampler:
         for step in loop:
-            # 1. Sync: copy the policy's weights into the engine. The copy is checked: both must agree on the log-probs
-            #    of sampled tokens. With top-p 1 the rollouts serve for this (phase 5). Else, and with rollouts_ahead, a
-            #    few tokens are sampled here. An engine that samples ahead first has to finish the next rollouts.
+            # 1. Sync: copy the policy's weights into the engine. With rollouts_ahead, first wait for the responses that
+            #    the engine still samples. The copy is checked: engine and policy must agree on the log-probs of sampled
+            #    tokens. By default phase 5 checks this on the rollouts. With rollouts_ahead or a top-p below 1, a few
+            #    probe tokens are sampled and checked here.
             with loop.phase("rollout"):
                 sampler.finish()
             with loop.phase("sync"):
@@ -120,7 +122,7 @@ def train(
             with loop.phase("grade"):
                 evaluator.sleep()  # on a shared GPU: its memory is the policy's until the next sync
                 grades = sampled.wait_for_grades()
-                sampler.order.record(sampled.chosen, grades)
+                sampler.order.record(sampled.chosen, grades)  # only drop_solved_questions needs it
                 asked = [questions[index] for index in sampled.chosen]
                 graded = make_rollouts(asked, sampled.responses, grades, None, config.group_size)
                 rollouts = choose_batch(graded, config)  # those to train on: all, without dynamic_sampling

@@ -1,9 +1,9 @@
 """The mathematics of supervised fine-tuning (SFT): tokenize, mask, log-probs, entropy, loss.
 
-Symbols: B rows, T positions, V vocabulary; x the prompt, y the response; m in {0, 1} the response mask, 1 exactly
-where the label is a response token.
+Symbols: N rows of the optimizer step, B of a microbatch, T positions, V vocabulary; x the prompt, y the response; m in
+{0, 1} the response mask, 1 exactly where the label is a response token.
 
-    SFT loss  L = - (1/B) sum_b (1/C) sum_t m_bt log p(y_bt | x_b, y_b,<t)        C: normalize_constant
+    SFT loss  L = - (1/N) sum_b (1/C) sum_t m_bt log p(y_bt | x_b, y_b,<t)        C: normalize_constant
     per token L = - (1/M) sum_b sum_t m_bt log p(y_bt | x_b, y_b,<t)              M = sum_b sum_t m_bt
 
 Rows are padded on the right and the attention is causal. No real position ever sees padding, so that no attention mask
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-if TYPE_CHECKING:  # only the type is needed: the schema reads this module, and a table of runs should not wait for it
+if TYPE_CHECKING:  # only the type is needed; config.py reads this module, and importing transformers takes seconds
     import transformers
 
 
@@ -104,14 +104,14 @@ def join_prompt_and_response_ids(
 def pack_documents(documents: list[list[int]], seq_length: int) -> list[list[int]]:
     """Join documents, and cut them into rows of seq_length inputs and as many labels.
 
-        row i = tokens i m ... (i + 1) m        m: seq_length; its labels are its inputs shifted by one
+        row i = tokens[i * seq_length : (i + 1) * seq_length + 1]        its labels: the same tokens, shifted by one
 
-    Each row has m + 1 tokens, the last of which is the first of the next row. So every token but the very first is a
-    label exactly once. What is left at the end and fills no row is dropped.
+    Each row has seq_length + 1 tokens, the last of which is the first of the next row. So every token but the very
+    first is a label exactly once. What is left at the end and fills no row is dropped.
 
     Args:
         documents: token ids, each with the tokens that separate it from the next.
-        seq_length: m, at least 1.
+        seq_length: at least 1.
 
     Source: CS336 Assignment 5, supplement, problem data_loading.
 
@@ -288,16 +288,16 @@ def sft_microbatch_train_step(
 ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
     """Compute the SFT loss of one microbatch and add its gradient to the parameters' `.grad`.
 
-        loss = - 1 / (B G) sum_b sum_t m_bt log p_bt / C        G: gradient_accumulation_steps
+        loss = - 1 / (B S) sum_b sum_t m_bt log p_bt / C        S: gradient_accumulation_steps
 
-    Over G microbatches of B rows each, the gradients add up to that of the mean over all B G rows. SFT_train.py does
+    Over S microbatches of B rows each, the gradients add up to that of the mean over all B S rows. SFT_train.py does
     the same in `accumulate_gradients`, for microbatches of unequal size.
 
     Args: as in `sft_loss`.
-        gradient_accumulation_steps: microbatches per optimizer step, G >= 1.
+        gradient_accumulation_steps: microbatches per optimizer step, S >= 1.
 
     Returns:
-        The loss as differentiated (already divided by G), without gradient; and metadata:
+        The loss as differentiated (already divided by S), without gradient; and metadata:
         `sum_log_prob`, the sum over response tokens, and `num_response_tokens`, both 0-d tensors.
 
     Source: CS336 Assignment 5, problem sft_microbatch_train_step.

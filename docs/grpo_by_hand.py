@@ -3,8 +3,9 @@
 The policy learns to add one-digit numbers by trial and reward. It is a table of logits: one row for each question from
 0 + 0 to 9 + 9, one column for each answer from 0 to 18. The softmax of a row gives the probability of each answer.
 
-Advantages, losses and the reduction come from GRPO_helper.py, as they do in GRPO_train.py. Two things are simpler: a
-response is a single token, and sampling reads a row of the table. The six phases have the same names in both files.
+Advantages, losses and the reduction come from GRPO_helper.py, as they do in GRPO_train.py. Three things are simpler: a
+response is a single token, sampling reads a row of the table, and the optimizer is plain gradient descent. The six
+phases have the same names in both files.
 """
 
 import sys

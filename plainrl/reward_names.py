@@ -94,9 +94,9 @@ def check_names(value: str | Sequence[str]) -> None:
 
 
 def _split(text: str) -> list[str]:
-    """Split a sum into its terms. A path that exists is not split, whatever it holds."""
-    place = WEIGHT.sub("", text).rpartition(":")[0]
-    return [text] if place and Path(place).is_file() else END_OF_TERM.split(text)
+    """Split a sum into its terms. One function in a file that exists is not split, whatever its path holds."""
+    place, _, function = WEIGHT.sub("", text).rpartition(":")
+    return [text] if function.strip().isidentifier() and Path(place).is_file() else END_OF_TERM.split(text)
 
 
 def _short_name(name: str, others: Sequence[str]) -> str:

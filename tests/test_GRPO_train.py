@@ -141,6 +141,11 @@ def test_on_policy_the_ratio_is_exactly_one(tiny_model):
     assert sums["train/clip_fraction_low"] == sums["train/clip_fraction_high"] == 0
     reinforce, _ = gradient_of(tiny_model, rollouts, tiny_config(loss_type="reinforce_with_baseline"))
     torch.testing.assert_close(gradient, reinforce, atol=1e-6, rtol=1e-5)
+    trained = [rollout.response for rollout in rollouts if rollout.advantage]
+    entropies = torch.cat([score["token_entropy"] for score in score_responses(tiny_model, trained, 0, 8)])
+    metrics = summarize_update(sums | {"gap_sum": 3.0, "num_gap_tokens": 2.0, "gap_max": 2.5})
+    assert metrics["train/token_entropy"] == pytest.approx(entropies.mean().item(), rel=1e-5)
+    assert (metrics["rollout/log_prob_gap_mean"], metrics["rollout/log_prob_gap_max"]) == (1.5, 2.5)
 
 
 def test_a_step_with_nothing_to_learn_has_gradient_zero(tiny_model):
@@ -207,6 +212,13 @@ def test_each_pass_takes_every_rollout_once_in_another_order(tiny_model, monkeyp
     first, second = ([one for batch in part for one in batch] for part in (seen[:half], seen[half:]))
     given = [id(rollout) for rollout in rollouts]
     assert sorted(first) == sorted(second) == sorted(given) and first != second and given not in (first, second)
+    orders = set()
+    for step, seed in ((1, 0), (2, 0), (1, 1)):
+        seen.clear()
+        other = config.model_copy(update={"seed": seed})
+        update_policy(tiny_model, torch.optim.SGD(tiny_model.parameters(), lr=0.0), rollouts, 0, step, other)
+        orders.add(tuple(one for batch in seen for one in batch))
+    assert len(orders) == 3
 
 
 def test_small_gradients_do_not_vanish_in_float16(tiny_model):

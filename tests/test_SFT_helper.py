@@ -199,21 +199,6 @@ def test_accumulated_gradient_equals_that_of_the_whole_batch():
         torch.testing.assert_close(gradient, gradients[0], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "division", [[[0, 1, 2, 3, 4, 5, 6, 7]], [[5, 2], [7, 0, 1, 6, 3], [4]], [[3, 2, 1, 0], [4, 5, 6, 7]]]
-)
-def test_shares_of_the_loss_add_up_however_the_rows_are_divided(division):
-    """Unequal microbatches and any order: the divisor is the whole step's."""
-    generator = torch.Generator().manual_seed(2)
-    values = torch.randn(8, 5, generator=generator, dtype=torch.float64)
-    mask = torch.rand(8, 5, generator=generator) > 0.3
-    log_probs = values.clone().requires_grad_()
-    shares = [sft_loss(log_probs[rows], mask[rows], 3.0, num_step_rows=8) for rows in division]
-    sum(shares).backward()
-    assert sum(shares).item() == pytest.approx(-(values * mask).sum().item() / 3.0 / 8, abs=1e-12)
-    torch.testing.assert_close(log_probs.grad, -mask.double() / 3.0 / 8, atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("name", LENGTH_NORMALIZATIONS)
 @pytest.mark.parametrize(
     "division", [[[0, 1, 2, 3, 4, 5, 6, 7]], [[5, 2], [7, 0, 1, 6, 3], [4]], [[3, 2, 1, 0], [4, 5, 6, 7]]]

@@ -265,6 +265,8 @@ def test_what_a_killed_process_leaves_is_removed(saved):
     shutil.copytree(saved[0], saved[0].with_name(".step_000003.unfinished"))
     (run / "stacks_train.txt").touch()
     (run / "stacks_rollout.txt").write_text("Thread 0x1")
+    for name in (".preflight", ".final.unfinished"):
+        (run / name).mkdir()
     remove_leftovers(run)
     remove_leftovers(run)  # once more changes nothing
     (earlier,) = run.glob("earlier_stacks_rollout_*.txt")

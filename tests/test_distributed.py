@@ -71,7 +71,7 @@ def write_plan(num_ranks, background, kind="usual"):
         "ahead": [["GRPO_train", grpo_arguments(model, folder, run_name="ahead", **AHEAD)]],
         "one engine": [["GRPO_train", grpo_arguments(model, folder, run_name="grpo", **ONE_ENGINE)]],
     }
-    plan = plans[kind]
+    plan = plans[kind][1:-1] if num_ranks == 1 else plans[kind]  # of one rank TRAINED alone is compared
     if num_ranks == 2 and kind == "usual":
         plan += [["rank_stale_engine", grpo_arguments(model, folder, run_name="stale", **STALE)]]
     (folder / "plan.json").write_text(json.dumps(plan))

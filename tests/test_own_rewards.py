@@ -200,7 +200,11 @@ def test_a_weighted_sum_of_rewards():
 def test_terms_of_a_sum(folder):
     (folder / "c++").mkdir()
     (folder / "c++/my.py").write_text(MY_REWARDS)
-    assert [term.name for term in read_terms("c++/my.py:half")] == ["c++/my.py:half"]
+    (folder / "a+b.py").write_text(MY_REWARDS)
+    for one in ("c++/my.py:half", "a+b.py:half"):
+        assert [term.name for term in read_terms(one)] == [one]
+    assert [term.name for term in read_terms("my.py:half + r1_zero")] == ["my.py:half", "r1_zero"]
+    assert [term.weight for term in read_terms("my.py:half*0.5+r1_zero")] == [0.5, 1]
     assert read_terms("c++/my.py:half*2")[0].weight == 2
     assert [term.weight for term in read_terms("my.py:half*1e-3+my.py:brief*-1")] == [0.001, -1]
     for wrong, message in (
@@ -225,7 +229,8 @@ def test_every_key_is_logged_of_rollouts_and_of_evaluations():
     assert (metrics["reward/length"], metrics["reward/errors"], metrics["rollout/reward"]) == (4.0, 0, 0.5)
     common = {"question": 0, "sample": 0, "response_length": 2, "token_entropy": None, "finish_reason": "stop"}
     rows = [{**common, **grade.rewards} for grade in grades]
-    assert summarize_evaluation(rows, grades, 1.0, reward)["reward_length"] == 4.0
+    found = summarize_evaluation(rows, grades, 2.0, reward)
+    assert (found["reward_length"], found["sampled_tokens_per_second"]) == (4.0, 2.0)
 
 
 def test_one_failing_response_costs_itself_and_is_counted():
@@ -246,3 +251,24 @@ def test_a_batch_in_which_every_response_fails_ends_the_run():
 def test_examples_with_columns_stand_in_sets():
     one, other = (Example("q", "p", "1", None, "s", Fields(level=[level])) for level in (1, 2))
     assert len({one, other, one._replace()}) == 2
+
+
+def test_the_limit_of_the_configuration_reaches_every_reward():
+    assert SFTConfig(reward="my.py:half", max_reward_seconds=3).reward_function.max_seconds == 3
+    (_, _, own), _ = SFTConfig(reward="my.py:half + r1_zero", max_reward_seconds=3).reward_function.parts
+    assert own.max_seconds == 3
+
+
+def test_a_sum_asks_for_the_fields_of_its_parts_and_fails_as_a_whole():
+    reward = find_reward("my.py:by_level*0.5 + my.py:odd")
+    assert reward.wanted[:2] == ({"level", "question", "weight"}, {"level", "question"})
+    assert find_reward("my.py:half + my.py:everything").wanted.takes_all
+    fine, broken = grade_responses(["4", "none"], ["4"] * 2, reward, [{"level": 3, "question": "q"}] * 2)
+    assert fine.rewards["reward"] == 0.5 * 6 + 1
+    assert set(broken.rewards.values()) == {0.0} and broken.failure == "error"
+
+
+def test_few_reasons_are_said(capsys):
+    for number in range(9):
+        own_rewards.say_once(str(number))
+    assert len(capsys.readouterr().err.splitlines()) == own_rewards.MOST_SAID

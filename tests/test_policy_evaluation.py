@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_engine import QUESTIONS, changed_policy, sampling
+from test_engine import QUESTIONS, RecordingEngine, changed_policy, sampling
 from tiny import REPOSITORY, FakeEvaluator, read_lines, tiny_arguments, write_lines
 
 import policy_evaluation
@@ -92,6 +92,10 @@ def test_evaluate_vllm_grades_measures_and_writes(engine, tiny_model_folder, tok
     assert several["pass_at_3"] == sum(right > 0 for right in rights) / 6
     assert several["pass_at_1_low"] < several["pass_at_1"] < several["pass_at_1_high"]
     assert several["majority_at_3"] is None  # a function of one's own does not say what the answer is
+    assert [row["ground_truth"] for row in examples] == ["1", "0"] * 3
+    for row in (*examples, *samples):
+        rewards = reward_fn(row["response"], row["ground_truth"])
+        assert {name: row[name] for name in rewards} == rewards
 
 
 def right(response, truth):
@@ -145,8 +149,12 @@ def test_the_first_questions_are_shown_before_the_others_are_sampled(num_samples
     asked = [f"{question} Again." for question in QUESTIONS] + QUESTIONS
     settings = {"policy": tiny_model, "num_samples": num_samples, "num_entropy_responses": 5}
 
+    def odd(response, truth):  # it depends on both, and after the eighth question the truths are others
+        return dict.fromkeys(("format_reward", "answer_reward", "reward"), float(len(response + truth) % 2))
+
     def evaluate(num_asked, show_first=None):
-        arguments = (engine, right, asked[:num_asked], sampling(), ["1"] * num_asked)
+        truths = ["1" * (1 + index // 8) for index in range(num_asked)]
+        arguments = (engine, odd, asked[:num_asked], sampling(), truths)
         metrics, examples = evaluate_vllm(*arguments, show_first=show_first, **settings)
         return {name: metrics[name] for name in metrics if name != "sampled_tokens_per_second"}, examples
 
@@ -281,6 +289,7 @@ def test_the_script_shows_pass_at_k_and_samples_at_the_evaluations_temperature(
     )
     members = re.findall(r"=== .*: (\d+) of 96 ===", several)
     assert sum(map(int, members)) == 96
+    assert several.count("--- question: ") == sum(min(10, int(number)) for number in members)
     truths = re.findall(r"--- question: What is (.*)\?\n    truth: (\S+) ", several)
     assert truths and all(eval(question) == int(truth) for question, truth in truths)
     assert "responses per question" not in greedy
@@ -360,3 +369,19 @@ def test_evaluations_ask_for_no_log_probs(tokenizer, monkeypatch):
     monkeypatch.setattr("policy_evaluation.sample_responses", sample)
     evaluate_vllm(None, reward_fn, QUESTIONS, None, ["1"] * 6, tokenizer=tokenizer)
     assert asked == [False]
+
+
+def test_the_engine_gets_the_runs_settings_and_sleeps_where_it_shares_the_gpu(monkeypatch, tokenizer):
+    started = []
+    monkeypatch.setattr(policy_evaluation, "init_vllm", lambda _, **given: started.append(given) or RecordingEngine())
+    values = {"gpu_memory_utilization": 0.35, "engine_dtype": "bfloat16", "engine_eager": False, "seed": 5}
+    values |= {"float32_output_layer": True, "max_context_tokens": 384, "sampling_max_tokens": 16}
+    for policy_device, calls in (("cuda:0", ["sleep 2"]), ("cuda:1", [])):
+        config = SFTConfig(policy_device=policy_device, evaluator_device="cuda:0", **values)
+        assert Evaluator(config, None, tokenizer, []).llm.calls == calls
+        assert started.pop() == {
+            **{"device": "cuda:0", "seed": 5, "gpu_memory_utilization": 0.35, "dtype": "bfloat16"},
+            **{"max_model_len": 384, "cpu_cache_gib": config.engine_cache_gib, "enforce_eager": False},
+            **{"float32_output_layer": True, "tensor_parallel_size": 1, "in_own_process": False},
+            "enable_sleep_mode": bool(calls),
+        }

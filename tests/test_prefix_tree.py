@@ -233,6 +233,13 @@ def test_a_model_with_another_attention_stays_as_it_is():
     )
     dropping = small(MistralConfig, MistralForCausalLM, sliding_window=None, attention_dropout=0.1)
     assert why_not_shared(dropping) == "it has dropout"
+    for values, reason in (
+        ({"layer_types": ["chunked_attention"]}, "it has layers of chunked_attention"),
+        ({"attn_logit_softcapping": 50.0}, "its attention scores are capped"),
+    ):
+        other = small(Qwen2Config, Qwen2ForCausalLM)
+        vars(other.config).update(values)
+        assert why_not_shared(other) == reason and not share_prefixes(other)
     assert not share_prefixes(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)))
     without = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
     assert share_prefixes(GPT2LMHeadModel(without))

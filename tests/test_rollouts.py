@@ -133,7 +133,10 @@ def made_up_rollouts(lengths):
         Response([1], f"text {index}", [2] * length, [-1.0 - index] * length, "length" if index == 2 else "stop")
         for index, length in enumerate(lengths)
     ]
-    rewards = [dict.fromkeys(("reward", "format_reward", "answer_reward"), float(index == 0)) for index in range(4)]
+    rewards = [
+        {"reward": 0.5 * (index == 0), "answer_reward": float(index == 0), "format_reward": float(index < 3)}
+        for index in range(4)
+    ]
     grades = [Grade(reward, "timeout" if index == 3 else None) for index, reward in enumerate(rewards)]
     return make_rollouts([Example("q", "p", "1", None, "s")], responses, grades, [1.5, -0.5, -0.5, -0.5], 4)
 
@@ -189,6 +192,8 @@ def test_a_step_is_summarized_over_all_its_responses():
     seconds = {"time/rollout": 2.0, "time/train": 3.0}
     summary = summarize_step(made, {"sync_multiplicative_error": 1.5}, seconds, tiny_config())
     assert summary["rollout/response_length"] == 2.5
+    names = ("reward", "answer_reward", "format_reward")
+    assert [summary[f"rollout/{name}"] for name in names] == [0.125, 0.25, 0.75]
     assert summary["rollout/response_length_correct"] == 3
     assert summary["rollout/response_length_incorrect"] == pytest.approx(7 / 3)
     assert summary["rollout/response_length_max"] == 4

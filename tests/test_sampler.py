@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 from tiny import REPOSITORY, grpo_arguments, read_lines, replace_engine, train_rows
 
 import GRPO_train
+import policy_evaluation
 from plainrl import engine_process, sampler
 from plainrl.config import GRPOConfig
 from plainrl.records import Example, Response, UserError
 from plainrl.sampler import Sampler
+from policy_evaluation import Evaluator
 
 QUESTIONS = [Example(f"q{n}", "p", "1", None, "s") for n in range(7)]
 PROMPTS = [[n] for n in range(7)]
@@ -296,3 +298,14 @@ def test_a_run_ahead_samples_from_the_policy_before_and_is_stopped_and_resumed(
     assert lags[:2] == [0, 1] and sorted(lags) == [0, 0, 1, 1, 1, 1]  # 0 after each start
     assert all(row["rollout/sync_multiplicative_error"] < 1.001 for row in rows)
     assert all(row["train/engine_weight_mean"] > 0 for row in rows if row["train/num_trained_rows"])
+
+
+def test_a_weight_sync_waits_for_the_batch_ahead(monkeypatch):
+    evaluator, seen = Evaluator.__new__(Evaluator), []
+    evaluator.llm = None
+    monkeypatch.setattr(policy_evaluation, "load_policy_into_vllm_instance", lambda *_: seen.append("copy"))
+    own_sampler = Sampler(evaluator, QUESTIONS, PROMPTS, tiny_config(rollouts_ahead=1))
+    assert evaluator.before_sync == own_sampler.finish
+    evaluator.before_sync = lambda: seen.append("wait")
+    evaluator.sync(None, with_probes=False)
+    assert seen == ["wait", "copy"]

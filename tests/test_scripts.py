@@ -177,7 +177,7 @@ def select(config):
 @pytest.mark.usefixtures("cpu_engine")
 def test_the_same_seed_gives_the_same_run_and_another_one_another(without_engine, tiny_model_folder, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, seed=seed))
+        SFT_train.main(tiny_arguments(tiny_model_folder, tmp_path, run_name=name, seed=seed, examples_seed=0))
     weights = [(tmp_path / name / "final/model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
 

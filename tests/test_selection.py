@@ -5,8 +5,10 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
+from statistics import fmean, stdev
 
 import pytest
+import torch
 from kill_and_resume import find_differences
 from test_rollouts import tiny_config  # batches of 2 groups of 4
 from tiny import FakeEvaluator, grpo_arguments, read_lines, replace_engine, train_rows, write_lines
@@ -15,6 +17,7 @@ import GRPO_train
 from plainrl import rollouts
 from plainrl.data import epoch_order
 from plainrl.grading.rewards import Grade
+from plainrl.objective import make_loss_inputs
 from plainrl.records import Example, Response, Rollout
 from plainrl.rollouts import sample_rounds
 from plainrl.selection import (
@@ -214,6 +217,8 @@ def test_the_penalty_reaches_advantages_and_losses_but_neither_filter_nor_metric
     rows, _ = GRPO_train.rows_to_train_on(made, raw)
     assert lengths(rows) == list(range(1, 9))
     assert lengths(GRPO_train.rows_to_train_on(made, tiny_config(loss_type="no_baseline"))[0]) == [1, 2, 3, 4, 7]
+    inputs = make_loss_inputs(made, torch.zeros(8, 8), torch.ones(8, 8, dtype=torch.bool), raw)
+    assert inputs.raw_rewards.flatten().tolist() == [1, 1, 1, 1, -0.25, -0.5, 0.25, -1]
 
 
 @pytest.mark.parametrize(
@@ -418,6 +423,20 @@ def test_metrics_cover_all_that_was_sampled_and_the_batch_is_mixed(tiny_model_fo
             row["train/num_trained_rows"] / row["rollout/num_sampled_responses"]
         )
     assert any(row["rollout/num_dropped_groups"] for row in train_rows(dynamic))
+
+
+@pytest.mark.usefixtures("cpu_engine", "guessing_engine")
+def test_the_loop_normalizes_reward_plus_penalty_within_each_group(tiny_model_folder, tmp_path):
+    run = run_grpo(tiny_model_folder, tmp_path, "run", n_grpo_steps=3, num_logged_groups=2, overlong_cache_tokens=8)
+    found, expected = [], []
+    for path in sorted((run / "samples").glob("rollouts_*")):
+        rows = read_lines(path)
+        rewards = [row["reward"] - max(row["response_length"] - 8, 0) / 8 for row in rows]
+        for group in (rewards[:4], rewards[4:]):
+            scale = stdev(group) + 1e-6
+            expected += [(value - fmean(group)) / scale for value in group]
+        found += [row["advantage"] for row in rows]
+    assert found == pytest.approx(expected, abs=1e-5) and any(expected)
 
 
 @pytest.mark.usefixtures("cpu_engine", "guessing_engine")

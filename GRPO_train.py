@@ -27,13 +27,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from GRPO_helper import LENGTH_NORMALIZATIONS, StepSize, reduce_metadata
 from plainrl.cli import load_config, run_main
-from plainrl.config import GRPOConfig, RolloutConfig
+from plainrl.config import GRPOConfig
 from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
 from plainrl.devices import check_devices
 from plainrl.diagnosis import diagnose
 from plainrl.distributed import add_up, join
 from plainrl.log_probs import get_masked_response_log_probs
-from plainrl.loop import TrainingLoop
+from plainrl.loop import TrainingLoop, report
 from plainrl.microbatches import count, microbatches
 from plainrl.objective import compute_advantages, compute_token_losses, summarize_update
 from plainrl.policy import (
@@ -47,7 +47,6 @@ from plainrl.precision import working_copy
 from plainrl.preflight import preflight
 from plainrl.records import Example, Rollout
 from plainrl.reference import Reference
-from plainrl.report.curves import draw_training_figure
 from plainrl.rollouts import (
     check_gap,
     make_rollouts,
@@ -57,7 +56,6 @@ from plainrl.rollouts import (
     write_rollouts,
 )
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import describe_evaluations
 from plainrl.sampler import Sampler
 from plainrl.selection import choose_batch, summarize_selection, training_reward
 from plainrl.warm_start import apply_warm_start
@@ -246,12 +244,6 @@ def rows_to_train_on(batch: Sequence[Rollout], config: GRPOConfig) -> tuple[list
     weight = weights[config.loss.zero_with] if config.loss.zero_with else lambda row: 1.0
     num_tokens = sum(len(row.response.token_ids) for row in kept)
     return [row for row in kept if weight(row) != 0], StepSize(len(batch), num_tokens, config.sampling_max_tokens)
-
-
-def report(run: RunFolder, config: RolloutConfig) -> None:
-    """Draw the run's figure and print the line that sums up its evaluations."""
-    draw_training_figure(run.path)
-    print(describe_evaluations(run.read_metrics(), config.evaluation_temperature))
 
 
 if __name__ == "__main__":

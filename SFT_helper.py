@@ -245,26 +245,6 @@ class SFTStepSize(NamedTuple):
     normalize_constant: float  # C, not zero
 
 
-def sum_per_response(
-    policy_log_probs: Float[Tensor, "batch sequence"], response_mask: Bool[Tensor, "batch sequence"], size: SFTStepSize
-) -> Float[Tensor, ""]:
-    """- 1/N sum_b 1/C sum_t m_bt log p_bt. The gradient grows with the length of the responses.
-
-    Source: CS336 Assignment 5, problem sft_microbatch_train_step.
-    """
-    return sft_loss(policy_log_probs, response_mask, size.normalize_constant, size.num_rows)
-
-
-def mean_per_token(
-    policy_log_probs: Float[Tensor, "batch sequence"], response_mask: Bool[Tensor, "batch sequence"], size: SFTStepSize
-) -> Float[Tensor, ""]:
-    """- 1/M sum_b sum_t m_bt log p_bt. M counts the response tokens of the whole step.
-
-    It is the usual cross-entropy loss of a language model.
-    """
-    return -masked_normalize(policy_log_probs, response_mask, float(size.num_tokens))
-
-
 class LengthNormalization(NamedTuple):
     """How the token losses of a step become one number, and whether `normalize_constant` counts in it."""
 
@@ -275,8 +255,16 @@ class LengthNormalization(NamedTuple):
 # Each gives a microbatch's share of the step's loss. The shares add up to the same loss however the rows of the step
 # are divided into microbatches.
 LENGTH_NORMALIZATIONS: dict[str, LengthNormalization] = {
-    "sum": LengthNormalization(sum_per_response, needs_constant=True),
-    "token_mean": LengthNormalization(mean_per_token, needs_constant=False),
+    # - 1/N sum_b 1/C sum_t m_bt log p_bt: the assignment's. The gradient grows with the length of the responses.
+    "sum": LengthNormalization(
+        lambda log_probs, mask, size: sft_loss(log_probs, mask, size.normalize_constant, size.num_rows),
+        needs_constant=True,
+    ),
+    # - 1/M sum_b sum_t m_bt log p_bt: the usual cross-entropy. M counts the tokens of the whole step.
+    "token_mean": LengthNormalization(
+        lambda log_probs, mask, size: -masked_normalize(log_probs, mask, float(size.num_tokens)),
+        needs_constant=False,
+    ),
 }
 
 

@@ -41,15 +41,13 @@ from plainrl.devices import check_devices, peak_memory_gib
 from plainrl.distributed import add_up, join, on_first
 from plainrl.grading.rewards import grade_responses
 from plainrl.log_probs import get_masked_response_log_probs
-from plainrl.loop import TrainingLoop
+from plainrl.loop import TrainingLoop, report
 from plainrl.microbatches import count, microbatches, rank_efficiency
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
 from plainrl.records import Example, TokenizedExample, UserError
-from plainrl.report.curves import draw_training_figure
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import describe_evaluations
 from policy_evaluation import Evaluator
 from SFT_helper import (
     LENGTH_NORMALIZATIONS,
@@ -273,12 +271,6 @@ def pack_examples(tokenized: Sequence[TokenizedExample], config: SFTConfig) -> l
         TokenizedExample(blank._replace(source=source), row[:1], row[1:])
         for source, row in zip(sources, rows, strict=True)
     ]
-
-
-def report(run: RunFolder, config: SFTConfig) -> None:
-    """Draw the run's figure and print the line that sums up its evaluations."""
-    draw_training_figure(run.path)
-    print(describe_evaluations(run.read_metrics(), config.evaluation_temperature))
 
 
 if __name__ == "__main__":

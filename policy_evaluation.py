@@ -9,7 +9,6 @@ Importing this module imports neither vLLM nor wandb and starts no CUDA context.
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
 
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,8 @@ from plainrl.config import SFTConfig, TrainConfig
 from plainrl.data import (
     by_dataset,
     derive_seed,
-    encode_prompts,
     fit_prompts,
+    fixed_subset,
     load_validation_set,
     require_questions,
     validation_subset,
@@ -190,9 +189,7 @@ def choose_scored(num_responses: int, num_scored: int | Literal["all"], seed: in
     >>> choose_scored(4, "all", seed=0), len(choose_scored(100, 16, seed=0))
     ([0, 1, 2, 3], 16)
     """
-    if num_scored == "all" or num_scored >= num_responses:
-        return list(range(num_responses))
-    return sorted(random.Random(derive_seed(seed, "entropy")).sample(range(num_responses), num_scored))
+    return fixed_subset(range(num_responses), num_scored, derive_seed(seed, "entropy"))
 
 
 def log_generations(
@@ -287,13 +284,13 @@ class Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         examples: Sequence[Example],
     ) -> None:
-        """Start the engine. Questions that are too long for the context raise a UserError before that."""
+        """Start the engine. The examples fit into the context: see `fit_validation` in plainrl/data.py."""
         self.config, self.run, self.tokenizer, self.examples = config, run, tokenizer, examples
         self._last_step = sys.maxsize
         self.before_sync: Callable[[], None] = lambda: None  # waits for what the engine samples: plainrl/sampler.py
         # A longer prompt is cut, because a probe need not be a whole prompt.
         longest = config.max_context_tokens - config.num_sync_tokens
-        self._probe_ids = [ids[:longest] for ids in encode_prompts(examples, tokenizer, config)[:NUM_PROBE_PROMPTS]]
+        self._probe_ids = [encode_prompt(one.prompt, tokenizer)[:longest] for one in examples[:NUM_PROBE_PROMPTS]]
         self.llm = init_vllm(
             tokenizer.name_or_path,  # the folder that policy and tokenizer were loaded from
             **engine_settings(config),

@@ -22,14 +22,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from GRPO_train import report
 from plainrl.cli import load_config, run_main
 from plainrl.config import ExpertIterationConfig
 from plainrl.data import derive_seed, epoch_order, fit_questions, fit_validation, load_questions, load_validation
 from plainrl.devices import check_devices
 from plainrl.distributed import join
 from plainrl.grading.rewards import NUM_WORKERS, Grade
-from plainrl.loop import TrainingLoop
+from plainrl.loop import TrainingLoop, report
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.preflight import preflight
 from plainrl.records import Example, Response, Rollout, TokenizedExample

@@ -26,11 +26,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.sweep_figures import write_figures_and_table
-from experiments.sweep_plan import EVALUATION_SCRIPT, REPOSITORY, SCRIPTS, Run, defaults_of
+from experiments.sweep_plan import REPOSITORY, SCRIPTS, Run, defaults_of
 from experiments.sweep_results import collect_run, forget_run, read_table
 from experiments.usage import SWEEP, plan_sweep
 from plainrl.changes import describe_changes, with_defaults
-from plainrl.cli import read_yaml, require_one_process, run_main, say
+from plainrl.cli import EVALUATION_SCRIPT, PROGRAMS, read_yaml, require_one_process, run_main, say
 from plainrl.devices import run_command
 from plainrl.records import UserError
 from plainrl.run_folder import list_checkpoints, lock_folder
@@ -97,7 +97,7 @@ def state_of(run: Run, results: Path) -> str:
             return "finished"
     if not (run.folder / "config.yaml").is_file():
         return "to do"
-    schema = SCRIPTS[run.script].schema
+    schema = PROGRAMS[SCRIPTS[run.script]][0]
     saved = with_defaults(read_yaml(run.folder / "config.yaml"), schema)
     asked = {**defaults_of(schema), **run.values, "seed": run.seed}  # with what the preset gives, like a fingerprint
     asked.pop("warm_start", None)  # `values` has the values of a warm start there, and the run's folder its name
@@ -178,7 +178,8 @@ def remove_weights(run: Run) -> None:
     The best checkpoint is the first with the best score, by the script's own measure, of those that were both saved and
     evaluated. If there is none, final/ stays.
     """
-    folder, kept, score = run.folder, run.keep_weights, SCRIPTS[run.script].schema.model_construct().eval_score
+    folder, kept = run.folder, run.keep_weights
+    score = PROGRAMS[SCRIPTS[run.script]][0].model_construct().eval_score
     removed = {"all": [], "last": ["checkpoints"]}.get(kept, ["checkpoints", "final"])
     if kept == "best":
         scores = {row["eval_step"]: row[score] for row in read_metrics(folder) if row.get(score) is not None}

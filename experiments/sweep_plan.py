@@ -14,44 +14,32 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from plainrl.changes import is_setting, with_defaults
-from plainrl.cli import read_yaml, resolve
-from plainrl.config import ExpertIterationConfig, GRPOConfig, RunConfig, SFTConfig
+from plainrl.cli import EVALUATION_SCRIPT, PROGRAMS, read_yaml, resolve
+from plainrl.config import RunConfig, SFTConfig
 from plainrl.devices import choose_preset
-from plainrl.help import SCHEMAS, blocks_of
+from plainrl.help import blocks_of
 from plainrl.records import UserError
 from plainrl.shared_config import DTYPE_KEYS
-from plainrl.supplement_config import DPOConfig
 
 REPOSITORY = Path(__file__).parent.parent
-WARM_START_YAML = REPOSITORY / SCHEMAS[SFTConfig][1]  # a warm start is a run of SFT
-EVALUATION_SCRIPT = "policy_evaluation.py"
+WARM_START_YAML = REPOSITORY / PROGRAMS["SFT_train.py"][1]  # a warm start is a run of SFT
 KEPT_WEIGHTS = Literal["none", "last", "best", "all"]
 SET_BY_THE_SWEEP = {"seed", "run_name", "resume", "resume_with_changes", "config"}
 Scalar = bool | int | float | str
 Settings = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
 
 
-class Script(NamedTuple):
-    """A script that a sweep can run: its configuration, its YAML file, and how Python starts it."""
-
-    schema: type[RunConfig]
-    yaml_path: str
-    command: tuple[str, ...]
-
-
-SCRIPTS = {  # the names are part of every committed fingerprint: keep them, wherever the script moves
-    "SFT_train.py": Script(SFTConfig, "config.yaml", ("SFT_train.py",)),
-    "GRPO_train.py": Script(GRPOConfig, "grpo_train.yaml", ("GRPO_train.py",)),
-    "expert_iteration.py": Script(
-        ExpertIterationConfig, "experiments/expert_iteration.yaml", ("-m", "experiments.expert_iteration")
-    ),
-    "DPO_train.py": Script(DPOConfig, "supplement/dpo_train.yaml", ("-m", "supplement.DPO_train")),
-    EVALUATION_SCRIPT: Script(SFTConfig, "config.yaml", (EVALUATION_SCRIPT,)),
+SCRIPTS = {  # name -> command. The names are part of every committed fingerprint: keep them, wherever the script moves
+    "SFT_train.py": "SFT_train.py",
+    "GRPO_train.py": "GRPO_train.py",
+    "expert_iteration.py": "-m experiments.expert_iteration",
+    "DPO_train.py": "-m supplement.DPO_train",
+    EVALUATION_SCRIPT: EVALUATION_SCRIPT,
 }
 
 
@@ -126,7 +114,7 @@ class Run:
     @property
     def command(self) -> list[str]:
         """The command that starts it."""
-        *options, target = SCRIPTS[self.script].command
+        *options, target = SCRIPTS[self.script].split()
         return [sys.executable, *options, target if options else str(REPOSITORY / target), *self.arguments]
 
 
@@ -238,7 +226,8 @@ def _parse_seeds(text: str) -> list[int]:
 def _resolve(script: str, arguments: list[str], where: str) -> dict[str, Any]:
     """Return the whole configuration that a run will have."""
     try:
-        config = resolve(SCRIPTS[script].schema, REPOSITORY / SCRIPTS[script].yaml_path, arguments).config
+        schema, yaml_path = PROGRAMS[SCRIPTS[script]]
+        config = resolve(schema, REPOSITORY / yaml_path, arguments).config
         return config.model_dump(mode="json")
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -251,7 +240,7 @@ def _other_than_defaults(script: str, resolved: Mapping[str, Any]) -> dict[str, 
         defaults = defaults_of(schema)
         return {key: value for key, value in values.items() if key != "seed" and defaults[key] != value}
 
-    found = differing(SCRIPTS[script].schema, {key: value for key, value in resolved.items() if is_setting(key)})
+    found = differing(PROGRAMS[SCRIPTS[script]][0], {key: value for key, value in resolved.items() if is_setting(key)})
     warm_start = resolved.get("warm_start")
     if warm_start in blocks_of(read_yaml(WARM_START_YAML), "presets", WARM_START_YAML):
         config = resolve(SFTConfig, WARM_START_YAML, [f"preset={warm_start}"]).config.model_dump(mode="json")

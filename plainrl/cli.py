@@ -22,7 +22,7 @@ from typing import Any, Generic, NamedTuple
 
 from pydantic import ValidationError
 
-from plainrl.changes import changes_since
+from plainrl.changes import changes_since, with_defaults
 from plainrl.chat_config import ChatConfig
 from plainrl.config import ConfigType, RunConfig, SFTConfig
 from plainrl.devices import choose_preset, guess_preset, run_command
@@ -252,7 +252,7 @@ def resumed_config(
     config, sources = validate(schema, layers, fixed)
     sources |= dict.fromkeys(fixed, "the run's folder")
     changes = changes_since(saved, config)
-    if any(change.startswith("optimizer ") for change in changes):
+    if with_defaults(saved, schema).get("optimizer") != getattr(config, "optimizer", None):
         raise UserError(
             f"resume = {folder}: {', '.join(changes)}: the moments are of the other optimizer; leave it out, or start "
             "a new run with the model/ of a checkpoint as model"
@@ -308,9 +308,14 @@ def run_main(main: Callable[[list[str]], None]) -> None:
     previous_handlers = handle_signals(stop)
     try:
         main(sys.argv[1:])
-    except (UserError, RewardError) as error:
+    except (UserError, RewardError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and is_output_closed():  # else another pipe broke, which is a bug
+            sys.exit(PIPE_STATUS)
+        message = describe_fault(error) if isinstance(error, OSError) else str(error)
+        if message is None:
+            raise
         _let_first_rank_speak()
-        say(f"{of_rank()}error: {_as_one_line(str(error))}")
+        say(f"{of_rank()}error: {_as_one_line(message)}")
         _end_rank(2)
         sys.exit(2)
     except Stopped as stopped:
@@ -321,16 +326,6 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         if not RANK:
             say("stopped by Ctrl-C")
         sys.exit(130)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and is_output_closed():  # else another pipe broke, which is a bug
-            sys.exit(PIPE_STATUS)
-        fault = describe_fault(error)
-        if fault is None:
-            raise
-        _let_first_rank_speak()
-        say(f"{of_rank()}error: {_as_one_line(fault)}")
-        _end_rank(2)
-        sys.exit(2)
     except Exception as error:
         if NUM_RANKS == 1:
             raise

@@ -96,8 +96,7 @@ class SFTConfig(ImitationConfig, EpochsConfig):
 
     @model_validator(mode="after")
     def _check_sft_fields(self) -> Self:
-        if isinstance(self.num_sft_examples, int) and self.num_sft_examples < 1:
-            raise ValueError(f"num_sft_examples = {self.num_sft_examples}: must be at least 1, or all")
+        self._require_count("num_sft_examples")
         if self.packing == "fixed" and self.loss_on != "all":
             raise ValueError(
                 f"packing = fixed with loss_on = {self.loss_on}: a packed row has no prompt of its own; use "

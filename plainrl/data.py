@@ -7,12 +7,12 @@ import random
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from plainrl.config import RolloutConfig, RunConfig, SFTConfig, TrainConfig
-from plainrl.layouts import FieldNames, Record, parse_record
+from plainrl.layouts import FieldNames, parse_record
 from plainrl.prompting import format_response, load_prompt_template, read_answers, write_prompt
 from plainrl.records import Example, Fields, UserError
 from plainrl.shared_config import validation_source
@@ -23,6 +23,7 @@ DataKey = Literal["train_data", "validation_data"]
 VALIDATION: DataKey = "validation_data"
 EXAMPLES_OF: dict[DataKey, str] = {"train_data": "training examples", VALIDATION: "validation questions"}
 VALIDATION_SUBSET_SEED = 20250
+Item = TypeVar("Item")
 
 
 def load_sft_examples(config: SFTConfig) -> list[Example]:
@@ -109,7 +110,7 @@ def load_validation(config: TrainConfig) -> ValidationData:
     """Return the validation questions, and the two fixed subsets of them that evaluations ask."""
     everything = load_validation_set(config)
     return ValidationData(
-        everything, validation_subset(everything, config), final_validation_subset(everything, config)
+        everything, validation_subset(everything, config), draw_subsets(everything, config.num_final_eval_examples)
     )
 
 
@@ -124,7 +125,7 @@ def validation_subset(validation_set: list[Example], config: RunConfig) -> list[
                 f"evaluations ask all {len(examples)} validation questions{f' of {name}' if name else ''}, fewer than "
                 f"num_eval_examples = {config.num_eval_examples}"
             )
-    return _draw_subsets(validation_set, config.num_eval_examples)
+    return draw_subsets(validation_set, config.num_eval_examples)
 
 
 def by_dataset(examples: Sequence[Example]) -> dict[str, list[Example]]:
@@ -135,9 +136,19 @@ def by_dataset(examples: Sequence[Example]) -> dict[str, list[Example]]:
     return found
 
 
-def final_validation_subset(validation_set: list[Example], config: TrainConfig) -> list[Example]:
-    """Return the fixed subset for the evaluation at the end of training. A smaller set is returned whole."""
-    return _draw_subsets(validation_set, config.num_final_eval_examples)
+def draw_subsets(validation_set: Sequence[Example], most: int | Literal["all"]) -> list[Example]:
+    """Return a fixed random subset of each set, in its order. A set with no more than `most` questions stays whole."""
+    return [example for examples in by_dataset(validation_set).values() for example in fixed_subset(examples, most)]
+
+
+def fixed_subset(items: Sequence[Item], most: int | Literal["all"], seed: int = VALIDATION_SUBSET_SEED) -> list[Item]:
+    """Return at most `most` items in their order: a random subset that the seed decides.
+
+    >>> fixed_subset("abc", "all"), len(fixed_subset(range(100), 16, seed=1))
+    (['a', 'b', 'c'], 16)
+    """
+    size = len(items) if most == "all" else min(most, len(items))
+    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), size))]
 
 
 def load_questions(validation_set: Sequence[Example], config: RolloutConfig) -> list[Example]:
@@ -234,17 +245,20 @@ def load_examples(
             f"train_data = {sources[0]} and validation_data = {sources[1]} are one pipe, which can be read only once; "
             "give each a pipe or a file of its own"
         )
+    reward = config.reward_function
+    wanted = reward.wanted
     if terms := embedded_terms(source, config.arithmetic_terms):
         records = arithmetic_records(split, terms, config.arithmetic_max_term)
         records = corrupt_some(records, corrupt_fraction)
-    else:
-        records = read_layout(source, config, is_strict=split == "train")
+    else:  # validation data may lack the fields that are named: see parse_record
+        names = FieldNames(config.question_field, config.answer_field, config.trace_field)
+        found = read_records(source, None if wanted.takes_all else {*names, *wanted.names})
+        records = [parse_record(values, where, names, split == "train") for values, where in found]
     if not records:
         raise UserError(f"{source} has no records; give a file with at least one")
     if num_with_system := sum(record.has_system_message for record in records):
         print(f"left out: the system messages of {num_with_system} records of {source}; the prompt takes their place")
-    template, reward = load_prompt_template(config.prompt), config.reward_function
-    wanted = reward.wanted
+    template = load_prompt_template(config.prompt)
     return [
         Example(
             question=record.question,
@@ -256,20 +270,6 @@ def load_examples(
         )
         for record, (truth, answer) in zip(records, read_answers(records, reward, source), strict=True)
     ]
-
-
-def read_layout(source: str, config: RunConfig, is_strict: bool) -> list[Record]:
-    """Return the records of a file or a hub data set.
-
-    Args:
-        source: where they are.
-        config: names their fields, and the reward, which may ask for others.
-        is_strict: whether the fields that are named must be there; see `parse_record`.
-    """
-    names = FieldNames(config.question_field, config.answer_field, config.trace_field)
-    wanted = config.reward_function.wanted
-    also = None if wanted.takes_all else {*names, *wanted.names}
-    return [parse_record(values, where, names, is_strict) for values, where in read_records(source, also)]
 
 
 def epoch_order(num_examples: int, num_draws: int, seed: int) -> list[int]:
@@ -315,19 +315,8 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4]) >> 1
 
 
-def encode_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> list[list[int]]:
-    """Return the token ids of the examples' prompts, all of which must fit.
-
-    Raises:
-        UserError: a prompt and a response of `sampling_max_tokens` exceed the context together.
-    """
-    return fit_prompts(examples, tokenizer, config.model_copy(update={"drop_long_examples": False}))[1]
-
-
 def fit_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig, noun: str = "prompts"
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig, noun: str
 ) -> tuple[list[Example], list[list[int]]]:
     """Return the examples whose prompts leave room for a response, and the token ids of these prompts.
 
@@ -417,13 +406,3 @@ def _require_enough(questions: Sequence[Example], config: RolloutConfig) -> None
             f"{config.num_questions_per_step}; let it take {len(questions)} or fewer: rollout_batch_size / group_size, "
             "or ei_batch_size in expert iteration"
         )
-
-
-def _draw_subsets(validation_set: list[Example], most: int | Literal["all"]) -> list[Example]:
-    """Return a fixed random subset of each set, in its order. A set with no more than `most` questions stays whole."""
-    subsets: list[Example] = []
-    for examples in by_dataset(validation_set).values():
-        size = len(examples) if most == "all" else min(most, len(examples))
-        chosen = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(examples)), size)
-        subsets += [examples[index] for index in sorted(chosen)]
-    return subsets

@@ -315,12 +315,6 @@ def speaks_for_all(seconds: float) -> bool:
         return number <= 1
 
 
-def shard(policy: "PreTrainedModel", device: str, compute_dtype: str, num_replicas: int = 1) -> None:
-    """Divide a policy's weights over the ranks, as `divide_weights` does. With one process nothing is done."""
-    if num_ranks() > 1:
-        divide_weights(policy, device, compute_dtype, num_replicas)
-
-
 def divide_weights(policy: "PreTrainedModel", device: str, compute_dtype: str, num_replicas: int = 1) -> None:
     """Divide a policy's weights over the ranks, in place. The ranks, also a single one, are a process group.
 

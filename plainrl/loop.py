@@ -26,8 +26,9 @@ from plainrl.config import TrainConfig
 from plainrl.distributed import rank, require_alike
 from plainrl.guard import StopGuard
 from plainrl.records import UserError
+from plainrl.report.curves import draw_training_figure
 from plainrl.run_folder import RunFolder
-from plainrl.run_records import Metrics, describe_evaluation
+from plainrl.run_records import Metrics, describe_evaluation, describe_evaluations
 
 
 class Evaluates(Protocol):
@@ -183,3 +184,9 @@ class TrainingLoop:
 def is_due(step: int, interval: int, last_step: int) -> bool:
     """Whether something that is done every `interval` steps, and after the last, is done after this step."""
     return step % interval == 0 or step == last_step
+
+
+def report(run: RunFolder, config: TrainConfig) -> None:
+    """Draw the run's figure and print the line that sums up its evaluations."""
+    draw_training_figure(run.path)
+    print(describe_evaluations(run.read_metrics(), config.evaluation_temperature))

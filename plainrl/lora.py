@@ -24,7 +24,7 @@ authors' code. All linear layers are adapted, and not the attention's alone, as 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from plainrl.distributed import whole
 from plainrl.records import UserError
 
 if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
@@ -214,12 +215,16 @@ def load_adapters(policy: nn.Module, checkpoint: Path) -> None:
 
 
 def fingerprint_frozen(policy: nn.Module) -> str:
-    """Return a SHA-256 of the frozen weights, as they are held: names, dtypes and values."""
+    """Return a SHA-256 of the frozen weights. All ranks have to call it."""
+    return fingerprint_weights((name, one) for name, one in policy.named_parameters() if not one.requires_grad)
+
+
+def fingerprint_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a SHA-256 of weights, as they are held: names, dtypes and values. All ranks have to call it."""
     digest = hashlib.sha256()
-    for name, parameter in policy.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(f"{name} {parameter.dtype} ".encode())
-            digest.update(cast(Any, parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    for name, weight in weights:
+        digest.update(f"{name} {weight.dtype} ".encode())
+        digest.update(cast(Any, whole(weight.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from plainrl.config import RunConfig, TrainConfig
 from plainrl.devices import has_module
-from plainrl.distributed import exchange, num_ranks, shard
+from plainrl.distributed import divide_weights, exchange, num_ranks
 from plainrl.divided_weights import is_empty, make_empty_model, read_shares
 from plainrl.lean_layers import keep_less
 from plainrl.log_probs import changes_logits, compile_scores, compute_output_in_float32, get_masked_response_log_probs
@@ -117,7 +117,7 @@ def _choose_what_computes(policy: PreTrainedModel, config: RunConfig, folder: st
     if num_ranks() == 1:
         add_working_copy(policy, config.compute_dtype)
     else:  # what is gathered of a block is its 16-bit copy
-        shard(policy, config.policy_device, config.compute_dtype, config.num_replicas)
+        divide_weights(policy, config.policy_device, config.compute_dtype, config.num_replicas)
     if is_empty(policy):
         read_shares(policy, folder, label, config.policy_device)
 

@@ -7,10 +7,8 @@ is that copy, one forward pass over the rollout batch, and two exchanges, each o
 A resumed run loads its first model again, which has to be the same.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +16,8 @@ from transformers import PreTrainedModel
 
 from plainrl.checkpoint import write_durably
 from plainrl.config import GRPOConfig
-from plainrl.distributed import local, on_first, whole
+from plainrl.distributed import local, on_first
+from plainrl.lora import fingerprint_weights
 from plainrl.policy import ON_CPU, load_policy, score_responses
 from plainrl.precision import refresh_working_copy
 from plainrl.records import Rollout, UserError
@@ -45,7 +44,7 @@ class Reference:
             policy, _ = load_policy(config.model_copy(update=ON_CPU), for_training=False)
         trained = _trained(policy)
         self._weights = {name: local(weight.detach()).cpu().clone() for name, weight in trained}
-        found = _fingerprint(trained)
+        found = fingerprint_weights(trained)
         on_first(lambda: self._compare(found, run, config))
 
     def _compare(self, found: str, run: RunFolder, config: GRPOConfig) -> None:
@@ -104,11 +103,3 @@ class Reference:
 def _trained(policy: PreTrainedModel) -> list[tuple[str, Tensor]]:
     """Return the trained weights. With adapters these are A and B, and B is zero at first."""
     return [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
-
-
-def _fingerprint(weights: list[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    for name, weight in weights:
-        digest.update(f"{name} {weight.dtype} ".encode())
-        digest.update(cast(Any, whole(weight.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()

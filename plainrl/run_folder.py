@@ -51,6 +51,7 @@ from plainrl.run_records import (
     is_evaluated,
     json_number,
     make_samples_table,
+    read_json_object,
     read_metrics,
     set_damaged_lines_aside,
     start_wandb,
@@ -384,11 +385,7 @@ class RunFolder:
 
 def script_of(folder: Path) -> str | None:
     """Return the script that made a run's folder, read from environment.json, or None if that cannot be read."""
-    try:
-        values = json.loads((folder / "environment.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    script = values.get("script") if isinstance(values, dict) else None
+    script = read_json_object(folder / "environment.json").get("script")
     return script if isinstance(script, str) else None
 
 

@@ -56,6 +56,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one if the file is missing or damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def set_damaged_lines_aside(folder: Path) -> None:
     """Replace each damaged line of a run's metrics.jsonl by an empty row of the same length, and say so.
 

@@ -8,10 +8,10 @@ is zero, as long as the reward is the answer reward, and nothing is learnt from 
 
 Sources: Yu et al. 2025 (DAPO), section 3.2, dynamic sampling; Khatri et al. 2025 (ScaleRL), no-positive-resampling.
 
-Differences: DAPO's code in verl draws a whole batch in each round. With a limit on rounds it fails at the end of them. Here a round asks as many
-questions as the step needs by its own share of mixed groups. A batch that stays short is filled up with other groups.
-ScaleRL leaves a solved question out for good, by all its answers so far. Here the last ones count, and all are asked
-again when too few are left.
+Differences: DAPO's code in verl draws a whole batch in each round. With a limit on rounds it fails at the end of them.
+Here a round asks as many questions as the step needs by its own share of mixed groups. A batch that stays short is
+filled up with other groups. ScaleRL leaves a solved question out for good, by all its answers so far. Here the last
+ones count, and all are asked again when too few are left.
 """
 
 import math

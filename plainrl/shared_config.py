@@ -240,20 +240,14 @@ class RunConfig(BaseModel):
                 f"sampling_min_tokens = {self.sampling_min_tokens} exceeds "
                 f"sampling_max_tokens = {self.sampling_max_tokens}: lower the first or raise the second"
             )
-        if self.sampling_max_tokens >= self.max_context_tokens:
-            raise ValueError(
-                f"sampling_max_tokens = {self.sampling_max_tokens} leaves no tokens for a prompt in "
-                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
-            )
-        if self.num_sync_tokens >= self.max_context_tokens:
-            raise ValueError(
-                f"num_sync_tokens = {self.num_sync_tokens} leaves no tokens for a prompt in "
-                f"max_context_tokens = {self.max_context_tokens}: lower the first or raise the second"
-            )
-        if isinstance(self.num_eval_examples, int) and self.num_eval_examples < 1:
-            raise ValueError(f"num_eval_examples = {self.num_eval_examples}: must be at least 1, or all")
-        if isinstance(self.num_entropy_responses, int) and self.num_entropy_responses < 0:
-            raise ValueError(f"num_entropy_responses = {self.num_entropy_responses}: must be at least 0, or all")
+        for name in ("sampling_max_tokens", "num_sync_tokens"):
+            if (num_tokens := getattr(self, name)) >= self.max_context_tokens:
+                raise ValueError(
+                    f"{name} = {num_tokens} leaves no tokens for a prompt in max_context_tokens = "
+                    f"{self.max_context_tokens}: lower the first or raise the second"
+                )
+        self._require_count("num_eval_examples")
+        self._require_count("num_entropy_responses", least=0)
         return self
 
     def warnings(self) -> list[str]:
@@ -277,6 +271,10 @@ class RunConfig(BaseModel):
                 f"trained on {self.train_data}, but evaluated on embedded {EMBEDDED_DATA}: give validation_data{other}"
             )
         return found
+
+    def _require_count(self, name: str, least: int = 1) -> None:
+        if (value := getattr(self, name)) != "all" and value < least:
+            raise ValueError(f"{name} = {value}: must be at least {least}, or all")
 
     def _is_changed(self, key: str) -> bool:
         return getattr(self, key) != type(self).model_fields[key].default
@@ -372,8 +370,7 @@ class TrainConfig(RunConfig):
     @model_validator(mode="after")
     def _check_train_fields(self) -> Self:
         self._require_multiple("train_batch_size", "gradient_accumulation_steps")
-        if isinstance(self.num_final_eval_examples, int) and self.num_final_eval_examples < 1:
-            raise ValueError(f"num_final_eval_examples = {self.num_final_eval_examples}: must be at least 1, or all")
+        self._require_count("num_final_eval_examples")
         if self.num_eval_samples > 1 and self.evaluation_temperature == 0:
             raise ValueError(
                 f"num_eval_samples = {self.num_eval_samples} samples the same response each time at temperature 0: "

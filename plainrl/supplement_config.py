@@ -40,8 +40,7 @@ class DPOConfig(WarmStartConfig, EpochsConfig):
 
     @model_validator(mode="after")
     def _check_dpo_fields(self) -> Self:
-        if isinstance(self.num_pairs, int) and self.num_pairs < 1:
-            raise ValueError(f"num_pairs = {self.num_pairs}: must be at least 1, or all")
+        self._require_count("num_pairs")
         if self.validation_fraction and not is_embedded(self.train_data):
             raise ValueError(
                 f"validation_fraction = {self.validation_fraction:g}: pairs hold no questions with answers; leave it "
@@ -79,8 +78,7 @@ class BenchmarkConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_benchmark_fields(self) -> Self:
-        if isinstance(self.num_questions, int) and self.num_questions < 1:
-            raise ValueError(f"num_questions = {self.num_questions}: must be at least 1, or all")
+        self._require_count("num_questions")
         for name in OF_OTHER_DATA:
             if self._is_changed(name):
                 raise ValueError(

@@ -90,7 +90,7 @@ def _find_model(config: WarmStartConfig, presets: Mapping[str, Any]) -> Path:
             settings = _inherited(config)
             if config.learns_from_pairs:  # other data than any SFT run's
                 settings = {key: value for key, value in settings.items() if key not in EMBEDDED}
-            if different := _differences(folder, settings):
+            if different := _differences(_saved(folder), settings):
                 print(f"warning: warm_start = {config.warm_start} was trained with {'; '.join(different)}")
             return folder / "final" if path_exists(folder / "final") else folder
         if path_exists(folder / "checkpoints"):
@@ -106,7 +106,7 @@ def _run_preset(config: WarmStartConfig) -> Path:
     inherited = _inherited(config) | _data_to_teach(config)
     name = config.warm_start
     folder = Path(config.runs_dir) / name
-    if different := _differences(folder, inherited):
+    if different := _differences(_saved(folder), inherited):
         # Of a run of before `fill_prompts` was decisive, the name stays.
         decisive = json.dumps([inherited[key] for key in DECISIVE if key != "fill_prompts" or inherited[key]])
         name = f"{name}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
@@ -114,9 +114,10 @@ def _run_preset(config: WarmStartConfig) -> Path:
         folder = folder.with_name(name)
     _wait_for_maker(folder)
     if (folder / "final").is_dir():
-        different = _differences(folder, _preset_values(config.warm_start), OF_THE_PRESET)
-        # `all` where the data had fewer examples than the preset asks for.
-        if different := [one for one in different if not one.startswith("num_sft_examples = all,")]:
+        used, wanted = _saved(folder), _preset_values(config.warm_start)
+        if used.get("num_sft_examples") == "all":  # the data had fewer examples than the preset asks for
+            del wanted["num_sft_examples"]
+        if different := _differences(used, wanted, OF_THE_PRESET):
             print(f"warning: {folder} was trained with {'; '.join(different)}; remove it to make it anew")
         return folder / "final"
     settings = {"preset": config.warm_start, "run_name": name, **inherited, **_fewer_questions(inherited)}
@@ -194,11 +195,13 @@ def _preset_values(preset: str) -> dict[str, Any]:
         return load_config(SFTConfig, YAML, [f"preset={preset}"]).model_dump(mode="json")
 
 
-def _differences(folder: Path, settings: Mapping[str, Any], names: Sequence[str] = DECISIVE) -> list[str]:
-    """Return what a run in a folder was trained with, if it is something else. A folder without a run has no such."""
-    if not path_exists(folder / "config.yaml"):
-        return []
-    used = read_yaml(folder / "config.yaml")
+def _saved(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run in a folder; none if there is no run."""
+    return read_yaml(folder / "config.yaml") if path_exists(folder / "config.yaml") else {}
+
+
+def _differences(used: Mapping[str, Any], settings: Mapping[str, Any], names: Sequence[str] = DECISIVE) -> list[str]:
+    """Return what a run was trained with, where that is something else."""
     keys = [key for key in names if key in settings and used.get(key, settings[key]) != settings[key]]
     return [f"{key} = {used[key]}, not {settings[key]}" for key in keys]
 

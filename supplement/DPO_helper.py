@@ -1,4 +1,4 @@
-"""The mathematics of direct preference optimization (DPO): log-probs of responses, the loss, one microbatch.
+"""The mathematics of direct preference optimization (DPO): log-probs of responses, the loss.
 
 Symbols: x the prompt, y_w the chosen response (w: won), y_l the rejected one (l: lost), pi the policy, pi_ref the
 reference: the policy before training; beta how strongly the policy is held to it.
@@ -134,32 +134,3 @@ def compute_dpo_loss(
         "reward_accuracy": (margin > 0).to(margin.dtype),
     }
     return -F.logsigmoid(margin), {name: values.detach() for name, values in metadata.items()}
-
-
-def dpo_microbatch_train_step(
-    policy_chosen: Float[Tensor, " pairs"],
-    policy_rejected: Float[Tensor, " pairs"],
-    reference_chosen: Float[Tensor, " pairs"],
-    reference_rejected: Float[Tensor, " pairs"],
-    beta: float,
-    gradient_accumulation_steps: int,
-) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " pairs"]]]:
-    """Compute the DPO loss of one microbatch of P pairs and add its gradient to the parameters' `.grad`.
-
-        loss = 1 / (P G) sum_i L_i        G: gradient_accumulation_steps
-
-    Over G microbatches of P pairs each, the gradients add up to that of the mean over all P G pairs. DPO_train.py does
-    the same in `accumulate_gradients`, for microbatches of unequal size.
-
-    Args: as in `compute_dpo_loss`.
-        gradient_accumulation_steps: microbatches per optimizer step, G >= 1.
-
-    Returns:
-        The loss as differentiated (already divided by G), without gradient; and the metadata of `compute_dpo_loss`.
-    """
-    if gradient_accumulation_steps < 1:
-        raise ValueError(f"gradient_accumulation_steps = {gradient_accumulation_steps}: must be at least 1")
-    losses, metadata = compute_dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta)
-    loss = losses.mean() / gradient_accumulation_steps
-    loss.backward()
-    return loss.detach(), metadata

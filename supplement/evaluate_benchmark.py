@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from plainrl.cli import load_config, run_main
-from plainrl.data import VALIDATION_SUBSET_SEED, derive_seed
+from plainrl.data import VALIDATION_SUBSET_SEED, derive_seed, fixed_subset
 from plainrl.devices import check_devices
 from plainrl.distributed import join, on_first
 from plainrl.engine import engine_settings, init_vllm, sample_responses, sampling_params
@@ -91,10 +91,7 @@ def load_questions(config: BenchmarkConfig) -> dict[str, list[Question]]:
     for name in config.tasks:
         if name not in TASKS:
             raise UserError(f"tasks = {list(config.tasks)}: there is no {name!r}; use some of {', '.join(TASKS)}")
-        found[name] = TASKS[name].load(Path(config.benchmark_data))
-        if config.num_questions != "all" and config.num_questions < len(found[name]):
-            chosen = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(found[name])), config.num_questions)
-            found[name] = [found[name][index] for index in sorted(chosen)]
+        found[name] = fixed_subset(TASKS[name].load(Path(config.benchmark_data)), config.num_questions)
     return found
 
 

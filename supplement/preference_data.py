@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from plainrl.cli import load_config, require_one_process, run_main
-from plainrl.data import VALIDATION_SUBSET_SEED, comparable, hold_out, keep_short, load_validation
+from plainrl.data import comparable, fixed_subset, hold_out, keep_short, load_validation
 from plainrl.layouts import strange_character
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Example, UserError
@@ -120,8 +120,7 @@ def load_pairs(held_out: Sequence[Example], config: DPOConfig) -> tuple[list[Pai
             f"num_validation_pairs = {wanted}: {config.train_data} has {len(others)} pairs; ask for fewer, so that "
             "some are left to train on"
         )
-    drawn = random.Random(VALIDATION_SUBSET_SEED).sample(range(len(others)), wanted)
-    validation = [others[index] for index in sorted(drawn)]
+    validation = fixed_subset(others, wanted)
     taken = {comparable(pair.instruction) for pair in validation}
     left = (pair for pair in train if comparable(pair.instruction) not in taken)
     examples = [Example(pair.instruction, pair.instruction, None, None, pair.source) for pair in left]

@@ -7,7 +7,6 @@ loads the first policy again and scores it, which gives the same numbers.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from plainrl.distributed import on_first, rank
 from plainrl.policy import score_responses
 from plainrl.records import Example, Response
 from plainrl.run_folder import RunFolder
+from plainrl.run_records import read_json_object
 from plainrl.supplement_config import DPOConfig
 from policy_evaluation import Evaluator
 from SFT_helper import pad_token_id
@@ -70,7 +70,7 @@ def reference_scores(
     """
     path = run.path / SCORES
     data = fingerprint((pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs)
-    kept = on_first(lambda: _read_scores(path) if run.checkpoint else {})
+    kept = on_first(lambda: read_json_object(path) if run.checkpoint else {})
     if kept.get("data") == data:
         return [PairScore(*two) for two in zip(kept["chosen"], kept["rejected"], strict=True)]
     policy, scores = first_policy(), []
@@ -139,12 +139,3 @@ def summarize_pairs(
     losses, metadata = compute_dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta)
     means = {"loss": losses, **metadata, "chosen_log_prob": chosen, "rejected_log_prob": rejected}
     return {name: values.mean().item() for name, values in means.items()} | {"num_pairs": len(scores)}
-
-
-def _read_scores(path: Path) -> dict[str, Any]:
-    """Return what the file holds, or nothing if it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -10,9 +10,8 @@ from tiny import write_lines
 from plainrl.checkpoint import fingerprint
 from plainrl.config import ExpertIterationConfig, GRPOConfig, SFTConfig
 from plainrl.data import (
-    encode_prompts,
+    draw_subsets,
     epoch_order,
-    final_validation_subset,
     fit_questions,
     fit_validation,
     hold_out,
@@ -28,6 +27,7 @@ from plainrl.grading.rewards import REWARD_FUNCTIONS, r1_zero_reward_fn
 from plainrl.layouts import parse_record
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import UserError
+from SFT_helper import encode_prompt
 from SFT_train import select_examples
 
 
@@ -151,11 +151,11 @@ def test_validation_subset_ignores_the_run_seed():
 
 def test_the_final_subset_is_fixed_and_a_smaller_set_is_used_whole():
     whole = load_validation_set(SFTConfig())
-    subsets = [final_validation_subset(whole, SFTConfig(seed=seed, num_final_eval_examples=64)) for seed in (0, 1)]
-    assert subsets[0] == subsets[1]
+    subsets = [load_validation(SFTConfig(seed=seed, num_final_eval_examples=64)).final for seed in (0, 1)]
+    assert subsets[0] == subsets[1] == draw_subsets(whole, 64)
     assert len({example.prompt for example in subsets[0]}) == 64
-    assert final_validation_subset(whole[:63], SFTConfig(num_final_eval_examples=64)) == whole[:63]
-    assert final_validation_subset(whole, SFTConfig()) == whole
+    assert draw_subsets(whole[:63], 64) == whole[:63]
+    assert draw_subsets(whole, "all") == load_validation(SFTConfig()).final == whole
 
 
 def test_sft_examples_are_unique_and_follow_the_seed(tmp_path):
@@ -333,7 +333,7 @@ def test_long_prompts_are_left_out_and_counted_or_an_error(config, tokenizer, tm
     config = config.model_copy(update={"drop_long_examples": True})
     kept, prompt_ids = fit_questions(questions, tokenizer, config)
     assert [e.ground_truth for e in kept] == ["0", "1", "2", "4", "5", "6", "8", "9", "10"]
-    assert prompt_ids == encode_prompts(kept, tokenizer, config) and max(map(len, prompt_ids)) <= 184
+    assert prompt_ids == [encode_prompt(e.prompt, tokenizer) for e in kept] and max(map(len, prompt_ids)) <= 184
     fitting = fit_validation(validation, tokenizer, config)
     assert fitting.everything == validation.everything  # none of them may be trained on
     assert len(fitting.final) == 9 and len(fitting.during) < 8
@@ -342,8 +342,6 @@ def test_long_prompts_are_left_out_and_counted_or_an_error(config, tokenizer, tm
     assert lines[0].startswith("left out: 3 of 12 training prompts are longer than max_context_tokens - ")
     assert lines[1].startswith("left out: 3 of 12 validation prompts are longer than max_context_tokens - ")
     assert lines[2] == f"evaluations ask {len(fitting.during)} questions during training, and 9 at the end"
-    with pytest.raises(UserError, match="3 of 12 prompts are longer"):
-        encode_prompts(questions, tokenizer, config)  # whoever asks for all of them gets all or an error
 
 
 def test_too_few_short_prompts_are_an_error(tokenizer, tmp_path):

@@ -166,9 +166,9 @@ def test_the_best_checkpoint_is_by_the_measure_of_the_script(workplace, monkeypa
         'for row, accuracy in zip((rows[0], rows[4], rows[5]), (0.5, 0.6, 0.7)): row["eval/accuracy"] = accuracy'
     )
     Path("DPO_train.py").write_text(FAKE_SCRIPT.replace('(folder / "metrics', f'{accuracies}\n(folder / "metrics', 1))
-    monkeypatch.setitem(
-        sweep_plan.SCRIPTS, "DPO_train.py", sweep_plan.SCRIPTS["DPO_train.py"]._replace(command=("DPO_train.py",))
-    )
+    program = sweep_plan.PROGRAMS[sweep_plan.SCRIPTS["DPO_train.py"]]
+    monkeypatch.setitem(sweep_plan.PROGRAMS, "DPO_train.py", program)
+    monkeypatch.setitem(sweep_plan.SCRIPTS, "DPO_train.py", "DPO_train.py")
     (workplace / "supplement").mkdir()
     shutil.copy(REPOSITORY / "supplement/dpo_train.yaml", workplace / "supplement")
     write_sweep({"a": {}}, script="DPO_train.py", seeds=[0])

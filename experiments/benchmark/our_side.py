@@ -21,7 +21,7 @@ from experiments.benchmark.measuring import count_tflop, timed
 from experiments.benchmark.settings import BenchmarkConfig, exact_length, grpo_settings, sft_examples, sft_settings
 from experiments.benchmark.turns import PHASES, Figures
 from plainrl.config import GRPOConfig
-from plainrl.data import encode_prompts, load_questions, load_validation_set
+from plainrl.data import load_questions, load_validation_set
 from plainrl.devices import peak_memory_gib
 from plainrl.engine import engine_settings, init_vllm, sample_responses, sampling_params
 from plainrl.grading.rewards import grade_responses
@@ -29,7 +29,7 @@ from plainrl.model_files import resolve_model
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training
 from plainrl.records import Example, Response, Rollout
 from plainrl.run_records import read_metrics
-from SFT_helper import pad_token_id
+from SFT_helper import encode_prompt, pad_token_id
 
 NUM_GRADINGS = 20
 
@@ -105,8 +105,8 @@ def work_rollout(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     settings = config.model_copy(update=exact_length(config))
     folder = resolve_model(settings.model)
     questions = load_questions([], settings)[: settings.num_questions_per_step]
-    prompt_ids = encode_prompts(questions, AutoTokenizer.from_pretrained(folder), settings)
-    prompt_ids = [ids for ids in prompt_ids for _ in range(settings.group_size)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt_ids = [encode_prompt(one.prompt, tokenizer) for one in questions for _ in range(settings.group_size)]
     llm = init_vllm(folder, **engine_settings(settings))
     params, seeds = sampling_params(settings), range(len(prompt_ids))
     requests = [params.clone() for _ in seeds]
@@ -134,7 +134,7 @@ def work_logprob(config: BenchmarkConfig, turn: str) -> dict[str, Figures]:
     length = config.sampling_max_tokens * (2 if turn == "twice the length" else 1)
     policy, tokenizer = load_policy(config)
     questions = load_questions([], config)[:num_questions]
-    prompt_ids = encode_prompts(questions, tokenizer, config)
+    prompt_ids = [encode_prompt(question.prompt, tokenizer) for question in questions]
     rollouts = invent_rollouts(questions, prompt_ids, config.group_size, length, policy.config.vocab_size)
     optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
 

@@ -38,7 +38,7 @@ from plainrl.report.samples import (
     shorten,
     split_into_groups,
 )
-from plainrl.run_records import EVAL_SCORE, read_metrics
+from plainrl.run_records import EVAL_SCORE, read_json_object, read_metrics
 from plainrl.several_samples import wilson_interval
 from plainrl.shared_config import validation_source
 
@@ -62,7 +62,7 @@ def read_run(folder: Path, state: str, ending: str = "", config: RunConfig | Non
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run, for it has no config.yaml; name the folder of a run")
-    settings, environment = read_yaml(folder / "config.yaml"), _read_environment(folder)
+    settings, environment = read_yaml(folder / "config.yaml"), read_json_object(folder / "environment.json")
     rows = with_axes(read_metrics(folder))
     schema = schema_of(settings)
     settings = with_defaults(settings, schema) if schema else settings
@@ -402,14 +402,6 @@ def _load_config(schema: type[RunConfig], settings: Row) -> RunConfig | None:
         return schema.model_validate(settings)
     except (ValidationError, UserError):  # a file of the user's own is gone, or the run is of another version
         return None
-
-
-def _read_environment(folder: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((folder / "environment.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _text(value: Any) -> str:

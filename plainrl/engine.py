@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
     from vllm.logprobs import FlatLogprobs
 
-# vLLM's level while it starts, which takes minutes on a GPU, and afterwards. At WARNING it would say at each weight sync
-# that rotary embeddings, which have no weights, were not loaded (vLLM 0.32).
+# vLLM's level while it starts, and afterwards. At WARNING each weight sync has a false alarm about rotary embeddings.
 LOG_LEVELS = {"cpu": ("ERROR", "ERROR"), "cuda": ("INFO", "ERROR")}
 CPU_OPTIONS = {
     "block_size": 32,  # with the default of 128, a prompt as short as r1_zero's would never be cached

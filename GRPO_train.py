@@ -102,10 +102,9 @@ def train(
     steps = TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO", sampler)
     with steps as loop, sampler:
         for step in loop:
-            # 1. Sync: copy the policy's weights into the engine. With rollouts_ahead, first wait for the responses that
-            #    the engine still samples. The copy is checked: engine and policy must agree on the log-probs of sampled
-            #    tokens. By default phase 5 checks this on the rollouts. With rollouts_ahead or a top-p below 1, a few
-            #    probe tokens are sampled and checked here.
+            # 1. Sync: copy the policy's weights into the engine. Phase 5 checks that both agree on the log-probs of the
+            #    rollouts. With rollouts_ahead or a top-p below 1, a few probe tokens are checked here instead. With
+            #    rollouts_ahead the engine first finishes the responses that it still samples.
             with loop.phase("rollout"):
                 sampler.finish()
             with loop.phase("sync"):

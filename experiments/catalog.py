@@ -60,6 +60,10 @@ LONG = [
     Curve("long_grpo", "default", "GRPO, no further traces", "GRPO"),
     Curve("long_sft", "default", "SFT on the warm start's 256 traces", "SFT, the same 256 traces"),
 ]
+BEYOND_TRACES = [
+    Curve("beyond_traces", "default", "GRPO on sums of 2 to 6 terms, without traces", "GRPO, 2 to 6 terms"),
+    Curve("beyond_traces_sft", "default", "SFT on the traces of 2 and 3 terms", "SFT, traces of 2 and 3"),
+]
 SFT_CHOSEN = Curve("sft_chosen", "default", "SFT on the chosen traces of the pairs", "SFT, chosen traces")
 EXPERT_ITERATION = Curve("expert_iteration", "default", "expert iteration")
 DPO = Curve("dpo", "default", "DPO, 1,024 pairs of traces", "DPO")
@@ -133,6 +137,21 @@ FIGURES = {
             ],
         )
     ],
+    "beyond_traces/lengths.png": [
+        Group(
+            "Held-out sums of 2 and 3 terms, and of 4, 5 and 6",
+            BEYOND_TRACES,
+            [
+                Panel("optimizer_steps", EVAL_SCORE),
+                *(Panel("optimizer_steps", f"eval/{n}/answer_reward") for n in ("four", "five", "six")),
+            ],
+        ),
+        Group(
+            "GRPO's rollouts, all lengths together",
+            BEYOND_TRACES[:1],
+            [Panel("rollout_batches", "rollout/reward"), Panel("rollout_batches", "rollout/response_length")],
+        ),
+    ],
     "prompt/prompts.png": [
         Group(
             "GRPO with two prompts",
@@ -170,5 +189,7 @@ TABLES = {
     "sft_chosen": [SFT_CHOSEN],
     "long_grpo": LONG,
     "long_sft": LONG[1:],
+    "beyond_traces": BEYOND_TRACES,
+    "beyond_traces_sft": BEYOND_TRACES[1:],
     "zero_shot": [Curve("zero_shot", "r1_zero", "untrained, r1_zero prompt")],
 }

@@ -45,6 +45,7 @@ QUANTITIES = {
     ENTROPY: Quantity("entropy (nats per token)"),
     LOSS: Quantity("loss (nats per token)", window=5, is_logarithmic=True),  # it falls by a factor of 100
     GRAD_NORM: Quantity("gradient norm", window=5),
+    **{f"eval/{n}/answer_reward": Quantity(f"answer reward, {n} terms", high=1.0) for n in ("four", "five", "six")},
     "eval/response_length": Quantity("response length (tokens)"),
     "rollout/reward": Quantity("training reward (share right)", high=1.0, window=5),
     "rollout/response_length": Quantity("response length (tokens)", window=5),

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
     from vllm.logprobs import FlatLogprobs
 
-# vLLM's level while it starts, and afterwards. At WARNING each weight sync has a false alarm about rotary embeddings.
-LOG_LEVELS = {"cpu": ("ERROR", "ERROR"), "cuda": ("INFO", "ERROR")}
+# vLLM's level while it starts, and afterwards. On a GPU its start takes minutes, in which it says what it does.
+LOG_LEVELS = {"cpu": ("ERROR", "ERROR"), "cuda": ("INFO", "WARNING")}
 CPU_OPTIONS = {
     "block_size": 32,  # with the default of 128, a prompt as short as r1_zero's would never be cached
     "enable_chunked_prefill": False,  # fails with seeds: the CPU's generator has no offset (vLLM 0.32)
@@ -384,12 +384,11 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
     starting_level, running_level = LOG_LEVELS[device.partition(":")[0]]
     if in_own_process:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork would inherit threads and locks
-        starting_level = running_level  # it keeps its level, and would write over the progress bar at each step
+        starting_level = "ERROR"  # it keeps its level, and would write over the progress bar at each step
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # vLLM must not bind torch's threads to cores
     is_level_ours = "VLLM_LOGGING_LEVEL" not in os.environ  # else the user's own level holds throughout
     os.environ.setdefault("VLLM_LOGGING_LEVEL", starting_level)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # On the CPU, vLLM prints progress and warnings that do not matter here. On a GPU its start takes minutes.
     with _quiet_stderr() if device == "cpu" else contextlib.nullcontext():
         from vllm.platforms import current_platform
 
@@ -416,6 +415,8 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
             ) from error
     if is_level_ours:
         logging.getLogger("vllm").setLevel(running_level)
+        # At each weight sync: "RotaryEmbedding: Failed to load weights". It has none.
+        logging.getLogger("vllm.model_executor.model_loader.reload").setLevel("ERROR")
     return llm
 
 

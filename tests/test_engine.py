@@ -287,6 +287,7 @@ from plainrl.engine import _start_vllm
 _start_vllm(sys.argv[1], {})
 logging.getLogger("vllm.v1").info("falling asleep")
 logging.getLogger("vllm.v1").warning("out of blocks")
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").warning("RotaryEmbedding: Failed")
 """
 
 
@@ -297,7 +298,7 @@ def test_on_a_gpu_vllm_says_what_it_does_while_it_starts():
     assert result.returncode == 0, result.stderr
     shown = result.stdout + result.stderr
     assert all(message in shown for message in ("compiling", "memory is short", "capturing: 100%", "out of blocks"))
-    assert "falling asleep" not in shown
+    assert "falling asleep" not in shown and "RotaryEmbedding" not in shown  # a false alarm at each weight sync
 
 
 class RecordingEngine:

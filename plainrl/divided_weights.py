@@ -1,8 +1,8 @@
 """Let each rank read its share of a model's weights from the files, so that no rank ever holds the whole model.
 
-    make_empty_model              the model's modules, with parameters that have a shape and no memory (PyTorch's meta device)
-    distributed.divide_weights    divides them over the ranks
-    read_shares                   gives each share its memory, and reads it from the safetensors files
+    make_empty_model     the model's modules, with parameters that have a shape and no memory (PyTorch's meta device)
+    divide_weights       divides them over the ranks (distributed.py)
+    read_shares          gives each share its memory, and reads it from the safetensors files
 
 This is done only where the files hold exactly the tensors of the model, by name and size, and where the model can be
 tried without weights. Otherwise each rank loads the whole model: `model_files.load_weights` renames what older files

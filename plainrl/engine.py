@@ -415,8 +415,7 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
             ) from error
     if is_level_ours:
         logging.getLogger("vllm").setLevel(running_level)
-        # At each weight sync: "RotaryEmbedding: Failed to load weights". It has none.
-        logging.getLogger("vllm.model_executor.model_loader.reload").setLevel("ERROR")
+        logging.getLogger("vllm.model_executor.model_loader.reload").setLevel("ERROR")  # a false alarm at each sync
     return llm
 
 

@@ -124,7 +124,7 @@ class Browser:
 
     def _receive(self):
         while b"\0" not in self._received:
-            assert select.select([self._from], [], [], 30)[0], "the browser does not answer"
+            assert select.select([self._from], [], [], 300)[0], "the browser does not answer"
             self._received += os.read(self._from, 1 << 20)
         text, _, self._received = self._received.partition(b"\0")
         message = json.loads(text)

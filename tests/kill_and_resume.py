@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from ranks import left_alive
 from tiny import REPOSITORY, grpo_arguments, make_answering_model, make_tiny_model, tiny_arguments
 
 from plainrl.checkpoint_files import find_damage
@@ -82,7 +83,7 @@ def start(
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 300) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 1800) -> None:
     """Return when a condition holds or the process has ended."""
     deadline = time.monotonic() + seconds
     while not condition() and process.poll() is None:
@@ -134,8 +135,7 @@ def kill(process: subprocess.Popen, chance: random.Random | None = None) -> None
     for victim in victims or [process]:
         victim.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
-    if alive:
+    if alive := left_alive(children):
         raise AssertionError(f"left behind: {alive}")
 
 

@@ -17,7 +17,7 @@ import torch
 from tiny import FakeEvaluator
 
 import SFT_train
-from plainrl import checkpoint, cli, distributed, guard
+from plainrl import checkpoint, cli, distributed, guard, run_folder
 from plainrl.cli import run_main
 from plainrl.distributed import rank
 from plainrl.records import UserError
@@ -64,8 +64,17 @@ def main(arguments):
 
     SFT_train.accumulate_gradients, SFT_train.Evaluator = with_fault, FakeEvaluator
     SFT_train.check_devices = lambda config: None  # it would ask for the CPU build of vLLM, which no rank uses
-    # Ranks wait for each other: here, not for long.
-    distributed.SECONDS_TO_COME = cli.SECONDS_FOR_FIRST_RANK = guard.SECONDS_FOR_FIRST_RANK = 4.0
+    # Ranks wait for each other. Here they wait for long only where all of them end alike.
+    is_shared = who == "all" or fault == "fills its disk" or "signal" in fault
+    seconds = 60.0 if is_shared else 4.0
+    distributed.SECONDS_TO_COME = cli.SECONDS_FOR_FIRST_RANK = guard.SECONDS_FOR_FIRST_RANK = seconds
+    # The limit of a phase is that of the step with the fault. The first step may take longer.
+    watched, trained = run_folder.watched, itertools.count(1)
+
+    def watched_from_the_second(phase, limit, *rest):
+        return watched(phase, limit if phase != "train" or next(trained) > 1 else 1800, *rest)
+
+    run_folder.watched = watched_from_the_second
     SFT_train.main(settings)
 
 

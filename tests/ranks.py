@@ -17,6 +17,21 @@ def is_alive(process):
     return False
 
 
+def left_alive(processes, seconds=60):
+    """Those of some processes that have not ended after a while."""
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [process for process in processes if is_alive(process)]
+
+
+def has_begun(process):
+    """Whether it imports torch. plainrl/startup.py has tied it to its parent by then."""
+    with contextlib.suppress(psutil.Error):
+        return any("libtorch" in part.path for part in process.memory_maps())
+    return False
+
+
 def end(process, log, seconds=SECONDS_TO_END):
     """Wait for a process that torchrun may be, and return its status. Kill it and its own if it does not end."""
     children = {}

@@ -198,7 +198,7 @@ def kill_and_resume(background):
     process = background.start(
         [sys.executable, "-c", SLOW_SCRIPT, *killed], cwd=REPOSITORY, stdout=DEVNULL, stderr=DEVNULL
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1800
     while not (folder / "killed/checkpoints/step_000004").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)

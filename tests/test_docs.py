@@ -284,7 +284,7 @@ def test_grpo_by_hand_learns():
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
-        timeout=60,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert started.returncode == 0, started.stderr
@@ -443,7 +443,7 @@ def test_a_loss_in_the_table_passes_the_tests_of_the_table(tmp_path):
         shutil.copy(file, tmp_path)
     (tmp_path / "GRPO_helper.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_losses.py", "-k", "sapo"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert result.returncode == 0, result.stdout
     assert int(re.search(r"(\d+) passed", result.stdout)[1]) >= 5
     module = load_module(tmp_path / "GRPO_helper.py", "GRPO_helper_with_sapo")

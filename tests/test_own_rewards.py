@@ -143,13 +143,13 @@ def test_a_mistake_costs_one_response_and_is_said_once(response, problem, capsys
 @pytest.mark.parametrize("response", ["sleep", "spin"])
 def test_a_call_that_does_not_end_costs_one_response(response):
     """Whether it waits or computes. The next call has a thread of its own, and a busy one is stopped."""
-    reward = find_reward("my.py:odd", max_seconds=0.2)
+    reward = find_reward("my.py:odd", max_seconds=2)
     waiting, before = num_given_up(), time.monotonic()
     grades = grade_responses(["fine", response, "fine"], ["1"] * 3, reward)
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 30
     assert [grade.failure for grade in grades] == [None, "timeout", None]
-    assert "my.py:odd took longer than max_reward_seconds = 0.2" in (grades[1].problem or "")
-    deadline = time.monotonic() + 10
+    assert "my.py:odd took longer than max_reward_seconds = 2" in (grades[1].problem or "")
+    deadline = time.monotonic() + 60
     while response == "spin" and num_given_up() > waiting and time.monotonic() < deadline:
         time.sleep(0.05)
     assert num_given_up() - waiting == (response == "sleep")  # which Python cannot wake up

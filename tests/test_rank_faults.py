@@ -6,19 +6,18 @@ import re
 import shutil
 import time
 
-import psutil
 import pytest
 import rank_gradients
 import torch
 from kill_and_resume import differences_to_rounding, ranks_of, start
-from ranks import end
+from ranks import SECONDS_TO_END, end, has_begun, left_alive
 from tiny import run_python, tiny_arguments, train_rows
 from transformers import AutoModelForCausalLM
 
 from plainrl import distributed
 from plainrl.records import UserError
 
-SECONDS_AFTER_FAULT = 120
+SECONDS_AFTER_FAULT = 400
 CHANGED = ["resume_with_changes=true"]
 
 
@@ -26,7 +25,7 @@ def run_fault(who, fault, model, folder, **settings):
     """Run SFT by two ranks with a fault; return what was printed, and the checkpoints."""
     values = {"run_name": "run", "max_steps": 4, "checkpoint_interval": 1, "keep_last": 9} | settings
     log, arguments = folder / "log", tiny_arguments(model, folder, **values)
-    options = ["--shutdown-timeout", "12"]  # after which torchrun kills what its signal does not end
+    options = ["--shutdown-timeout", "120"]  # after which torchrun kills what its signal does not end
     program = "tests/rank_faults.py"
     process = start(program, [who, fault, *arguments], log, num_ranks=2, torchrun_options=options)
     assert end(process, log) == 1
@@ -87,13 +86,13 @@ def test_ranks_end_with_torchrun_also_while_they_start(num_ranks, tiny_model_fol
     """Importing takes seconds, and more on a busy machine. Ranks do not know each other yet."""
     arguments = tiny_arguments(tiny_model_folder, tmp_path, run_name="run")
     process = start("SFT_train.py", arguments, tmp_path / "log", num_ranks=num_ranks)
-    ranks, deadline = [], time.monotonic() + 60
-    while len(ranks) < num_ranks and time.monotonic() < deadline:
+    ranks, deadline = [], time.monotonic() + SECONDS_TO_END
+    while not (len(ranks) == num_ranks and all(map(has_begun, ranks))) and time.monotonic() < deadline:
+        time.sleep(0.05)
         ranks = ranks_of(process)
-    time.sleep(1)  # until Python itself has started
     process.kill()
     process.wait()
-    assert len(ranks) == num_ranks and psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert len(ranks) == num_ranks and left_alive(ranks) == []
     assert not (tmp_path / "run/metrics.jsonl").exists(), "they had not got far"
 
 

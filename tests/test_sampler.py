@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from kill_and_resume import start, wait_for
+from ranks import left_alive
 from safetensors.torch import load_file
 from tiny import REPOSITORY, grpo_arguments, read_lines, replace_engine, train_rows
 
@@ -174,7 +175,7 @@ def test_the_process_of_an_engine_ends_with_the_run_and_gets_no_signals_of_its_t
     engine = psutil.Process(process_id)
     parent.kill()
     parent.wait()
-    assert psutil.wait_procs([engine], timeout=10)[1] == []
+    assert left_alive([engine]) == []
 
 
 def test_a_process_that_ends_while_it_is_awaited_is_told_at_once(monkeypatch):
@@ -263,8 +264,8 @@ def run_ahead(background):
     wait_for(lambda: (folder / "run/checkpoints/step_000002").is_dir(), run)
     engines = [child for child in psutil.Process(run.pid).children(recursive=True) if "EngineCore" in child.name()]
     run.send_signal(signal.SIGINT)
-    statuses, left = [run.wait(120)], psutil.wait_procs(engines, timeout=20)[1]
-    statuses.append(start("GRPO_train.py", arguments, folder / "last.log", background.start).wait(300))
+    statuses, left = [run.wait(600)], left_alive(engines)
+    statuses.append(start("GRPO_train.py", arguments, folder / "last.log", background.start).wait(1800))
     return folder, statuses, len(engines), left
 
 

@@ -411,11 +411,12 @@ def test_a_signal_reaches_the_run_once_and_the_sweep_can_go_on(workplace, number
         start_new_session=True,
     )
     folder = Path("runs/mine-slow-seed0")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (folder / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert (folder / "ready").exists()
     os.killpg(process.pid, number)  # as the terminal does
-    _, output = process.communicate(timeout=30)
+    _, output = process.communicate(timeout=300)
     assert process.returncode == status
     assert (folder / "saved").read_text() == "once"
     command = run_command("python -m experiments.sweep mine.yaml preset=laptop seeds=[0]")
@@ -469,10 +470,14 @@ def test_a_run_of_before_a_key_was_there_has_its_default(workplace):
 def test_one_run_at_a_time_on_each_gpu(workplace, monkeypatch):
     seen = Path("seen.txt").resolve()
     script = Path("GRPO_train.py")
-    prelude = (
-        "import os, time\n"
-        f"with open({str(seen)!r}, 'a') as file: file.write(os.environ['CUDA_VISIBLE_DEVICES'] + '\\n')\n"
-        "time.sleep(0.3)\n"
+    prelude = (  # a GPU that is ahead waits for the other one
+        "import os, time\nfrom pathlib import Path\n"
+        f"gpu, seen = os.environ['CUDA_VISIBLE_DEVICES'], Path({str(seen)!r})\n"
+        "with seen.open('a') as file: file.write(gpu + '\\n')\n"
+        "for _ in range(3000):\n"
+        "    lines = seen.read_text().split()\n"
+        "    if 2 * lines.count(gpu) <= len(lines): break\n"
+        "    time.sleep(0.02)\n"
     )
     script.write_text(prelude + script.read_text())
     run_sweep("--gpus", "0,3", "n_grpo_steps=2")

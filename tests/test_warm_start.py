@@ -1,5 +1,6 @@
 """The first policy of GRPO: a model that is found, or an SFT run that is made first from the same data and sizes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ranks import SECONDS_TO_END, has_begun, is_alive, left_alive
 from test_sources import through_pipe
 from tiny import REPOSITORY, FakeEvaluator, grpo_arguments, read_lines, train_rows, write_lines
 
@@ -319,16 +321,16 @@ warm_start._run_preset(GRPOConfig(preset="laptop", warm_start="warm-start"))
 def test_the_warm_start_of_ranks_ends_with_the_one_that_makes_it(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     maker = subprocess.Popen([sys.executable, "-c", MAKES_A_WARM_START], cwd=tmp_path, env=environment)
-    made, deadline = [], time.monotonic() + 120
-    while not made and maker.poll() is None and time.monotonic() < deadline:
+    made, deadline = [], time.monotonic() + SECONDS_TO_END
+    while not (made and has_begun(made[0])) and maker.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-        children = psutil.Process(maker.pid).children()
-        made = [child for child in children if "resume=auto" in child.cmdline()]
-    time.sleep(2)  # until Python has begun in it; its imports take longer
-    assert made and made[0].is_running()
+        with contextlib.suppress(psutil.Error):  # one that ends at this moment
+            children = psutil.Process(maker.pid).children()
+            made = [child for child in children if "resume=auto" in child.cmdline()]
+    assert made and is_alive(made[0])
     maker.kill()
     maker.wait()
-    assert psutil.wait_procs(made, timeout=10)[1] == []
+    assert left_alive(made) == []
 
 
 def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, process):

@@ -151,7 +151,7 @@ def run_python(*arguments, folder=REPOSITORY, start=subprocess.Popen, **options)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = start([sys.executable, *map(str, arguments)], cwd=folder, **pipes, **options)
     try:
-        stdout, stderr = process.communicate(timeout=300)
+        stdout, stderr = process.communicate(timeout=1800)
     except subprocess.TimeoutExpired:
         process.kill()
         raise

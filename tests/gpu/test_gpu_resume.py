@@ -61,7 +61,7 @@ def test_a_killed_and_resumed_run_goes_on_as_if_nothing_had_been(
     SFT_train.main(arguments_of(VARIANTS[name], tiny_model_folder, runs, "straight"))  # meanwhile
     drawn = list(batches)
     batches.clear()
-    assert process.wait(timeout=300) == -9, (runs / "killed.log").read_text()[-3000:]
+    assert process.wait(timeout=1800) == -9, (runs / "killed.log").read_text()[-3000:]
     folder = runs / "killed"
     assert find_torn(folder) == [] and steps_of(folder) == list(range(1, KILLED_AT))
     saved = load_file(folder / f"checkpoints/step_{SAVED_AT:06d}/optimizer.safetensors")

@@ -43,10 +43,7 @@ def end(process, log, seconds=SECONDS_TO_END):
             if time.monotonic() > deadline:
                 pytest.fail(f"nothing ended: {Path(log).read_text()[-3000:]}")
             time.sleep(0.05)
-        grace = time.monotonic() + 10  # a helper of Python's multiprocessing ends after its process
-        while any(map(is_alive, children.values())) and time.monotonic() < grace:
-            time.sleep(0.05)
-        assert not [child for child in children.values() if is_alive(child)]
+        assert not left_alive(children.values(), seconds=10)  # a helper of multiprocessing ends after its process
         return process.returncode
     finally:
         for hung in [process, *children.values()]:

@@ -126,7 +126,7 @@ def test_the_gradient_of_a_step_is_the_same_however_it_is_computed(
         config = tiny_config(gradient_accumulation_steps=steps, **options)
         for batch in (rollouts, rollouts[::-1]):
             gradient, sums = gradient_of(tiny_model, batch, config)
-            assert (gradient - expected).norm() < 1e-5 * expected.norm()  # measured: up to 1.6e-6
+            assert (gradient - expected).norm() < 2e-6 * expected.norm()  # measured: up to 1.6e-6
             assert sums["loss"] == pytest.approx(expected_loss, abs=1e-5)
     zero = "reward" if loss_type == "no_baseline" else "advantage"
     num_zero = sum((r.rewards["reward"] if zero == "reward" else r.advantage) == 0 for r in rollouts)

@@ -284,7 +284,7 @@ def test_the_gradient_is_the_same_by_two_ranks(case, gradients):
     first, second = (torch.cat([part[name].flatten() for name in one]) for part in (one, two))
     assert bool(first.any()) == (case != "nothing to learn")
     is_half = "bfloat16" in case  # alone, a working copy computes; its embeddings are looked up in float32
-    rounding = 5e-6  # measured: up to 1.4e-6
+    rounding = 2e-6 if "another division" in case else 1e-6
     assert (first - second).norm() <= (0.05 if is_half else rounding) * first.norm()
     sums = [json.loads((folder / "sums.json").read_text())["sums"][case] for folder in gradients[:2]]
     if case == "DPO" or case.startswith("SFT"):

@@ -206,7 +206,7 @@ def test_a_phase_within_its_limit_is_timed_and_leaves_nothing(tmp_path):
     for _ in range(2):
         with watched("train", 60, tmp_path, seconds):
             time.sleep(0.02)
-    assert 0.04 <= seconds["time/train"] < 30
+    assert 0.04 <= seconds["time/train"] < 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -222,7 +222,7 @@ def test_the_time_of_a_phase_contains_the_work_that_a_gpu_was_handed(tmp_path, m
     seconds = {}
     with watched("train", 60, tmp_path, seconds, ["cuda:0", "cuda:1"]):
         pass
-    assert 0.1 <= seconds["time/train"] < 30 and waited_for == ["cuda:0", "cuda:1"]
+    assert 0.1 <= seconds["time/train"] < 1 and waited_for == ["cuda:0", "cuda:1"]
 
 
 HANGS = {

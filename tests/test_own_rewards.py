@@ -146,10 +146,10 @@ def test_a_call_that_does_not_end_costs_one_response(response):
     reward = find_reward("my.py:odd", max_seconds=2)
     waiting, before = num_given_up(), time.monotonic()
     grades = grade_responses(["fine", response, "fine"], ["1"] * 3, reward)
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < 10
     assert [grade.failure for grade in grades] == [None, "timeout", None]
     assert "my.py:odd took longer than max_reward_seconds = 2" in (grades[1].problem or "")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 10
     while response == "spin" and num_given_up() > waiting and time.monotonic() < deadline:
         time.sleep(0.05)
     assert num_given_up() - waiting == (response == "sleep")  # which Python cannot wake up

@@ -26,7 +26,7 @@ from plainrl.cli import answer_questions, read_yaml, require_one_process, resolv
 from plainrl.data import derive_seed
 from plainrl.devices import check_devices
 from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
-from plainrl.grading.rewards import grade_responses
+from plainrl.grading.rewards import grade_response
 from plainrl.policy import ON_CPU, load_policy
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Response, UserError
@@ -157,10 +157,12 @@ def describe_response(response: Response, question: str, prompt: str, answer: st
     notes = [f"{len(response.token_ids)} tokens"]
     notes += ["cut"] if response.finish_reason == "length" else []
     if answer:
-        fields = [{"question": question, "prompt": prompt}]
-        (grade,) = grade_responses([response.text], [answer], config.reward_function, fields)
-        is_right = grade.rewards["answer_reward"] == 1
-        notes.insert(0, f"{'right' if is_right else 'wrong'}, reward {grade.rewards['reward']:g}")
+        fields = {"question": question, "prompt": prompt}
+        grade = grade_response(response.text, answer, config.reward_function, fields)
+        shown = "right" if grade.rewards["answer_reward"] == 1 else "wrong"
+        shown += f", reward {grade.rewards['reward']:g}"
+        # A function of one's own may want a column of the training data, which a typed question does not have.
+        notes.insert(0, f"not graded: {grade.problem}" if grade.problem else shown)
     return f"{printable(response.text.strip())}\n[{', '.join(notes)}]"
 
 

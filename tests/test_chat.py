@@ -60,6 +60,14 @@ def test_a_response_is_shown_with_its_grade_and_cannot_command_the_terminal():
     assert describe_response(response, "q", "p", "", ChatConfig()).endswith("[2 tokens, cut]")
 
 
+def test_a_reward_that_wants_a_column_is_said_and_the_chat_goes_on(tmp_path):
+    """A typed question has no further columns."""
+    (tmp_path / "mine.py").write_text("def by_level(response, ground_truth, level):\n    return 1.0\n")
+    config = ChatConfig(reward=f"{tmp_path}/mine.py:by_level")
+    shown = describe_response(Response([1], "3", [5, 6], [], "stop"), "What is 1 + 2?", "prompt", "3", config)
+    assert shown.startswith("3\n[not graded: ") and "level" in shown and shown.endswith(", 2 tokens]")
+
+
 def test_a_long_text_is_wrapped_in_its_column():
     lines = side_by_side(["a" * 50, "b\n\nc"], width=63).splitlines()
     assert lines == ["a" * 30 + " | b", "a" * 20 + " " * 10 + " |", " " * 30 + " | c"]

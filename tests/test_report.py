@@ -264,6 +264,21 @@ def test_what_does_not_fit_is_left_out_evenly_and_counted(tmp_path, monkeypatch)
     assert len(contents.to_json(found["groups"])) < 6000 and found["numResponses"] == 10 * 4 + 8 + 9 * 4
 
 
+@pytest.mark.parametrize("num_printed", [1, 3])
+def test_what_was_printed_stays_in_a_full_page(tmp_path, monkeypatch, num_printed):
+    """Right answers that come last. Without their precedence they would be the first to be left out."""
+    folder = make_run(tmp_path, num_steps=2)
+    for step in range(3):
+        rows = [{"prompt": f"Q{n}", "question": n, "response": "r" * 80, "answer_reward": n > 96} for n in range(100)]
+        lines = [json.dumps(row | {"answer_reward": float(row["answer_reward"])}) for row in rows]
+        (folder / f"samples/eval_{step:06d}.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(contents, "SHOWN_BYTES", 12000)
+    found = describe_responses(folder, {"prompt": "r1_zero", "group_size": 4, "num_printed_examples": num_printed})
+    shown = {(group["step"], group["rank"]) for group in found["groups"] if group["kind"] == "eval"}
+    printed = {(step, rank) for step in range(3) for rank in [*range(num_printed), *range(97, 97 + num_printed)]}
+    assert printed <= shown and len(shown) < 150
+
+
 def test_without_training_responses_the_page_is_filled_with_evaluations(tmp_path, monkeypatch):
     """SFT and an evaluation sample no training responses. They had half a page."""
     folder = make_run(tmp_path, num_steps=9)

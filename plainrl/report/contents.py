@@ -274,6 +274,7 @@ def describe_responses(folder: Path, settings: Row) -> dict[str, Any]:
     """Return the groups of responses that a page shows, the template of their prompts, and how many there are."""
     template = read_template(str(settings.get("prompt", "")))
     group_size = int(settings.get("group_size") or 1)
+    num_printed = int(settings.get("num_printed_examples") or 1)  # they are never left out of a full page
     num_responses = num_damaged = 0
     found: list[tuple[tuple[bool, int, int], dict[str, Any]]] = []  # the order in which groups are taken, and each
     for kind, files in _by_kind(folder).items():
@@ -281,7 +282,7 @@ def describe_responses(folder: Path, settings: Row) -> dict[str, Any]:
         for place, file in enumerate(files):
             samples, damaged = read_samples(file.path)
             num_responses, num_damaged = num_responses + len(samples), num_damaged + damaged
-            printed = {index for indices in choose_printed(samples, 1).values() for index in indices[:1]}
+            printed = {index for indices in choose_printed(samples, num_printed).values() for index in indices}
             for rank, indices in enumerate(split_into_groups(samples, kind, group_size)):
                 group = describe_group([samples[index] for index in indices], template)
                 group = {"kind": kind, "step": file.step, "rank": rank, **group}

@@ -1,7 +1,7 @@
 """Write report.html: one self-contained page that shows a run, or several beside each other.
 
-The page loads nothing: style, script and contents stand in it. The curves are drawn as SVG by two hundred
-lines, curves.js. A plotting library would add between 50 kB and 4 MB to every page, and the curves need none of it.
+The page loads nothing: style, script and contents stand in it. The curves are drawn as SVG by two hundred lines,
+curves.js. docs/running.md says why there is no plotting library.
 Responses are hostile text. They stand in a JSON block in which `<` is escaped, and the script makes them text nodes. A
 content security policy names the hashes of style and script, so that the browser would run no other script.
 """

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from plainrl.changes import changes_since, with_defaults
 from plainrl.chat_config import ChatConfig
 from plainrl.config import ConfigType, RunConfig, SFTConfig
-from plainrl.devices import choose_preset, guess_preset, run_command
+from plainrl.devices import choose_preset, guess_preset, has_gpu_driver, run_command
 from plainrl.faults import describe_fault
 from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.own_rewards import RewardError
@@ -34,6 +34,7 @@ from plainrl.layers import (
     Files,
     check_block,
     describe_problems,
+    find_typos,
     layers_of,
     layers_over,
     named_last,
@@ -95,7 +96,7 @@ def answer_questions(command: str, schema: type[RunConfig], yaml_path: Path, arg
         print("\n".join(explain(schema, yaml_path, key, read_yaml(yaml_path)) for key in keys))
     elif questions:
         config = resolve(schema, yaml_path, chosen, guess_preset).config
-        print(help_text(schema, yaml_path, command, config.model_dump(mode="json")))
+        print(help_text(schema, yaml_path, command, config.model_dump(mode="json"), read_yaml(yaml_path)))
     if questions:
         raise SystemExit(0)
 
@@ -140,6 +141,8 @@ def resolve(
     given = {key: value for key, value in overrides.items() if key != "config"}
     preset, notes = named_last("preset", [*files.values(), given], default="auto"), []
     if preset == "auto":
+        if choose is None and has_gpu_driver():  # torch is asked for GPUs, which takes seconds
+            find_typos(schema, {**layers_of(files, preset, given), "command line": given})
         preset, reason = (choose or choose_preset)()
         notes = [f"preset: {preset} ({reason})"]
         check_block("preset", preset, files, needs_blocks=False)

@@ -81,6 +81,7 @@ GROUPS = {
 }
 # Keys that take a name of a table. The names are printed by `--help`, so that a new one needs no other change.
 TABLES: dict[str, Mapping[str, Any]] = {"loss_type": LOSSES, "reward": REWARD_FUNCTIONS}
+BLOCKS: dict[str, tuple[str, ...]] = {"preset": ("auto",), "recipe": ()}  # keys that name a block of the YAML file
 SCHEMAS = {  # schema -> command, YAML file
     SFTConfig: ("SFT_train.py", "config.yaml"),
     GRPOConfig: ("GRPO_train.py", "grpo_train.yaml"),
@@ -91,7 +92,11 @@ SCHEMAS = {  # schema -> command, YAML file
 
 
 def help_text(
-    schema: type[RunConfig], yaml_path: str | Path, command: str, values: Mapping[str, Any] | None = None
+    schema: type[RunConfig],
+    yaml_path: str | Path,
+    command: str,
+    values: Mapping[str, Any] | None = None,
+    yaml_values: Mapping[str, Any] | None = None,
 ) -> str:
     """Return every key of a schema with its value, choices and meaning, by group.
 
@@ -100,6 +105,7 @@ def help_text(
         yaml_path: its YAML file.
         command: how the script is started, after `python`.
         values: the values of the preset that would be taken. Without them the defaults are shown alone.
+        yaml_values: the content of the YAML file, whose presets and recipes are named.
     """
     program = f"{run_command('python')} {command}"
     lines = [
@@ -115,7 +121,7 @@ def help_text(
     for group, keys in keys_by_group(schema).items():
         lines += ["", f"{group}:"]
         for key in keys:
-            default, choices = default_of(schema, key), choices_of(schema, key)
+            default, choices = default_of(schema, key), names_of(schema, key, yaml_values or {}, yaml_path)
             shown = as_yaml((values or {}).get(key, schema.model_fields[key].default))
             lines += [
                 f"  {key}={shown}" + (f"   (default {default or 'empty'})" if shown != default else ""),
@@ -155,8 +161,8 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
         f"  type      {type_of(schema, key)}",
         f"  default   {default_of(schema, key)}",
     ]
-    if key in TABLES:
-        lines.append(f"  names     {choices_of(schema, key)}")
+    if key in (*TABLES, *BLOCKS):
+        lines.append(f"  names     {names_of(schema, key, yaml_values, yaml_path)}")
     if key in yaml_values:
         lines.append(f"  {Path(yaml_path).name}   {as_yaml(yaml_values[key])}")
     for kind in ("presets", "recipes"):
@@ -164,6 +170,13 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
             if key in values:
                 lines.append(f"  {kind[:-1]} {name}   {as_yaml(values[key])}")
     return "\n".join(lines)
+
+
+def names_of(schema: type[RunConfig], key: str, yaml_values: Mapping[str, Any], yaml_path: str | Path) -> str:
+    """Return the names that a key takes, in words: `choices_of`, or the presets or recipes of the YAML file."""
+    if key in BLOCKS:
+        return ", ".join([*BLOCKS[key], *blocks_of(yaml_values, f"{key}s", yaml_path)])
+    return choices_of(schema, key)
 
 
 def blocks_of(yaml_values: Mapping[str, Any], kind: str, yaml_path: str | Path) -> dict[str, dict[str, Any]]:
@@ -189,8 +202,9 @@ def configuration_page() -> str:
         "uv run python -m plainrl.help > docs/configuration.md",
         "```",
         "",
-        "Values come from the defaults below, then the YAML file, its preset, its recipe if one is named, then",
-        "`key=value` arguments. Presets and recipes stand in the YAML files. `--help KEY` shows what they give to one.",
+        "Values come from the defaults below, then the YAML file, its preset, its recipe if one is named, then each",
+        "`config=FILE`, then `key=value` arguments. The last counts. FILE is YAML of your own; there may be several.",
+        "Presets and recipes stand in the YAML files. `--help KEY` shows what they give to a key.",
         "",
         "| script | YAML file |",
         "|---|---|",

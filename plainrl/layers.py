@@ -145,15 +145,30 @@ def validate(
 
     Each layer is named by its source, and later layers override earlier ones.
     """
+    merged, sources = _merge(layers)
+    try:
+        return schema.model_validate(merged | dict(fixed)), sources
+    except ValidationError as error:
+        raise UserError(describe_problems(error, schema, sources)) from None
+
+
+def find_typos(schema: type[RunConfig], layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise a UserError for a key or a single value that is wrong with every preset, while the preset is not known."""
+    merged, sources = _merge(layers)
+    try:
+        schema.model_validate(merged)
+    except ValidationError as error:
+        if any(item["loc"] for item in error.errors()):  # else several values together, which a preset may change
+            raise UserError(describe_problems(error, schema, sources)) from None
+
+
+def _merge(layers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, values in layers.items():
         merged |= values
         sources |= dict.fromkeys(values, source)
-    try:
-        return schema.model_validate(merged | dict(fixed)), sources
-    except ValidationError as error:
-        raise UserError(describe_problems(error, schema, sources)) from None
+    return merged, sources
 
 
 def describe_problems(error: ValidationError, schema: type[RunConfig], sources: Mapping[str, str]) -> str:

@@ -79,8 +79,8 @@ class RunConfig(BaseModel):
     )
     float32_output_layer: bool = Field(
         False,
-        description="compute logits in float32, in policy and engine. Their log-probs come closer together, for more "
-        "time and memory",
+        description="compute logits in float32, in policy and engine, so that their log-probs come closer together. It "
+        "costs time and memory. docs/log.md has what one sample showed",
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",

@@ -116,6 +116,33 @@ def test_help_shows_choices_and_the_values_of_the_preset(capsys):
     ):
         assert choices in words
     assert choices_of(SFTConfig, "lr_schedule") == "constant or cosine"
+    blocks = yaml.safe_load(GRPO_YAML.read_text())
+    assert f"(choices: auto, {', '.join(blocks['presets'])})" in words
+    assert f"(choices: {', '.join(blocks['recipes'])})" in words
+    assert f"  names     {', '.join(blocks['recipes'])}\n" in shown_by(["--help", "recipe"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("seed=fast", "^seed = 'fast' \\(command line\\): "),
+        ("sed: 1\n", r"^unknown key sed \(.*mine.yaml\): did you mean seed\?$"),
+    ],
+)
+def test_a_typo_is_named_before_torch_is_asked_for_gpus(monkeypatch, tmp_path, argument, message):
+    """Where there is a driver, `preset: auto` waits for torch. What no preset can mend is said before."""
+    monkeypatch.setattr("plainrl.cli.has_gpu_driver", lambda: True)
+    monkeypatch.setattr("plainrl.cli.choose_preset", lambda: pytest.fail("asked"))
+    given = argument if "=" in argument else write(tmp_path / "mine.yaml", argument)
+    with pytest.raises(UserError, match=message):
+        load_config(GRPOConfig, GRPO_YAML, [given])
+
+
+def test_what_a_preset_can_mend_is_no_typo(monkeypatch):
+    """The default of gradient_accumulation_steps, 128, would not divide this batch; that of the preset does."""
+    monkeypatch.setattr("plainrl.cli.has_gpu_driver", lambda: True)
+    monkeypatch.setattr("plainrl.cli.choose_preset", lambda: ("laptop", "as if"))
+    assert load_config(GRPOConfig, GRPO_YAML, ["train_batch_size=32"]).preset == "laptop"
 
 
 def test_help_asks_no_gpu(monkeypatch, capsys):

@@ -7,6 +7,7 @@ from experiments.curves import Curve, Group, Panel
 from plainrl.run_records import EVAL_SCORE
 
 ENTROPY, LOSS, GRAD_NORM = "eval/token_entropy", "train/loss_per_token", "train/grad_norm"
+OF_DPO = ("train/loss_per_pair", "eval/accuracy")
 
 SFT_EXAMPLES = [Curve("sft_examples", f"num_sft_examples={n}", f"{n} examples") for n in (128, 256, 512, 1024, "all")]
 SFT_FILTER = [

@@ -45,6 +45,8 @@ QUANTITIES = {
     ENTROPY: Quantity("entropy (nats per token)"),
     LOSS: Quantity("loss (nats per token)", window=5, is_logarithmic=True),  # it falls by a factor of 100
     GRAD_NORM: Quantity("gradient norm", window=5),
+    "train/loss_per_pair": Quantity("loss (nats per pair)", window=5),
+    "eval/accuracy": Quantity("pairs whose chosen response\nis likelier (share)", high=1.0),
     **{f"eval/{n}/answer_reward": Quantity(f"answer reward, {n} terms", high=1.0) for n in ("four", "five", "six")},
     "eval/response_length": Quantity("response length (tokens)"),
     "rollout/reward": Quantity("training reward (share right)", high=1.0, window=5),

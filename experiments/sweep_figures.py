@@ -7,7 +7,7 @@ curve for each variant, and a README.md with a table. What stands in that README
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.catalog import ENTROPY, FIGURES, LOSS, TABLES
+from experiments.catalog import ENTROPY, FIGURES, LOSS, OF_DPO, TABLES
 from experiments.curves import Curve, Group, Panel, read_series, rows_of
 from experiments.result_figures import draw
 from experiments.result_tables import END_OF_TABLE, START_OF_TABLE, make_table, put_table
@@ -52,7 +52,7 @@ def own_figure(sweep: str, curves: Sequence[Curve], root: Path, suffix: str) -> 
         panels = [Panel("rollout_batches", EVAL_SCORE), Panel("minutes", EVAL_SCORE), Panel("rollout_batches", ENTROPY)]
         panels.append(Panel("rollout_batches", "eval/response_length"))
     else:
-        panels = [Panel("optimizer_steps", LOSS), Panel("optimizer_steps", EVAL_SCORE)]
+        panels = [Panel("optimizer_steps", metric) for metric in (LOSS, EVAL_SCORE, *OF_DPO)]
     found = {panel: [read_series(curve, panel, root, suffix).mean for curve in curves] for panel in panels}
     drawn = [panel for panel, lines in found.items() if any(len(line) > 1 for line in lines)]
     name = f"{sweep}{suffix}"

@@ -2,7 +2,7 @@
 
     runs.csv      one row per run, RUN_COLUMNS. A run with a row is finished, also when its folder is gone
     metrics.csv   the METRICS of its metrics.jsonl, in the order in which they were logged, and the answer rewards of
-                  further validation sets (OF_A_SET)
+                  further validation sets or of DPO (OF_SOME)
 
     minutes         of training steps and evaluations, as logged, without loading, saving and lost work
     wall_minutes    of the run's processes, with a warm start that was made first
@@ -39,7 +39,8 @@ RUN_COLUMNS = (
     *("last_answer_reward", "best_answer_reward", "num_eval_examples", "final_answer_reward", "num_final_examples"),
     *("sampled_tokens", "peak_memory_gib"),
 )
-OF_A_SET = re.compile(r"eval(_all)?/[^/]+/answer_reward")  # of extra_validation_data
+# Columns that only some sweeps have: those of extra_validation_data, and of DPO.
+OF_SOME = re.compile(r"eval(_all)?/[^/]+/answer_reward|eval/accuracy|train/loss_per_pair")
 COLUMNS = {"runs.csv": RUN_COLUMNS, "metrics.csv": METRIC_COLUMNS}
 
 
@@ -58,7 +59,7 @@ def collect_run(
     rows = read_metrics(folder)
     summary = {**names, "wall_minutes": wall_minutes, **summarize_run(folder)}
     results.mkdir(parents=True, exist_ok=True)
-    kept = [{**names, **row} for row in rows if any(row.get(name) is not None for name in METRICS)]
+    kept = [{**names, **row} for row in rows if any(row.get(name) is not None for name in [*METRICS, *_of_some(row)])]
     _replace_rows(results / "metrics.csv", METRIC_COLUMNS, kept, order)
     _replace_rows(results / "runs.csv", RUN_COLUMNS, [summary], order)  # last: this row makes the run finished
     return summary
@@ -130,7 +131,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
     """Replace a run's rows in a CSV file."""
-    texts = [{name: as_text(row.get(name)) for name in [*columns, *filter(OF_A_SET.fullmatch, row)]} for row in rows]
+    texts = [{name: as_text(row.get(name)) for name in [*columns, *_of_some(row)]} for row in rows]
     replaced = {(row["variant"], row["seed"]) for row in texts}
     texts += [row for row in read_table(path) if (row["variant"], row["seed"]) not in replaced]
     places = {variant: place for place, variant in enumerate(order)}
@@ -138,12 +139,16 @@ def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str
     write_rows(path, columns, texts)
 
 
+def _of_some(row: Mapping[str, Any]) -> list[str]:
+    return [name for name in row if OF_SOME.fullmatch(name)]
+
+
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Write a CSV file of texts anew, and rename it, so that it is never half written."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
-        of_sets = sorted({name for row in rows for name, text in row.items() if text and OF_A_SET.fullmatch(name)})
-        writer = csv.DictWriter(file, [*columns, *of_sets], "", "ignore", lineterminator="\n")
+        of_some = sorted({name for row in rows for name in _of_some(row) if row[name]})
+        writer = csv.DictWriter(file, [*columns, *of_some], "", "ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     unfinished.replace(path)

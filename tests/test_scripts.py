@@ -12,7 +12,6 @@ import tomllib
 import pytest
 import torch
 import yaml
-from test_structure import tracked_files
 from tiny import (
     REPOSITORY,
     FakeEvaluator,
@@ -22,6 +21,7 @@ from tiny import (
     run_python,
     run_script,
     tiny_arguments,
+    tracked_files,
     train_rows,
     write_lines,
 )

@@ -3,14 +3,12 @@
 import ast
 import importlib
 import importlib.metadata
-import shutil
-import subprocess
 import sys
 import typing
 from pathlib import Path
 
 import pytest
-from tiny import REPOSITORY, run_python
+from tiny import REPOSITORY, run_python, tracked_files
 
 import SFT_helper
 from GRPO_helper import LENGTH_NORMALIZATIONS, LOSSES
@@ -37,14 +35,6 @@ def python_files(*folders):
 def module_name(path):
     """The name under which a file is imported, from the repository's folder."""
     return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
-
-
-def tracked_files():
-    """The files that git knows."""
-    if shutil.which("git") is None or not (REPOSITORY / ".git").exists():
-        pytest.skip("no git here")
-    result = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    return [path for line in result.stdout.splitlines() if (path := REPOSITORY / line).exists()]
 
 
 OURS = python_files("plainrl", "experiments", "supplement", "docs")

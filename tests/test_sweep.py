@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import REPOSITORY
+from tiny import REPOSITORY, tracked_files
 
 from experiments import sweep, sweep_plan
 from experiments.curves import Curve
@@ -381,6 +381,22 @@ def test_the_panels_of_a_figure_follow_from_what_was_logged(workplace, monkeypat
     assert own_figure("mine", [Curve("mine", "gone", "gone")], Path("results"), "") == {}
 
 
+def test_a_sweep_without_questions_shows_loss_and_accuracy_on_pairs(tmp_path):
+    """DPO on a GPU has held-out pairs alone."""
+    folder, results = tmp_path / "run", tmp_path / "results/mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0\n")
+    rows = [{"eval_step": step, "eval/accuracy": 0.5 + step / 8} for step in (0, 2)]
+    rows[1:1] = [{"train_step": step, "train/loss": 0.6, "train/loss_per_pair": 0.6 / step} for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    collect_run(folder, results, {"variant": "a", "seed": 0, "fingerprint": ""}, 1.0, ["a"])
+    assert [row["eval/accuracy"] for row in read_table(results / "metrics.csv")] == ["0.5", "", "", "0.75"]
+    (groups,) = own_figure("mine", [Curve("mine", "a", "a")], tmp_path / "results", "").values()
+    assert [panel.metric for panel in groups[0].panels] == ["train/loss_per_pair", "eval/accuracy"]
+    write_figures_and_table(results, "mine")
+    assert (results / "mine.png").exists()
+
+
 def test_what_tells_the_variants_apart_is_not_overridden_for_all_of_them(workplace):
     with pytest.raises(UserError, match=r"epochs_per_rollout_batch on the command line: mine.yaml .* variants \(b\)"):
         run_sweep("epochs_per_rollout_batch=3", "--dry-run")
@@ -524,18 +540,17 @@ def test_mistakes_are_named_before_anything_runs(workplace, values, overrides, m
     assert not Path("runs").exists()
 
 
-SWEEPS = sorted((REPOSITORY / "experiments/sweeps").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_committed_sweep_counts_as_finished(path, monkeypatch, capsys):
+def test_every_committed_sweep_counts_as_finished(monkeypatch, capsys):
     """The fingerprints in results/*/runs.csv hold wherever a script has moved to. All were computed in bfloat16."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr("plainrl.shared_config.fast_dtype", lambda device: "bfloat16")
-    sweep.main([str(path.relative_to(REPOSITORY)), "--dry-run", "preset=laptop"])
-    *lines, summary = capsys.readouterr().out.splitlines()
-    assert lines and {line.split()[0] for line in lines} == {"finished"}
-    assert summary.startswith(f"0 of {len(lines)} runs to go, ")
+    sweeps = tracked_files("experiments/sweeps/*.yaml")
+    assert len(sweeps) >= 17
+    for path in sweeps:
+        sweep.main([str(path.relative_to(REPOSITORY)), "--dry-run", "preset=laptop"])
+        *lines, summary = capsys.readouterr().out.splitlines()
+        assert lines and {line.split()[0] for line in lines} == {"finished"}, path
+        assert summary.startswith(f"0 of {len(lines)} runs to go, "), path
 
 
 def test_a_run_is_started_from_any_folder(tmp_path):
@@ -553,10 +568,9 @@ def test_a_run_is_started_from_any_folder(tmp_path):
     assert command("zero_shot")[:2] == [sys.executable, str(REPOSITORY / "policy_evaluation.py")]
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_the_arguments_of_a_sweep_are_those_of_its_script(path):
+def test_the_arguments_of_a_sweep_are_those_of_its_script():
     """An evaluation cannot be resumed, and refuses to be. All else goes on where it was stopped."""
-    for run in sweep_plan.plan(path, ["preset=laptop"])[1]:
+    for run in [run for path in tracked_files("experiments/sweeps/*.yaml") for run in plan(path, ["preset=laptop"])[1]]:
         assert ("resume=auto" in run.arguments) == (run.script != "policy_evaluation.py")
 
 
@@ -588,15 +602,15 @@ def test_a_run_that_outlives_its_sweep_is_not_started_again_and_its_time_is_not_
 
 
 @pytest.mark.parametrize("preset", ["laptop", "one-gpu"])
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_sweep_file_is_valid_for_its_script(path, preset):
-    if preset not in (sweep_plan.read_sweep(path).presets or [preset]):
-        with pytest.raises(UserError, match="its settings are for preset=laptop, not for preset=one-gpu"):
-            sweep_plan.plan(path, [f"preset={preset}"])
-        return
-    _, runs = sweep_plan.plan(path, [f"preset={preset}"])
-    assert len({run.folder for run in runs}) == len(runs)
-    trained = [run for run in runs if run.script != "policy_evaluation.py"]
-    assert len({run.seed for run in trained}) in (0, 3)
-    fingerprints = {run.fingerprint for run in runs}
-    assert len(fingerprints) == len({run.variant for run in runs}), "two variants have the same settings"
+def test_every_sweep_file_is_valid_for_its_script(preset):
+    for path in tracked_files("experiments/sweeps/*.yaml"):
+        if preset not in (sweep_plan.read_sweep(path).presets or [preset]):
+            with pytest.raises(UserError, match="its settings are for preset=laptop, not for preset=one-gpu"):
+                plan(path, [f"preset={preset}"])
+            continue
+        _, runs = plan(path, [f"preset={preset}"])
+        assert len({run.folder for run in runs}) == len(runs)
+        trained = [run for run in runs if run.script != "policy_evaluation.py"]
+        assert len({run.seed for run in trained}) in (0, 3)
+        fingerprints = {run.fingerprint for run in runs}
+        assert len(fingerprints) == len({run.variant for run in runs}), f"{path}: two variants have the same settings"

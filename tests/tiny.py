@@ -2,11 +2,13 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -18,6 +20,15 @@ from plainrl.sources import arithmetic_records
 from policy_evaluation import Evaluator
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+def tracked_files(pattern="*"):
+    """The files that git knows, if they match the pattern. A user may have others beside them."""
+    if shutil.which("git") is None or not (REPOSITORY / ".git").exists():
+        pytest.skip("no git here")
+    result = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    names = [name for name in result.stdout.splitlines() if Path(name).match(pattern)]
+    return [path for name in names if (path := REPOSITORY / name).exists()]
 
 
 def make_tiny_model(folder):

@@ -24,6 +24,7 @@ from tiny import (
     grpo_arguments,
     run_python,
     tiny_arguments,
+    tracked_files,
     without_sft_keys,
 )
 
@@ -274,7 +275,7 @@ def test_the_index_of_results_has_every_experiment():
     """Each once, with its finding before it."""
     rows = rows_of((REPOSITORY / "results/README.md").read_text())[2:]
     linked = [name for row in rows for name in re.findall(r"\]\(([\w-]+)\)", row[1])]
-    assert sorted(linked) == sorted(path.parent.name for path in REPOSITORY.glob("results/*/README.md"))
+    assert sorted(linked) == sorted(path.parent.name for path in tracked_files("results/*/README.md"))
     assert all(len(row) == 3 and len(row[0]) > 20 for row in rows)
 
 
@@ -391,7 +392,7 @@ def test_helpers_that_no_loop_calls_say_what_the_loops_call():
 
 
 def test_the_recipe_of_the_leaderboard_keeps_the_rules():
-    for preset in ("one-gpu", "two-gpu"):
+    for preset in ("one-gpu", "two-gpu", "eight-gpu"):
         arguments = ["recipe=leaderboard", f"preset={preset}"]
         config = load_config(GRPOConfig, REPOSITORY / "grpo_train.yaml", arguments)
         assert (config.model, config.warm_start) == ("Qwen/Qwen2.5-Math-1.5B", "")
@@ -531,14 +532,41 @@ def run_the_small_sweep(background):
     folder = background.new_folder("sweep")
     (text,) = [code for code in blocks(HOW_TO, "yaml") if code.startswith("# my_sweep.yaml\n")]
     (folder / "my_sweep.yaml").write_text(text)
-    commands = "".join(blocks(HOW_TO, "bash")).replace("\\\n", " ").splitlines()
-    (command,) = [command for command in commands if "experiments.sweep my_sweep.yaml max_steps" in command]
-    own = {argument.partition("=")[0] for argument in command.split()} | {"learning_rate", "eval_interval"}
     tiny = tiny_arguments(background.tiny_model, folder / "runs")
-    tiny = [argument for argument in tiny if argument.partition("=")[0] not in own]
-    words = shlex.split(command.partition("python ")[2])
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return folder, run_python(*words, *tiny, folder=folder, start=background.start, env=environment)
+    tiny = [argument for argument in tiny if not argument.startswith(("learning_rate=", "eval_interval="))]
+    return folder, run_command_of_the_page("experiments.sweep my_sweep.yaml max_steps", tiny, folder, background.start)
+
+
+def run_command_of_the_page(wanted, tiny, folder, start):
+    """Run the only command of how_to.md that has these words, with further keys for the tiny model."""
+    commands = "".join(blocks(HOW_TO, "bash")).replace("\\\n", " ").splitlines()
+    (command,) = [" ".join(command.split()) for command in commands if wanted in " ".join(command.split())]
+    own = {argument.partition("=")[0] for argument in command.split()}
+    further = [argument for argument in tiny if argument.partition("=")[0] not in own]
+    program, *arguments = shlex.split(command.partition("python ")[2])
+    words = [str(REPOSITORY / program) if program.endswith(".py") else program, *arguments, *further]
+    return run_python(*words, folder=folder, start=start, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+
+
+def run_the_own_reward(background):
+    """The run of how_to.md with a reward that sees a column of an own CSV file, with the tiny model."""
+    folder = background.new_folder("own")
+    (folder / "my_level_reward.py").write_text(block("my_level_reward.py"))
+    (folder / "make_my_data.py").write_text(block("make_my_data.py"))
+    subprocess.run([sys.executable, "make_my_data.py"], cwd=folder, check=True)
+    tiny = grpo_arguments(background.tiny_model, folder / "runs", run_name="mine")
+    wanted = "train_data=my.csv validation_fraction=0.2 warm_start= n_grpo_steps=1"
+    return folder, run_command_of_the_page(f"by_level {wanted}", tiny, folder, background.start)
+
+
+@pytest.mark.background(job=run_the_own_reward)
+def test_an_own_reward_with_a_column_of_an_own_file_trains(background):
+    folder, result = background.result(run_the_own_reward)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [json.loads(line) for line in (folder / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    (trained,) = [row for row in rows if "rollout/reward" in row]
+    assert trained["reward/characters"] > 0 and "eval/reward_characters" in rows[0]
+    assert rows[-1]["eval_all/num_examples"] == 16
 
 
 @pytest.mark.background(job=run_the_small_sweep)

@@ -12,6 +12,7 @@ weights of each are copied into it in turn, as in training.
 """
 
 import itertools
+import re
 import shutil
 import sys
 import textwrap
@@ -42,6 +43,10 @@ YAML = Path(__file__).parent.parent / "config.yaml"
 OF_THE_RUN = (
     *("prompt", "reward", "stop_string", "sampling_temperature", "sampling_top_p", "sampling_min_tokens"),
     *("sampling_max_tokens", "max_context_tokens"),
+)
+# What config.json says that changes no response.
+WITHOUT_EFFECT = re.compile(
+    r"_name_or_path|architectures|transformers_version|.*dtype|use_cache|(pad|bos)_token_id|.*dropout|quantization_config"
 )
 GAP, LEAST_WIDTH = " | ", 20  # between columns, and of one, in characters
 
@@ -93,14 +98,21 @@ def load_model(name: str, config: ChatConfig) -> Model:
 
 
 def require_one_architecture(models: Sequence[Model]) -> None:
-    """Raise a UserError if the weights of one model do not fit into the engine of the first."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in m.policy.state_dict().items()} for m in models]
-    for model, of_model in zip(models, shapes, strict=True):
-        if of_model != shapes[0]:
-            raise UserError(
-                f"model = {model.name} has other weights than {models[0].name}, and both share one engine: ask each "
-                "by a command of its own"
-            )
+    """Raise a UserError if the engine of the first model would compute or end another one's responses differently."""
+    for model in models:
+        alike = {
+            "weights": lambda m: {name: tuple(tensor.shape) for name, tensor in m.policy.state_dict().items()},
+            "settings in config.json": lambda m: {
+                key: value for key, value in m.policy.config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(key)
+            },
+            "vocabulary": lambda m: m.tokenizer.get_vocab(),
+        }
+        for what, read in alike.items():
+            if read(model) != read(models[0]):
+                raise UserError(
+                    f"model = {model.name} has other {what} than {models[0].name}, and both share one engine: ask each "
+                    "by a command of its own"
+                )
 
 
 def start_engine(models: Sequence[Model]) -> "LLM":

@@ -76,6 +76,11 @@ def parse_arguments(arguments: Sequence[str], schema: type[RunConfig]) -> dict[s
     return overrides
 
 
+def without_files(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the command line gives, without the files `config=FILE` that it names."""
+    return {key: value for key, value in overrides.items() if key != "config"}
+
+
 def named_last(key: str, layers: Sequence[Mapping[str, Any]], default: str) -> str:
     """Return the value of a key in the last layer that has it, as text; the default if none has.
 

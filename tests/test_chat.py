@@ -9,6 +9,7 @@ from tiny import tiny_arguments
 
 from experiments import chat
 from experiments.chat import ChatConfig, config_for, describe_response, read_questions, side_by_side
+from plainrl.cli import check_arguments
 from plainrl.records import Response, UserError
 
 
@@ -102,6 +103,25 @@ def test_models_of_two_architectures_are_refused(arguments, tmp_path, tiny_model
     AutoTokenizer.from_pretrained(first).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="has other weights than .*: ask each by a command of its own"):
         chat.main([*arguments, f"model={tmp_path / 'other'}", "question=x"])
+
+
+def test_a_model_that_the_engine_would_run_as_another_is_refused(arguments, tmp_path, tiny_model, tiny_model_folder):
+    """The shapes of the weights are the same, and positions are turned by other angles."""
+    from transformers import AutoTokenizer
+
+    tiny_model.config.rope_parameters["rope_theta"] *= 100
+    tiny_model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="has other settings in config.json than .*: ask each by a command of its own"):
+        chat.main([*arguments[:-1], f"model={tmp_path / 'other'}", "question=x"])
+
+
+def test_only_typos_are_looked_for_before_the_settings_of_the_run_are_known(capsys):
+    """The run may have a longer context than the laptop's preset."""
+    check_arguments("-m experiments.chat", ["preset=laptop", "model=x", "sampling_max_tokens=2000"])
+    with pytest.raises(SystemExit):
+        check_arguments("-m experiments.chat", ["preset=laptop", "sampling_max_tokens=many"])
+    assert "sampling_max_tokens = 'many'" in capsys.readouterr().err
 
 
 def test_a_question_that_is_too_long_is_said_and_the_next_is_answered(arguments, capsys, monkeypatch):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny import REPOSITORY
 
-from experiments.benchmark import our_side
+from experiments.benchmark import our_side, random_model
 from experiments.benchmark.__main__ import main
 from experiments.benchmark.environment import discard_another_machines, record_environment, trl_record
 from experiments.benchmark.figures import Row, Summary, read_rows, summarize, write_rows
 from experiments.benchmark.report import plot, table
 from experiments.benchmark.settings import BenchmarkConfig, grpo_settings, sft_settings
-from experiments.benchmark.trl_task import TRL_CHECKPOINTING, trl_task
+from experiments.benchmark.trl_task import TRL_CHECKPOINTING, require_same_work, trl_task
 from experiments.benchmark.turns import only_visible, take_turn
 from plainrl.cli import load_config
 from plainrl.config import SFTConfig
@@ -116,6 +116,45 @@ def test_mistakes_are_named():
     for arguments in ([], ["speed"]):
         with pytest.raises(UserError, match=f"usage: {run_command('python -m experiments.benchmark sft')}"):
             main(arguments)
+    with pytest.raises(UserError, match="^config: a benchmark takes single keys alone"):
+        main(["sft", "config=mine.yaml"])
+    with pytest.raises(UserError, match="^train_data: the benchmark has data of its own"):
+        main(["grpo", "train_data=mine.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("sft", {"sft_batch_size": 20}, "sft_batch_size = 20: TRL would leave rows out; use a multiple of trl_sft"),
+        ("grpo", {"trl_grpo_microbatch": 3}, "train_batch_size = 8: TRL would leave rows out"),
+        ("grpo", {"train_batch_size": 4}, "train_batch_size = 4: TRL's side does the work of train_batch_size = 8"),
+        ("sft", {"lora_rank": 4}, "lora_rank = 4: TRL's side does the work of lora_rank = 0; use that"),
+    ],
+)
+def test_what_would_be_unequal_work_is_refused(name, settings, message):
+    config = tiny_config("m").model_copy(update=settings)
+    with pytest.raises(UserError, match=f"^{message}"):
+        require_same_work(config, [name])
+    require_same_work(config, ["rollout", "grade"])
+    require_same_work(tiny_config("m"), ["sft", "grpo"])
+
+
+def test_a_random_model_is_whole_or_not_there_and_grpo_has_no_use_for_it(tmp_path, monkeypatch):
+    def stop(folder):
+        folder.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(random_model, "resolve_model", lambda name: (_ for _ in ()).throw(UserError("absent")))
+    config = tiny_config(random_model.QWEN, runs_dir=str(tmp_path))
+    monkeypatch.setattr(random_model, "make_random_model", stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            random_model.choose_model(config)
+    monkeypatch.setattr(random_model, "make_random_model", lambda folder: folder.mkdir())
+    assert random_model.choose_model(config).model == str(tmp_path / "random-1.5b")
+    keys = ["preset=laptop", f"model={random_model.QWEN}", f"runs_dir={tmp_path}", f"results_dir={tmp_path}/results"]
+    with pytest.raises(UserError, match="^grpo: Qwen/Qwen2.5-Math-1.5B is not on this machine, .*hf download Qwen"):
+        main(["grpo", *keys])
 
 
 def test_sft_is_measured_with_the_keys_that_are_given():
@@ -130,6 +169,7 @@ def test_sft_is_measured_with_the_keys_that_are_given():
     assert settings().learning_rate == preset.learning_rate
     changed = settings("compute_dtype=float32", "microbatch_tokens=512", "compile_policy=true")
     assert (changed.compute_dtype, changed.microbatch_tokens, changed.compile_policy) == ("float32", 512, True)
+    assert settings("length_normalization=masked_normalize").length_normalization == preset.length_normalization
     grpo_preset = load_config(BenchmarkConfig, REPOSITORY / "grpo_train.yaml", ["preset=laptop"])
     assert grpo_preset.microbatch_tokens != preset.microbatch_tokens
     same_as_in_grpo = settings(f"microbatch_tokens={grpo_preset.microbatch_tokens}")

@@ -181,6 +181,8 @@ def test_settings_hold_for_both_scripts_and_suit_the_card(monkeypatch):
         assert (settings.compute_dtype, settings.gradient_accumulation_steps) == ("float32", 2)
         assert settings.policy_device == "cpu" and settings.microbatch_tokens == 160 and settings.preset == "one-gpu"
     assert load_settings([*TINY, "microbatch_tokens=99"])[0].microbatch_tokens == 99
+    of_grpo = load_settings([*TINY, "length_normalization=masked_normalize"])  # SFT has other choices
+    assert [settings.length_normalization for settings in of_grpo] == ["masked_normalize", "sum"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     sizes = {"cuda:0": 24e9, "cuda:1": 80e9}
@@ -202,6 +204,7 @@ def test_settings_hold_for_both_scripts_and_suit_the_card(monkeypatch):
         ("response_tokens=[5,16,65]", "sampling_max_tokens = 64 the most"),
         ("template_tokens=200", "have up to 271 tokens .* raise it to that"),
         ("resulst=a.csv", "did you mean results"),
+        ("config=mine.yaml", "^config: a benchmark takes single keys alone"),
     ],
 )
 def test_mistakes_are_named(argument, message, monkeypatch):

@@ -82,10 +82,10 @@ def shorten(reason: str) -> str:
 
 
 def read_csv(path: Path) -> list[list[str]]:
-    """Return the rows of a CSV file without its header. A last row that was cut off is left out."""
+    """Return the rows of a CSV file without its header, none of an empty file. A last row that was cut is left out."""
     with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    return [row for row in rows if len(row) == len(header)]
+        rows = list(csv.reader(file))
+    return [row for row in rows[1:] if len(row) == len(rows[0])]
 
 
 def read_cases(path: Path) -> list[dict[str, str]]:

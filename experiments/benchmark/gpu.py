@@ -48,6 +48,7 @@ def measure_gpu(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="model-") as folder, path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Figure._fields)
+        file.flush()
         for part, setting, figures in measure(config, sft_config, folder):
             for name, value in figures.items():
                 writer.writerow(Figure(card_name(config.device), part, setting, name, *as_text(name, value)))

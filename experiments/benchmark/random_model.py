@@ -1,5 +1,6 @@
 """The model to measure with: the preset's, or a random one of the same shape where that one is not on this machine."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -44,7 +45,10 @@ def choose_model(config: BenchmarkConfig) -> BenchmarkConfig:
     except UserError:
         folder = Path(config.runs_dir) / RANDOM_MODEL
         if not folder.is_dir():
-            make_random_model(folder)
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a benchmark that was stopped
+            make_random_model(unfinished)
+            unfinished.rename(folder)
         return config.model_copy(update={"model": str(folder)})
     return config
 

@@ -40,6 +40,8 @@ def measure_scale(arguments: list[str]) -> None:
         key, _, results = argument.partition("=")
         if key != "results" or not results:
             raise UserError(f"{argument}: scale takes results=FILE.csv alone")
+    if results:
+        Path(results).parent.mkdir(parents=True, exist_ok=True)
     rows = [("simulation", *case, *simulate(*case)) for case in CASES]
     lines = ["kind,questions,group_size,mean_tokens,ranks,microbatch_tokens,efficiency_dealt,efficiency_fitted"]
     lines += [",".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row) for row in rows]

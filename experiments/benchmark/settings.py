@@ -1,6 +1,7 @@
 """The keys of the benchmark, and the settings that make both sides do the same work."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from pydantic import Field
 from plainrl.cli import load_config
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.data import load_sft_examples, load_validation_set
-from plainrl.records import Example
+from plainrl.records import Example, UserError
 from plainrl.shared_config import EMBEDDED_DATA
 
+OF_ONE_SCRIPT = {"train_batch_size", "length_normalization"}  # keys that have another meaning in SFT
+OWN_DATA = {"train_data", "validation_data", "extra_validation_data", "validation_fraction"}
 REPOSITORY = Path(__file__).parent.parent.parent
 NUM_PROBES = 8  # validation questions that GRPO_train.py is given: it checks the weight sync on them
 
@@ -32,11 +35,20 @@ class BenchmarkConfig(GRPOConfig):
     given: list[str] = Field([], description="the keys on the command line; the benchmark fills it in")
 
 
+def refuse_foreign_keys(arguments: Sequence[str]) -> None:
+    """Raise a UserError for keys of GRPO_train.py that a benchmark has no use for."""
+    for key in (argument.partition("=")[0] for argument in arguments):
+        if key in OWN_DATA:
+            raise UserError(f"{key}: the benchmark has data of its own, so that runs compare; leave it out")
+        if key in ("config", "resume"):
+            raise UserError(f"{key}: a benchmark takes single keys alone; leave it out, and write them as key=value")
+
+
 def sft_settings(config: BenchmarkConfig) -> SFTConfig:
     """Return the settings of SFT_train.py for the preset, with the keys that were given and our batch size."""
     arguments = [f"preset={config.preset}", f"train_data={EMBEDDED_DATA}", "keep_best=false"]
     settings = load_config(SFTConfig, REPOSITORY / "config.yaml", arguments)
-    given = [name for name in config.given if name in SFTConfig.model_fields]
+    given = [name for name in config.given if name in SFTConfig.model_fields.keys() - OF_ONE_SCRIPT]
     update = {name: getattr(config, name) for name in ("model", *given)} | {
         "train_batch_size": config.sft_batch_size,
         "max_context_tokens": config.max_context_tokens,

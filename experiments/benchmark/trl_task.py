@@ -1,5 +1,6 @@
 """What TRL's side is given to do: the same model, data and step as ours."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,27 @@ from experiments.benchmark.settings import BenchmarkConfig, grpo_settings, sft_e
 from plainrl.config import SFTConfig
 from plainrl.data import epoch_order, load_questions, load_validation_set
 from plainrl.model_files import resolve_model
+from plainrl.records import UserError
 
 TRL_CHECKPOINTING = "trl, checkpointing"  # TRL's default: it takes less memory and more time
+
+
+def require_same_work(config: BenchmarkConfig, names: Sequence[str]) -> None:
+    """Raise a UserError for settings with which TRL's side of these benchmarks would do other work than ours."""
+    of_step = {"sft": ("sft_batch_size", "trl_sft_microbatch"), "grpo": ("train_batch_size", "trl_grpo_microbatch")}
+    for batch, microbatch in (of_step[name] for name in names if name in of_step):
+        rows, part = getattr(config, batch), getattr(config, microbatch)
+        if rows % min(part, rows):
+            raise UserError(f"{batch} = {rows}: TRL would leave rows out; use a multiple of {microbatch} = {part}")
+    if not {"sft", "grpo"} & set(names):
+        return
+    ours = {"optimizer": "adamw", "lora_rank": 0, "float32_output_layer": False}
+    if "grpo" in names:
+        ours |= {"epochs_per_rollout_batch": 1, "train_batch_size": config.rollout_batch_size, "kl_coefficient": 0.0}
+        ours |= {"entropy_coefficient": 0.0, "dynamic_sampling": False}
+    for key, value in ours.items():
+        if getattr(config, key) != value:
+            raise UserError(f"{key} = {getattr(config, key)}: TRL's side does the work of {key} = {value}; use that")
 
 
 def trl_task(name: str, turn: str, config: BenchmarkConfig, folder: Path) -> dict[str, Any]:

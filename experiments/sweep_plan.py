@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parent.parent
 WARM_START_YAML = REPOSITORY / PROGRAMS["SFT_train.py"][1]  # a warm start is a run of SFT
 KEPT_WEIGHTS = Literal["none", "last", "best", "all"]
 SET_BY_THE_SWEEP = {"seed", "run_name", "resume", "resume_with_changes", "config"}
-Scalar = bool | int | float | str
+Scalar = bool | int | float | str | None
 Settings = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
 
 

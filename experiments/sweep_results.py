@@ -14,8 +14,11 @@ A cell is empty where the run logged no such value. Numbers have 5 significant d
 """
 
 import csv
+import fcntl
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +61,24 @@ def collect_run(
     """
     rows = read_metrics(folder)
     summary = {**names, "wall_minutes": wall_minutes, **summarize_run(folder)}
-    results.mkdir(parents=True, exist_ok=True)
     kept = [{**names, **row} for row in rows if any(row.get(name) is not None for name in [*METRICS, *_of_some(row)])]
-    _replace_rows(results / "metrics.csv", METRIC_COLUMNS, kept, order)
-    _replace_rows(results / "runs.csv", RUN_COLUMNS, [summary], order)  # last: this row makes the run finished
+    results.mkdir(parents=True, exist_ok=True)
+    with _one_writer(results):
+        _replace_rows(results / "metrics.csv", METRIC_COLUMNS, kept, order)
+        _replace_rows(results / "runs.csv", RUN_COLUMNS, [summary], order)  # last: this row makes the run finished
     return summary
 
 
 def forget_run(results: Path, variant: str, seed: int) -> None:
     """Remove a run's figures from a sweep's results, so that it is no longer finished."""
-    for name, columns in COLUMNS.items():  # the row of a finished run first
-        if (results / name).exists():
-            rows = [row for row in read_table(results / name) if (row["variant"], row["seed"]) != (variant, str(seed))]
-            write_rows(results / name, columns, rows)
+    if not results.is_dir():
+        return
+    with _one_writer(results):
+        for name, columns in COLUMNS.items():  # the row of a finished run first
+            rows = read_table(results / name)
+            kept = [row for row in rows if (row["variant"], row["seed"]) != (variant, str(seed))]
+            if (results / name).exists():
+                write_rows(results / name, columns, kept)
 
 
 def summarize_run(folder: Path) -> dict[str, Any]:
@@ -127,6 +135,18 @@ def read_table(path: Path) -> list[dict[str, str]]:
                 f"{path}, line {reader.line_num}: {error}; bring the file back from git, or correct that line"
             ) from None
     return rows
+
+
+@contextmanager
+def _one_writer(results: Path) -> Iterator[None]:
+    """Let one session at a time write to a folder of results. Several may run seeds of one sweep."""
+    folder = os.open(results, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from experiments.curves import Curve
 from experiments.sweep_figures import own_figure, write_figures_and_table
 from experiments.sweep_plan import plan
 from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, collect_run, forget_run, read_table
+from experiments.usage import plan_sweep
 from plainrl.cli import load_config
 from plainrl.config import GRPOConfig
 from plainrl.devices import run_command
@@ -499,6 +501,34 @@ def test_one_run_at_a_time_on_each_gpu(workplace, monkeypatch):
     run_sweep("--gpus", "0,3", "n_grpo_steps=2")
     assert sorted(seen.read_text().split()) == ["0", "0", "3", "3"]
     assert len(read_table(Path("results/mine/runs.csv"))) == 4
+
+
+def test_on_gpus_the_preset_is_that_of_one_of_them(workplace, monkeypatch):
+    for found, taken in (("two-gpu", "one-gpu"), ("small-gpu", "small-gpu"), ("laptop", "one-gpu")):
+        monkeypatch.setattr("experiments.usage.choose_preset", lambda found=found: (found, "as if"))
+        assert plan_sweep(["mine.yaml", "--gpus", "0,1"])[1] == Path(f"results/mine-{taken}")
+
+
+def test_a_value_may_be_null(workplace):
+    """So that a variant can take a recipe's setting back."""
+    write_sweep({}, grid={"cliprange_high": [None, 0.28]}, settings={"recipe": "dapo"})
+    runs = plan(Path("mine.yaml"), ["seeds=[0]", "preset=laptop"])[1]
+    assert [run.variant for run in runs] == ["cliprange_high=null", "cliprange_high=0.28"]
+    assert [run.settings["cliprange_high"] for run in runs] == [None, 0.28]
+
+
+def test_sessions_that_end_runs_at_the_same_time_lose_no_row(tmp_path):
+    def collect(seed):
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        (folder / "config.yaml").write_text("seed: 0\n")
+        (folder / "metrics.jsonl").write_text('{"train_step": 1, "train/loss": 0.5}\n')
+        collect_run(folder, tmp_path / "results", {"variant": "a", "seed": seed, "fingerprint": ""}, 1.0, ["a"])
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(collect, range(16)))
+    for name in ("runs.csv", "metrics.csv"):
+        assert [row["seed"] for row in read_table(tmp_path / "results" / name)] == [str(seed) for seed in range(16)]
 
 
 def test_another_preset_has_results_of_its_own_and_no_laptop_settings(workplace):

@@ -11,6 +11,7 @@ from plainrl.shared_config import EMBEDDED_DATA, RunConfig, is_embedded
 OF_OTHER_DATA = (
     *("train_data", "validation_data", "extra_validation_data", "validation_fraction", "num_eval_examples"),
     *("question_field", "answer_field", "trace_field", "arithmetic_terms", "arithmetic_max_term", "reward"),
+    *("drop_long_examples", "validation_seed", "fill_prompts"),
 )
 
 
@@ -50,6 +51,11 @@ class DPOConfig(WarmStartConfig, EpochsConfig):
             if not self.validation_data and getattr(self, name):
                 raise ValueError(f"{name} = {getattr(self, name)}: it has no effect without validation_data; name that")
         return self
+
+    @property
+    def needs_engine(self) -> bool:
+        """Return whether anything is sampled."""
+        return bool(self.validation_data)
 
     @property
     def eval_score(self) -> str:

@@ -70,8 +70,10 @@ def main(arguments: list[str]) -> None:
     with RunFolder.create(config, EVALUATION) as run:
         llm = init_vllm(resolve_model(config.model), **engine_settings(config))
         run.start_wandb()
+        tokenizer = cast(PreTrainedTokenizerBase, llm.get_tokenizer())
+        prompts = {name: encode(name, asked, template, tokenizer, config) for name, asked in questions.items()}
         for name, asked in questions.items():
-            answered, seconds, num_cut = answer(llm, name, asked, template, run, config)
+            answered, seconds, num_cut = answer(llm, name, asked, prompts[name], template, run, config)
             metrics = summarize(TASKS[name], answered, seconds) | {"truncated_fraction": num_cut / len(asked)}
             on_first(partial(write_samples, run.path / "samples" / f"{name}.jsonl", answered))
             if any(row.question.subject for row in answered) and TASKS[name].parse:
@@ -95,18 +97,14 @@ def load_questions(config: BenchmarkConfig) -> dict[str, list[Question]]:
     return found
 
 
-def answer(
-    llm: "LLM", name: str, questions: Sequence[Question], template: str, run: RunFolder, config: BenchmarkConfig
-) -> tuple[list[Answered], float, int]:
-    """Sample a response to each question, and read the answers.
-
-    Returns:
-        The answered questions, how long the sampling took in seconds, and how many responses were cut.
+def encode(
+    name: str, questions: Sequence[Question], template: str, tokenizer: PreTrainedTokenizerBase, config: BenchmarkConfig
+) -> list[list[int]]:
+    """Return the token ids of a task's prompts.
 
     Raises:
         UserError: a prompt leaves no room for a response.
     """
-    tokenizer = cast(PreTrainedTokenizerBase, llm.get_tokenizer())
     prompts = [encode_prompt(fill_prompt(template, question.instruction), tokenizer) for question in questions]
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
     needed = len(prompts[longest]) + config.sampling_max_tokens
@@ -115,6 +113,23 @@ def answer(
             f"max_context_tokens = {config.max_context_tokens}: the longest prompt of {name} and sampling_max_tokens = "
             f"{config.sampling_max_tokens} take {needed}; raise the first, lower the second, or leave {name} out"
         )
+    return prompts
+
+
+def answer(
+    llm: "LLM",
+    name: str,
+    questions: Sequence[Question],
+    prompts: Sequence[list[int]],
+    template: str,
+    run: RunFolder,
+    config: BenchmarkConfig,
+) -> tuple[list[Answered], float, int]:
+    """Sample a response to each question, and read the answers.
+
+    Returns:
+        The answered questions, how long the sampling took in seconds, and how many responses were cut.
+    """
     seeds = [derive_seed(config.seed, name, index) for index in range(len(prompts))]
     print(f"{name}: {len(prompts)} questions", flush=True)
     started = time.perf_counter()

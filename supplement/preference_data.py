@@ -78,7 +78,8 @@ class SeveralTurnsError(ValueError):
 def main(arguments: list[str]) -> None:
     """Write the pairs that DPO_train.py reads with the same settings to a new file, one JSON object a line.
 
-    It holds them before long ones are left out. DPO_train.py can read it, and SFT_train.py the chosen responses.
+    It holds them before long ones are left out. SFT_train.py can read the chosen responses. DPO_train.py can read it
+    with `num_pairs=all`, and holds validation pairs out of it: those of this run are not in it.
     """
     require_one_process("preference_data")
     if not arguments or arguments[0].startswith("-") or "=" in arguments[0]:

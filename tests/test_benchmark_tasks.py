@@ -215,6 +215,18 @@ def test_a_subset_is_the_same_in_every_run(folder):
     assert evaluate_benchmark.load_questions(config.model_copy(update={"seed": 3})) == chosen
 
 
+def test_a_prompt_that_is_too_long_is_said_before_another_task_is_sampled(
+    engine, folder, tiny_model_folder, tmp_path, monkeypatch
+):
+    """An evaluation cannot be resumed: what was sampled would be lost."""
+    monkeypatch.setattr(evaluate_benchmark, "init_vllm", lambda *_, **__: engine)
+    monkeypatch.setattr(evaluate_benchmark, "answer", lambda *_: pytest.fail("sampled"))
+    with (folder / "gsm8k/test.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "1 + " * 400, "answer": "#### 3"}) + "\n")
+    with pytest.raises(UserError, match="the longest prompt of gsm8k and sampling_max_tokens = .* leave gsm8k out"):
+        evaluate_benchmark.main(arguments_of(tiny_model_folder, tmp_path, folder))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -277,5 +289,7 @@ def test_a_prompt_without_room_for_a_response_is_said(engine, folder, tiny_model
 
 
 def test_a_key_of_other_scripts_is_refused_where_it_has_no_effect():
+    with pytest.raises(ValueError, match="drop_long_examples = True: it has no effect here"):
+        BenchmarkConfig(drop_long_examples=True)
     with pytest.raises(ValueError, match="num_eval_examples = 10: it has no effect here; num_questions of the data in"):
         BenchmarkConfig(num_eval_examples=10)

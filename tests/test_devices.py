@@ -22,6 +22,7 @@ from plainrl.help import help_text
 from plainrl.model_files import resolve_model
 from plainrl.records import UserError
 from plainrl.sources import read_records
+from plainrl.supplement_config import DPOConfig
 
 
 @pytest.mark.usefixtures("cpu_engine")
@@ -179,5 +180,11 @@ def test_an_engine_on_a_gpu_needs_a_c_compiler(monkeypatch):
     del programs["gcc"]
     with pytest.raises(UserError, match=r"^evaluator_device = cuda:0: needs a compiler .* python3-dev"):
         check_devices(config)
+    settings = {"policy_device": "cuda:0", "evaluator_device": "cuda:0", "validation_data": ""}
+    check_devices(DPOConfig(**settings))  # no question is sampled, and no engine started
     programs["clang"] = "/usr/bin/clang"
     check_devices(config)
+    monkeypatch.setattr("plainrl.devices.has_module", lambda name: name != "vllm")
+    check_devices(DPOConfig(**settings))
+    with pytest.raises(UserError, match="vLLM is not installed"):
+        check_devices(config)

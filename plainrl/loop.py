@@ -97,9 +97,11 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[int]:
         self._end_at_a_limit(self._state.step)  # a resumed run may have to evaluate its last step again
-        print(f"evaluating before step {self._state.step + 1}", flush=True)
+        if self._is_evaluated():
+            print(f"evaluating {f'after step {self._state.step}' if self._state.step else 'before step 1'}", flush=True)
         self._save_and_evaluate()
-        self._end_at_a_limit(self._state.step)
+        if self._state.step == 0:
+            self._end_at_a_limit(0, has_evaluated=True)
         steps = range(self._state.step + 1, self._num_steps + 1)
         self._progress = tqdm(
             steps, self._name, self._num_steps, unit="step", initial=self._state.step, disable=bool(rank())
@@ -116,14 +118,19 @@ class TrainingLoop:
                 break
         self._guard.stop_if_requested()
 
-    def _end_at_a_limit(self, step: int) -> None:
+    def _is_evaluated(self) -> bool:
+        """Return whether the policy is evaluated after the present step."""
+        return is_due(self._state.step, self._config.eval_interval, self._num_steps)
+
+    def _end_at_a_limit(self, step: int, has_evaluated: bool = False) -> None:
         """Make a step the last one if `max_training_hours` or `max_sampled_tokens` says so.
 
         Raises:
             UserError: not even a first step would end in time. The state of step 0 is saved.
         """
-        limits = self._config.max_training_hours, self._config.token_limit
-        if step < self._num_steps and any(limits) and (limit := reached_limit(self._run.read_metrics(), *limits)):
+        num_evaluations = 1 + (self._is_evaluated() and not has_evaluated)  # of this step, and of the next
+        limits = self._config.max_training_hours, self._config.token_limit, num_evaluations
+        if step < self._num_steps and any(limits[:2]) and (limit := reached_limit(self._run.read_metrics(), *limits)):
             if step == 0:
                 raise UserError(f"{limit}: a step with an evaluation would not end in this time; raise it")
             tqdm.write(f"step {step} is the last: {limit}", file=sys.stdout)
@@ -167,7 +174,7 @@ class TrainingLoop:
         """Save and evaluate where the intervals say so. Saved first: an evaluation that fails loses nothing."""
         state, config = self._state, self._config
         is_saved = state.step > 0 and is_due(state.step, config.checkpoint_interval, self._num_steps)
-        is_evaluated = is_due(state.step, config.eval_interval, self._num_steps)
+        is_evaluated = self._is_evaluated()
         if is_saved:
             self._run.save_checkpoint(state)
         if is_evaluated:

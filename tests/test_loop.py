@@ -328,6 +328,25 @@ def test_a_run_ends_in_its_time_as_if_the_step_were_the_last(make_loop):
     assert "evaluate 3" in loop.events, "as the last step: what was logged of it after its checkpoint is gone"
 
 
+def test_an_evaluation_that_is_due_counts_before_the_next_step_begins(make_loop):
+    """Steps of 20 minutes, an evaluation of 10 after each, a limit of 96. After step 2 the clock stands at 60. With the
+    evaluation that is due, a step and its own evaluation it would stand at 100."""
+    with make_loop(100, max_training_hours=1.6, eval_interval=1) as loop:
+        steps = []
+        for step in loop:
+            loop.run.rows.append({"eval_step": step - 1, "eval/seconds": 600.0})  # of before this step
+            steps.append(step)
+            loop.log([{}], {"time/step": 1200.0})
+    assert steps == [1, 2] and loop.events[-3:] == ["save 2", "evaluate 2", "prune 2 False"]
+
+
+def test_nothing_is_said_of_an_evaluation_that_is_not_due(make_loop, capsys):
+    for step, said in ((0, "evaluating before step 1\n"), (3, ""), (100, "evaluating after step 100\n")):
+        with make_loop(100, step=step) as loop:
+            next(iter(loop), None)
+        assert "".join(line for line in capsys.readouterr().out.splitlines(True) if "evaluating" in line) == said
+
+
 def test_a_time_in_which_not_even_a_step_fits_is_one_line(make_loop):
     """There would be no policy to keep. The first evaluation takes 10 minutes, and the limit is 6."""
     message = "^max_training_hours = 0.1: a step .* would not end in this time; raise it$"

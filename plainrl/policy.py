@@ -130,6 +130,14 @@ def require_context(policy: PreTrainedModel, config: RunConfig) -> None:
             f"max_context_tokens = {config.max_context_tokens}: {config.model} has a context of {context} tokens; "
             "lower it to that"
         )
+    rope = getattr(policy.config, "rope_parameters", None) or {}
+    for block in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # or one by kind of layer
+        original = block.get("original_max_position_embeddings") or context
+        if block.get("rope_type") == "longrope" and original and config.max_context_tokens > original:
+            raise UserError(
+                f"max_context_tokens = {config.max_context_tokens}: beyond {original} tokens {config.model} has other "
+                "rotary embeddings (longrope), for the shorter rows of a microbatch, too; lower it to that"
+            )
 
 
 def blocks_of(policy: PreTrainedModel) -> list[GradientCheckpointingLayer]:

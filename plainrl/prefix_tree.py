@@ -149,11 +149,13 @@ def why_not_shared(model: PreTrainedModel) -> str:
     config = cast(Any, model.config.get_text_config())
     kernel = config._attn_implementation
     layer_kinds = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    key_width = getattr(config, "qk_nope_head_dim", 0) + getattr(config, "qk_rope_head_dim", 0)  # latent attention
     reasons = {
         "its attention has a sliding window": getattr(config, "sliding_window", None) is not None,
         f"it has layers of {', '.join(layer_kinds)}": layer_kinds,
         "its attention scores are capped": getattr(config, "attn_logit_softcapping", None),
         "it has dropout": find_dropout(config),
+        "its values are not as wide as its keys": getattr(config, "v_head_dim", key_width) != key_width,
         "its attention cannot be replaced": not model._supports_attention_backend,
         f"its attention implementation is {kernel}": kernel not in NAMES,
     }

@@ -2,13 +2,21 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel, Qwen2Config
 
 from plainrl.config import RunConfig, SFTConfig
-from plainrl.policy import blocks_of, choose_attention, load_policy, prepare_training, score_responses
+from plainrl.policy import (
+    blocks_of,
+    choose_attention,
+    load_policy,
+    prepare_training,
+    require_context,
+    score_responses,
+)
 from plainrl.records import Response, UserError
 
 SHORT = {"max_context_tokens": 256, "sampling_max_tokens": 8}
@@ -42,6 +50,17 @@ def test_a_model_that_changes_its_logits_is_refused(tiny_model_folder, tmp_path)
 def test_context_longer_than_the_models_is_refused(tiny_model_folder):
     with pytest.raises(UserError, match="max_context_tokens = 2048: .* has a context of 512 tokens"):
         load_policy(RunConfig(model=tiny_model_folder))
+
+
+@pytest.mark.parametrize("is_by_kind", [False, True])
+def test_rows_that_would_change_the_embeddings_of_others_are_refused(is_by_kind):
+    """LongRoPE has other angles beyond the original context, for all rows of a forward pass."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+    rope = {"full_attention": rope} if is_by_kind else rope
+    policy = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=131072, rope_parameters=rope))
+    require_context(policy, RunConfig(max_context_tokens=4096))
+    with pytest.raises(UserError, match="max_context_tokens = 4097: beyond 4096 tokens .* has other rotary embeddings"):
+        require_context(policy, RunConfig(max_context_tokens=4097))
 
 
 def test_attention_choice(monkeypatch):

@@ -1,9 +1,11 @@
 """The working copy in 16 bits beside float32 weights."""
 
+import copy
+
 import pytest
 import torch
 from test_lora import make_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from plainrl.checkpoint import TrainingState, restore, write_checkpoint
 from plainrl.config import SFTConfig
@@ -80,6 +82,21 @@ def test_a_frequent_token_has_the_gradient_of_all_its_places(tiny_model):
     assert found.dtype == torch.bfloat16
     found.sum().backward()
     assert (tiny_model.get_input_embeddings().weight.grad[7] == 1000).all()
+
+
+def test_a_scaled_embedding_is_that_of_a_model_in_16_bits():
+    """Gemma multiplies by sqrt(640) = 25.298, which is 25.25 in bfloat16."""
+    sizes = {"hidden_size": 640, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 32, "head_dim": 32}
+    policy = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("gemma3_text", num_attention_heads=2, num_key_value_heads=1, **sizes)
+    )
+    in_16_bits = copy.deepcopy(policy).to(torch.bfloat16)
+    add_working_copy(policy, "bfloat16")
+    ids = torch.arange(32)[None]
+    found = working_copy(policy).get_input_embeddings()(ids)
+    assert torch.equal(found, in_16_bits.get_input_embeddings()(ids))
+    found.sum().backward()
+    assert policy.get_input_embeddings().weight.grad[1:].unique().tolist() == [25.25]  # token 0 is padding
 
 
 def test_the_tied_output_layer_and_the_embedding_move_one_weight(tiny_model):

@@ -236,6 +236,10 @@ def test_a_model_with_another_attention_stays_as_it_is():
     for values, reason in (
         ({"layer_types": ["chunked_attention"]}, "it has layers of chunked_attention"),
         ({"attn_logit_softcapping": 50.0}, "its attention scores are capped"),
+        (
+            {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+            "its values are not as wide as its keys",
+        ),
     ):
         other = small(Qwen2Config, Qwen2ForCausalLM)
         vars(other.config).update(values)

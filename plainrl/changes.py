@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from plainrl.config import RunConfig
+from plainrl.records import UserError
 
 
 def is_setting(key: str) -> bool:
@@ -26,6 +28,19 @@ def changes_since(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
     ['seed 0 -> 1']
     """
     return describe_changes(with_defaults(saved, type(config)), config.model_dump(mode="json"))
+
+
+def require_same_start(saved: Mapping[str, Any], config: RunConfig, checkpoint: Path) -> None:
+    """Raise a UserError for another first policy, if the run goes on from a checkpoint and does not read it."""
+    if getattr(config, "needs_first_policy", False):  # its folder may have moved, and its weights are compared
+        return
+    for key in ("model", "warm_start"):
+        new = getattr(config, key, saved.get(key))
+        if saved.get(key, new) != new:
+            raise UserError(
+                f"{key} = {new}: the run began with {saved[key]}, and goes on with the policy of {checkpoint}; leave "
+                f"{key} out, or begin a new run"
+            )
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,6 @@ rank hashes its share of the files, when they are written and before they are re
 """
 
 import base64
-import errno
 import hashlib
 import json
 import os
@@ -38,6 +37,7 @@ from safetensors.torch import save_file
 from plainrl.checkpoint_files import MANIFEST, RECORD, describe_files_by_ranks, read_record
 from plainrl.devices import free_bytes
 from plainrl.distributed import num_ranks, on_first, rank, read_share, together, whole
+from plainrl.faults import is_disk_full
 from plainrl.lora import merged_model, save_adapters
 from plainrl.records import UserError
 
@@ -336,7 +336,7 @@ def remove_leftovers(folder: Path) -> None:
 
     A dump with content is renamed, so that the next phase that hangs does not overwrite it.
     """
-    for path in [*folder.glob("checkpoints/.step_*"), *folder.glob(".final.unfinished"), *folder.glob(".preflight")]:
+    for path in [*folder.glob("checkpoints/.step_*"), *folder.glob(".final.*"), *folder.glob(".preflight")]:
         shutil.rmtree(path)
     for path in folder.glob("stacks_*.txt"):
         if path.stat().st_size == 0:
@@ -345,18 +345,24 @@ def remove_leftovers(folder: Path) -> None:
             path.rename(path.with_name(f"earlier_{path.stem}_{int(path.stat().st_mtime)}.txt"))
 
 
+def discard_after(folder: Path, step: int) -> None:
+    """Remove what a run that goes on after a step makes anew: final/, and the samples of what followed that step.
+
+    The evaluation after the step follows its checkpoint.
+    """
+    if (folder / "final").is_dir():
+        remove_checkpoint(folder / "final")
+    for path in folder.glob("samples/**/*.jsonl"):
+        kind, _, number = path.stem.rpartition("_")
+        if number.isdecimal() and int(number) >= step + (kind == "rollouts"):
+            path.unlink()
+
+
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that an interruption leaves no partial checkpoint under its name."""
     removed = path.with_name(f".{path.name}.removed")
     path.rename(removed)
     shutil.rmtree(removed)
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Return whether an error says that the disk or its quota is full."""
-    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
-    return is_full or any(text in str(error) for text in texts)  # a library may have wrapped the system's error
 
 
 def _require_space(path: Path, num_bytes: int) -> None:

@@ -50,7 +50,8 @@ def find_damage(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError) as error:
         # Any other OSError is not the checkpoint's fault.
         return f"{MANIFEST} or a file it names cannot be read: {error}"
-    for name in sorted(expected.keys() | found.keys()):
+    foreign = {name for name in found if name not in expected and _is_foreign(Path(name))}
+    for name in sorted(expected.keys() | found.keys() - foreign):
         if name not in found:
             return f"{name} is missing"
         if name not in expected:
@@ -97,3 +98,8 @@ def describe_files(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, A
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_foreign(name: Path) -> bool:
+    """Return whether a file is one that other programs leave in folders, and that nothing here would read."""
+    return name.name == "README.md" or any(part.startswith(".") for part in name.parts)

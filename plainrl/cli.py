@@ -41,6 +41,7 @@ from plainrl.layers import (
     parse_arguments,
     read_yaml,
     validate,
+    without_files,
 )
 from plainrl.records import Stopped, UserError, first_line
 from plainrl.shared_config import DTYPE_KEYS
@@ -91,7 +92,7 @@ def answer_questions(command: str, schema: type[RunConfig], yaml_path: Path, arg
     keys = [argument.partition("=")[0] for argument in others if argument not in chosen]
     if questions == {"--show"}:
         config, sources, notes = resolve(schema, yaml_path, others)
-        print("\n".join([*(f"# {line}" for line in notes), show_text(config, sources)]))
+        print(*(f"# {line}" for line in notes), show_text(config, sources), sep="\n")
     elif questions and keys:
         print("\n".join(explain(schema, yaml_path, key, read_yaml(yaml_path)) for key in keys))
     elif questions:
@@ -138,7 +139,7 @@ def resolve(
     if overrides.get("resume", "auto") not in ("", "auto"):
         return resumed_config(schema, Path(overrides["resume"]), overrides, given_files)
     files = ({} if yaml_path in given_files else {yaml_path: read_yaml(yaml_path)}) | dict(of_run or {}) | given_files
-    given = {key: value for key, value in overrides.items() if key != "config"}
+    given = without_files(overrides)
     preset, notes = named_last("preset", [*files.values(), given], default="auto"), []
     if preset == "auto":
         if choose is None and has_gpu_driver():  # torch is asked for GPUs, which takes seconds
@@ -176,12 +177,13 @@ def check_arguments(command: str, arguments: Sequence[str]) -> None:
     files = [argument.removeprefix("config=") for argument in arguments if argument.startswith("config=")]
     if command not in PROGRAMS or any(map(is_pipe, files)):
         return
-    schema, yaml_path = PROGRAMS[command]
+    schema, yaml_path = PROGRAMS[command][0], Path(__file__).parent.parent / PROGRAMS[command][1]
     arguments = with_data_key(arguments) if command == EVALUATION_SCRIPT else arguments
-    yaml_path = Path(__file__).parent.parent / yaml_path
 
     def check(_: list[str]) -> None:
         answer_questions(command, schema, yaml_path, arguments)
+        if schema is ChatConfig:  # the rest is found with the settings of the model's run
+            return find_typos(schema, {"command line": without_files(parse_arguments(arguments, schema))})
         with redirect_stdout(io.StringIO()):  # the script says it
             resolve(schema, yaml_path, arguments)
 
@@ -240,16 +242,17 @@ def resumed_config(
             f"resume = {folder}: its config.yaml has keys that this script does not know ({', '.join(unknown)}); go on "
             "with the script and the version that made it (environment.json names both), or begin a new run"
         )
+    named = {key: value for values in [*files.values(), overrides] for key, value in values.items()}
     for key, same in (("preset", "auto"), ("recipe", saved.get("recipe", ""))):
-        if overrides.get(key, same) not in (same, saved.get(key)):
+        if named.get(key, same) not in (same, saved.get(key)):
             raise UserError(
-                f"{key} = {overrides[key]}: {folder} keeps the values that it was started with; leave {key} out, "
+                f"{key} = {named[key]}: {folder} keeps the values that it was started with; leave {key} out, "
                 "and name the keys that are to change"
             )
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
     for key, own in (("run_name", folder.name), ("runs_dir", folder.parent)):
-        if overrides.get(key) and Path(overrides[key]).resolve() != Path(own).resolve():
-            raise UserError(f"{key} = {overrides[key]}: {folder} keeps its name and its place; leave {key} out")
+        if named.get(key) and Path(named[key]).resolve() != Path(own).resolve():
+            raise UserError(f"{key} = {named[key]}: {folder} keeps its name and its place; leave {key} out")
     layers = {str(path): saved, **layers_over(saved, files)}
     layers["command line"] = {key: value for key, value in overrides.items() if key not in ("preset", "config")}
     config, sources = validate(schema, layers, fixed)
@@ -265,8 +268,7 @@ def resumed_config(
             f"resume = {folder}: settings differ from the run's own: {', '.join(changes)}; leave them out, or accept "
             "them with resume_with_changes=true"
         )
-    note = f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}"
-    return Resolved(config, sources, [note])
+    return Resolved(config, sources, [f"settings of {path}{', changed: ' if changes else ''}{', '.join(changes)}"])
 
 
 def newest_unfinished_run(schema: type[RunConfig], config: RunConfig) -> Path | None:

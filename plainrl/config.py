@@ -28,11 +28,6 @@ RATIO_LEVELS = TableOf("plainrl.corrections", "RATIO_LEVELS")
 NAMED_SCALES = tuple(name for name in ADVANTAGE_SCALES if isinstance(name, str))  # beside true and false
 NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")  # how many steps a run is to have, by its kind
 # A switch of GRPO, and the keys that have no effect without it.
-SWITCHED_KEYS = {
-    "dynamic_sampling": ("max_resampling_rounds",),
-    "drop_solved_questions": ("solved_pass_rate", "solved_visits"),
-    "kl_coefficient": ("kl_estimator",),
-}
 
 
 class ImitationConfig(TrainConfig):
@@ -63,6 +58,11 @@ class EpochsConfig(TrainConfig):
         "constant", description="constant, or a linear warm-up then a cosine down to a tenth"
     )
     warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps that warm up (cosine only)")
+
+    def warnings(self) -> list[str]:
+        """Return the shared warnings, and one if warmup_fraction has no effect."""
+        idle = ["warmup_fraction"] if self.lr_schedule == "constant" else []
+        return super().warnings() + self._without_effect(idle, f"with lr_schedule = {self.lr_schedule}")
 
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps on so many rows or pairs."""
@@ -129,11 +129,6 @@ class WarmStartConfig(TrainConfig):
     )
 
     learns_from_pairs: ClassVar[bool] = False  # preference pairs, which SFT cannot imitate
-
-    @property
-    def needs_first_policy(self) -> bool:
-        """Return whether a resumed run needs the weights that it began with: those beside adapters are not saved."""
-        return self.lora_rank > 0
 
 
 class RolloutConfig(WarmStartConfig):
@@ -367,14 +362,16 @@ class GRPOConfig(RolloutConfig):
         if needs:
             unused = [key for key in of_ratio if key not in (*needs, *self.loss.options)]
             found += self._without_effect(unused, f"with loss_type = {self.loss_type}")
-        for switch, keys in SWITCHED_KEYS.items():
-            if not getattr(self, switch):
-                found += self._without_effect(keys, f"without {switch}")
         if self.group_size == 1 and not needs:
             found.append(f"group_size = 1: every advantage is 0, and loss_type = {self.loss_type} sees raw_rewards")
         if not self._is_changed("engine_correction"):
             reason = f"with engine_correction = {self.engine_correction}"
             found += self._without_effect(["engine_correction_cap"], reason)
+        elif not self._is_changed("engine_correction_cap"):
+            from plainrl.corrections import sequence_mean_mask
+
+            if ENGINE_CORRECTIONS[self.engine_correction] is sequence_mean_mask:
+                found.append("engine_correction_cap = 2 masks no mean over a response: use 1.001 to 1.1")
         if self.kl_coefficient:
             from plainrl.corrections import k1
 

@@ -1,4 +1,4 @@
-"""What the operating system refuses, as one line that says what to do.
+"""What the operating system or a GPU refuses, as one line that says what to do.
 
 Files, folders and disks are the user's, so that a refusal is no bug of this project. An error that is not in the table
 keeps its traceback.
@@ -6,6 +6,10 @@ keeps its traceback.
 
 import errno
 import os
+from pathlib import Path
+
+from plainrl.devices import is_out_of_memory
+from plainrl.records import first_line
 
 READ_ONLY = "use a folder that you may write to, or have its permissions changed"
 FAULTS = {  # errno -> what to do
@@ -40,3 +44,35 @@ def describe_fault(error: OSError) -> str | None:
         return None
     place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
     return f"{place}{error.strerror}; {advice}"
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Return whether an error says that the disk or its quota is full."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    texts = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    return is_full or any(text in str(error) for text in texts)  # a library may have wrapped the system's error
+
+
+def describe_end(error: Exception, folder: Path, is_gone: bool) -> str | None:
+    """Return why a run ended, and how it goes on; None if it may be a bug.
+
+    Args:
+        error: what ended it.
+        folder: of the run.
+        is_gone: whether the folder was missing by then.
+    """
+    again = f"go on with resume={folder}" if folder.is_dir() else "start again"
+    if is_disk_full(error):
+        return f"the disk of {folder} is full ({error}); free disk space, then {again}"
+    if is_gone and isinstance(error, FileNotFoundError):
+        return f"{folder} was removed or renamed during the run ({first_line(error)})"
+    if isinstance(error, OSError) and (fault := describe_fault(error)):
+        return f"{fault}; then {again}"
+    if is_out_of_memory(error):
+        return (
+            f"out of memory on the GPU ({first_line(error)}); reduce memory by smaller microbatches (a smaller "
+            "microbatch_tokens or a larger gradient_accumulation_steps), "
+            "gradient_checkpointing=true, a smaller scoring_batch_size (while responses are scored), or a smaller "
+            "gpu_memory_utilization (vLLM's share); a resumed run accepts them with resume_with_changes=true"
+        )
+    return None

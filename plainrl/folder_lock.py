@@ -1,7 +1,10 @@
-"""The lock of a run's folder: one process writes to it at a time."""
+"""A run's folder belongs to one process at a time: a name that no other run has, and a lock."""
 
+import contextlib
+import datetime
 import errno
 import fcntl
+import itertools
 import os
 import platform
 import time
@@ -12,6 +15,17 @@ from plainrl.records import UserError
 
 LOCK_ATTEMPTS = 3  # several, because the table of runs holds each lock for a moment to see whether it is free
 WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file systems
+
+
+def new_folder(runs_dir: Path, script: str) -> Path:
+    """Make the folder of a run without a name, and return it: `<script>-<time>`, with a number if that is taken."""
+    name = f"{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        path = runs_dir / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError
 
 
 def is_locked(path: Path) -> bool:

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from plainrl.devices import run_command, sync_command
 from plainrl.distributed import on_first
+from plainrl.faults import is_disk_full
 from plainrl.records import UserError
 from plainrl.shared_config import EMBEDDED_MODEL
 
@@ -398,7 +399,9 @@ def _unpack_embedded_model() -> Path:
             AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
         with contextlib.suppress(OSError):  # another process may have been faster
             unfinished.rename(folder)
-    except OSError as error:
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_disk_full(error)):  # safetensors has errors of its own
+            raise
         raise UserError(
             f"{unfinished} could not be written ({error}); set XDG_CACHE_HOME to a folder with free disk space"
         ) from error

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from plainrl.checkpoint import SPARE_BYTES, is_disk_full
+from plainrl.checkpoint import SPARE_BYTES
 from plainrl.config import NUM_STEPS_KEYS, RunConfig, TrainConfig
 from plainrl.devices import free_bytes
 from plainrl.distributed import num_ranks, on_first, whole
+from plainrl.faults import is_disk_full
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.optimizers import OPTIMIZERS
 from plainrl.policy import blocks_of

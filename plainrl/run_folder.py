@@ -11,7 +11,6 @@ runs/<name>/  config.yaml       resolved configuration
               lock              held by the process that writes to the folder
 """
 
-import datetime
 import json
 import os
 import platform
@@ -24,11 +23,11 @@ from typing import IO, Any, Self
 
 import yaml
 
-from plainrl.changes import changes_since
+from plainrl.changes import changes_since, require_same_start
 from plainrl.checkpoint import (
     TrainingState,
+    discard_after,
     flush_to_disk,
-    is_disk_full,
     remove_checkpoint,
     remove_leftovers,
     restore,
@@ -38,10 +37,9 @@ from plainrl.checkpoint import (
 from plainrl.checkpoint_files import newest_whole_checkpoint, read_record
 from plainrl.cli import read_yaml
 from plainrl.config import RunConfig
-from plainrl.devices import is_out_of_memory
 from plainrl.distributed import on_first, rank, together
-from plainrl.faults import describe_fault
-from plainrl.folder_lock import holder_of, lock_folder
+from plainrl.faults import describe_end, is_disk_full
+from plainrl.folder_lock import holder_of, lock_folder, new_folder
 from plainrl.guard import watched
 from plainrl.records import UserError, first_line
 from plainrl.report.renew import renew_page, show_evaluation
@@ -138,19 +136,21 @@ class RunFolder:
     def _make(cls, config: RunConfig, script: str) -> Self:
         """Make a new folder.
 
-        If run_name is empty, the folder is named `<script>-<time>`.
+        If run_name is empty, the folder is that of `new_folder`.
 
         Raises:
             UserError: the folder is not empty, or it cannot be made.
         """
-        name = config.run_name or f"{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        path = Path(config.runs_dir) / name
-        resolved = config.model_copy(update={"run_name": name})
+        path = Path(config.runs_dir) / config.run_name
         try:
+            path = path if config.run_name else new_folder(path, script)
             path.mkdir(parents=True, exist_ok=True)
             if any(file.name not in BEFORE_CONFIGURATION for file in path.iterdir()):
                 go_on = "" if script == EVALUATION else f"go on with it by resume={path}, "  # that cannot be resumed
-                raise UserError(f"run_name = {name}: {path} exists already; {go_on}give another run_name, or remove it")
+                raise UserError(
+                    f"run_name = {path.name}: {path} exists already; {go_on}give another run_name, or remove it"
+                )
+            resolved = config.model_copy(update={"run_name": path.name})
             lock = lock_folder(path)
             (path / "samples").mkdir(exist_ok=True)
             write_durably(path / "environment.json", json.dumps({"script": script} | describe_environment(), indent=2))
@@ -207,9 +207,16 @@ class RunFolder:
                 f"resume = {self.path}: every checkpoint is damaged ({', '.join(file.name for file in damaged)}); "
                 "begin a new run under another run_name"
             )
-        changes = changes_since(read_yaml(self.path / "config.yaml"), self.config)
+        if self.checkpoint is None and (final := self.path / "final").is_dir():
+            raise UserError(
+                f"resume = {self.path}: this run is finished, and has no checkpoint to go on from; begin a new run "
+                f"with model={final}"
+            )
+        saved = read_yaml(self.path / "config.yaml")
+        changes = changes_since(saved, self.config)
         record: dict[str, Any] = {"step": 0, "metrics_bytes": 0}
         if self.checkpoint is not None:
+            require_same_start(saved, self.config, self.checkpoint)
             record = read_record(self.checkpoint)
             if "config" in record and (since := changes_since(record["config"], self.config)):
                 changes = since
@@ -233,22 +240,10 @@ class RunFolder:
                 ended_by = "" if error is None else f"ended by: {error}"
                 renew_page(self.path, self.config, state_at_rest(self.path), ended_by)
             self._lock.close()
-        again = f"go on with resume={self.path}" if self.path.is_dir() else "start again"
         if isinstance(error, UserError) or not isinstance(error, Exception):
             return
-        if is_disk_full(error):
-            raise UserError(f"the disk of {self.path} is full ({error}); free disk space, then {again}") from error
-        if is_gone and isinstance(error, FileNotFoundError):
-            raise UserError(f"{self.path} was removed or renamed during the run ({first_line(error)})") from error
-        if isinstance(error, OSError) and (fault := describe_fault(error)):
-            raise UserError(f"{fault}; then {again}") from error
-        if is_out_of_memory(error):
-            raise UserError(
-                f"out of memory on the GPU ({first_line(error)}); reduce memory by smaller microbatches (a smaller "
-                "microbatch_tokens or a larger gradient_accumulation_steps), "
-                "gradient_checkpointing=true, a smaller scoring_batch_size (while responses are scored), or a smaller "
-                "gpu_memory_utilization (vLLM's share); a resumed run accepts them with resume_with_changes=true"
-            ) from error
+        if reason := describe_end(error, self.path, is_gone):
+            raise UserError(reason) from error
 
     def log(self, metrics: Metrics) -> None:
         """Append one line to metrics.jsonl, which holds it when this returns. None, NaN and infinities become null."""
@@ -305,11 +300,11 @@ class RunFolder:
                 f"more, or evaluate {self.checkpoint}/model"
             )
         if self._resumption is not None and rank() == 0:
+            discard_after(self.path, state.step)
             if (self.path / "metrics.jsonl").exists():
                 os.truncate(self.path / "metrics.jsonl", state.metrics_bytes)  # so that no step is logged twice
                 set_damaged_lines_aside(self.path)
             (self.path / "samples").mkdir(exist_ok=True)  # it may have been removed for its space
-            shutil.rmtree(self.path / "final", ignore_errors=True)  # no longer final
             _write_configuration(self.path, self.config)
             name = f"environment_resumed_{state.step:06d}.json"
             write_durably(self.path / name, json.dumps({**self._resumption, **describe_environment()}, indent=2))

@@ -44,6 +44,15 @@ def validation_source(settings: Mapping[str, Any]) -> str:
     return str(settings.get("validation_data", ""))
 
 
+SWITCHED_KEYS = {  # key -> keys that have no effect without it
+    "lora_rank": ("lora_alpha",),
+    "use_std_normalization": ("advantage_eps",),
+    "dynamic_sampling": ("max_resampling_rounds",),
+    "drop_solved_questions": ("solved_pass_rate", "solved_visits"),
+    "kl_coefficient": ("kl_estimator",),
+}
+
+
 class RunConfig(BaseModel):
     """The keys that training and evaluation share: model, devices, data, sampling, engine, records."""
 
@@ -298,6 +307,11 @@ class RunConfig(BaseModel):
         return bool(getattr(self, "rollouts_ahead", 0))
 
     @property
+    def needs_engine(self) -> bool:
+        """Return whether anything is sampled."""
+        return True
+
+    @property
     def shares_gpu(self) -> bool:
         """Return whether policy and vLLM use the same GPU. Then the engine must sleep during training."""
         return self.policy_device == self.evaluator_device != "cpu"
@@ -390,13 +404,16 @@ class TrainConfig(RunConfig):
             )
 
     def warnings(self) -> list[str]:
-        """Return the shared warnings, and those about a shared GPU and the best checkpoint."""
+        """Return the shared warnings, and those about a shared GPU, idle keys and the best checkpoint."""
         found = super().warnings()
         if self.shares_gpu and self.gpu_memory_utilization > 0.5:
             found.append(
                 f"gpu_memory_utilization = {self.gpu_memory_utilization:g}: the policy, its gradients and AdamW's "
                 "moments need memory on the same GPU; 0.35 of 80 GB is enough for the engine"
             )
+        for switch, keys in SWITCHED_KEYS.items():
+            if not getattr(self, switch, True):
+                found += self._without_effect(keys, f"without {switch}")
         shorter, longer = sorted((self.checkpoint_interval, self.eval_interval))
         if self.keep_best and longer % shorter:
             found.append(
@@ -404,6 +421,11 @@ class TrainConfig(RunConfig):
                 f"{self.checkpoint_interval} and eval_interval = {self.eval_interval} divides the other"
             )
         return found
+
+    @property
+    def needs_first_policy(self) -> bool:
+        """Return whether a resumed run needs the weights that it began with: those beside adapters are not saved."""
+        return self.lora_rank > 0
 
     @property
     def token_limit(self) -> int:

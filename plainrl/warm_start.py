@@ -112,6 +112,8 @@ def _run_preset(config: WarmStartConfig) -> Path:
         name = f"{name}-{hashlib.sha256(decisive.encode()).hexdigest()[:8]}"
         print(f"warm start: {folder} was trained with {'; '.join(different)}; this one is {name}")
         folder = folder.with_name(name)
+    if name == config.run_name:
+        raise UserError(f"run_name = {name}: the warm start of this run has that name; give another run_name")
     _wait_for_maker(folder)
     if (folder / "final").is_dir():
         used, wanted = _saved(folder), _preset_values(config.warm_start)
@@ -123,7 +125,8 @@ def _run_preset(config: WarmStartConfig) -> Path:
     settings = {"preset": config.warm_start, "run_name": name, **inherited, **_fewer_questions(inherited)}
     settings |= _limit_to_data(config, settings)
     print(f"warm start: {folder / 'final'} does not exist yet; running SFT_train.py preset={config.warm_start} first")
-    command = [sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto"]
+    # An interrupted one goes on, also with other settings: those that decide on the policy have given another name.
+    command = [sys.executable, str(SCRIPT), *_arguments(settings), "resume=auto", "resume_with_changes=true"]
     # The ranks may be killed together, and nothing may be left behind.
     ends_with_rank = {ENDS_WITH_PARENT: "1"} if num_ranks() > 1 else {}
     process = subprocess.Popen(command, env=environment_of_one_process() | ends_with_rank)

@@ -167,6 +167,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_set_aside(saved, name, damage, 
     assert newest_whole_checkpoint([]) is None
 
 
+def test_files_that_other_programs_leave_do_no_damage(saved):
+    for name in (".DS_Store", "model/README.md", ".cache/upload/lock"):
+        (saved[0] / name).parent.mkdir(parents=True, exist_ok=True)
+        (saved[0] / name).write_text("x")
+    assert find_damage(saved[0]) is None
+    (saved[0] / "model/adapter_config.json").write_text("{}")  # Transformers would read it
+    assert find_damage(saved[0]) == "model/adapter_config.json is not in manifest.json"
+
+
 def test_of_two_ranks_each_hashes_its_share(saved, monkeypatch):
     mine, others = (describe_files(saved[0], list_files(saved[0])[number::2]) for number in (0, 1))
     assert mine and others and not mine.keys() & others.keys()

@@ -292,6 +292,10 @@ def test_a_resumed_run_takes_no_other_preset_and_no_other_recipe(tmp_path):
     for argument in ("recipe=gspo", "recipe=", "preset=one-gpu"):
         with pytest.raises(UserError, match=f"^{argument.replace('=', ' = ')}: .* keeps"):
             load_config(GRPOConfig, path, [f"resume={tmp_path}", argument, "resume_with_changes=true"])
+    for line in ("recipe: gspo", "preset: one-gpu", "run_name: other", f"runs_dir: {tmp_path}"):  # or of a file
+        (tmp_path / "mine.yaml").write_text(line)
+        with pytest.raises(UserError, match=f"^{re.escape(line.replace(':', ' ='))}: .* keeps"):
+            load_config(GRPOConfig, path, [f"resume={tmp_path}", f"config={tmp_path}/mine.yaml"])
 
 
 def test_a_resumed_run_keeps_its_optimizer(tmp_path):

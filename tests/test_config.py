@@ -126,6 +126,31 @@ def test_a_constant_that_has_no_effect_is_said(schema):
         assert not any("normalize_constant" in text for text in schema(**settings).warnings())
 
 
+@pytest.mark.parametrize(
+    ("schema", "settings", "said"),
+    [
+        (SFTConfig, {"warmup_fraction": 0.1}, "warmup_fraction = 0.1 has no effect with lr_schedule = constant"),
+        (SFTConfig, {"lora_alpha": 16}, "lora_alpha = 16.0 has no effect without lora_rank"),
+        (
+            GRPOConfig,
+            {"advantage_eps": 1e-4, "use_std_normalization": False},
+            "advantage_eps = 0.0001 has no effect without use_std_normalization",
+        ),
+        (
+            GRPOConfig,
+            {"engine_correction": "sequence_mean_mask"},
+            "engine_correction_cap = 2 masks no mean over a response: use 1.001 to 1.1",
+        ),
+    ],
+)
+def test_idle_keys_are_said(schema, settings, said):
+    assert said in schema(**settings).warnings()
+    needed = {"lr_schedule": "cosine", "lora_rank": 4} if schema is SFTConfig else {}
+    needed |= {"use_std_normalization": True} if "advantage_eps" in settings else {}
+    needed |= {"engine_correction_cap": 1.01} if "engine_correction" in settings else {}
+    assert said.partition(" ")[0] not in " ".join(schema(**(settings | needed)).warnings())
+
+
 def test_the_temperature_of_evaluations():
     assert SFTConfig(sampling_temperature=0.7).evaluation_temperature == 0.7
     greedy = GRPOConfig(eval_sampling_temperature=0)  # which sampling_temperature may not be, in GRPO

@@ -162,6 +162,48 @@ def stopped_run(tmp_path, tiny_model, tokenizer):
     return run
 
 
+def test_a_finished_run_without_a_checkpoint_is_not_begun_again(stopped_run):
+    """Its model and its metrics would be lost. A sweep with keep_weights=last leaves such runs."""
+    shutil.rmtree(stopped_run.path / "checkpoints")
+    (stopped_run.path / "final").mkdir()
+    before = (stopped_run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="this run is finished, and has no checkpoint to go on from; begin a new run"):
+        resumed(stopped_run, "max_steps=50", "resume_with_changes=true")
+    assert (stopped_run.path / "final").is_dir() and (stopped_run.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_first_policy_is_refused_by_a_run_that_goes_on_from_a_checkpoint(stopped_run):
+    with pytest.raises(UserError, match="^model = other: the run began with smollm2-135m, and goes on with the policy"):
+        resumed(stopped_run, "model=other", "resume_with_changes=true")
+    with resumed(stopped_run, "model=other", "lora_rank=4", "resume_with_changes=true"):
+        pass  # adapters need it, and its folder may have moved: its weights are compared
+    shutil.rmtree(stopped_run.path / "checkpoints")
+    with resumed(stopped_run, "model=other", "resume_with_changes=true"):
+        pass  # nothing was trained yet
+
+
+def test_samples_of_steps_that_are_done_anew_do_not_stay(stopped_run, tiny_model, tokenizer):
+    """The run goes on after step 3, whose evaluation follows its checkpoint."""
+    names = [f"rollouts_{step:06d}" for step in (3, 4)] + [f"eval_{step:06d}" for step in (2, 3)]
+    names += ["hard/eval_000002", "hard/eval_000003", "eval_all_000003", "mine"]
+    for name in names:
+        path = stopped_run.path / f"samples/{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}\n")
+    (stopped_run.path / "final").mkdir()
+    with resumed(stopped_run, "max_steps=50", "resume_with_changes=true") as run:
+        assert len(list(run.path.glob("samples/**/*.jsonl"))) == len(names)  # until all is loaded
+        go_on(run, tiny_model, tokenizer)
+        left = {str(path.relative_to(run.path / "samples")) for path in run.path.glob("samples/**/*.jsonl")}
+        assert left == {"rollouts_000003.jsonl", "eval_000002.jsonl", "hard/eval_000002.jsonl", "mine.jsonl"}
+        assert not (run.path / "final").exists()
+
+
+def test_runs_without_a_name_that_start_in_one_second_have_folders_of_their_own(tmp_path):
+    with RunFolder.create(config_in(tmp_path), "sft") as first, RunFolder.create(config_in(tmp_path), "sft") as second:
+        assert first.path != second.path and second.config.run_name == second.path.name
+
+
 def resumed(run, *changes):
     config = load_config(SFTConfig, REPOSITORY / "config.yaml", [f"resume={run.path}", *changes])
     return RunFolder.open(config, "sft")

@@ -24,6 +24,7 @@ from plainrl.devices import run_command
 from plainrl.folder_lock import lock_folder
 from plainrl.grading.rewards import question_only_reward_fn
 from plainrl.records import Stopped, UserError
+from plainrl.run_folder import RunFolder
 from plainrl.supplement_config import DPOConfig
 from plainrl.warm_start import apply_warm_start
 from SFT_train import tokenize_examples
@@ -207,8 +208,15 @@ def test_a_warm_start_that_is_not_there_is_run_first_with_the_same_sizes(tmp_pat
     apply_warm_start(config.model_copy(update=many))
     sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", process.commands[1])
     assert (sft_config.num_eval_examples, sft_config.num_final_eval_examples) == (16, 16)
+    assert process.commands[1][-2:] == ["resume=auto", "resume_with_changes=true"]  # an interrupted one goes on
     process.status = 1
     with pytest.raises(UserError, match="SFT_train.py ended with status 1"):
+        apply_warm_start(config)
+
+
+def test_a_run_that_is_called_like_its_warm_start_does_not_wait_for_itself(tmp_path):
+    config = tiny_config(warm_start="warm-start", runs_dir=str(tmp_path), run_name="warm-start")
+    with RunFolder.create(config, "grpo"), pytest.raises(UserError, match="^run_name = warm-start: the warm start of"):
         apply_warm_start(config)
 
 
@@ -344,7 +352,7 @@ def test_question_only_has_a_warm_start_of_its_own(tokenizer, tmp_path, process)
     assert sft_config.warnings() == []
     preset = load_config(SFTConfig, REPOSITORY / "config.yaml", ["preset=warm-start-question-only"])
     given = {"run_name": "warm-start-question-only", "runs_dir": str(tmp_path), "max_context_tokens": 512}
-    given |= {"num_eval_examples": 16, "num_final_eval_examples": 16}
+    given |= {"num_eval_examples": 16, "num_final_eval_examples": 16, "resume_with_changes": True}
     assert sft_config == preset.model_copy(update=given)
     examples = load_sft_examples(sft_config)[:200]
     assert all(example.prompt == example.question for example in examples)

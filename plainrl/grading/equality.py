@@ -30,10 +30,10 @@ Node = tuple[str, Any]
 
 RELATIONS = {r"\le": "<=", r"\lt": "<", "<": "<", r"\ge": ">=", r"\gt": ">", ">": ">", r"\ne": "!=", "=": "="}
 MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "=": "=", "!=": "!="}
-# What stands before the sign of x = 5, f(x) = 5, (x,y) = 5 and Area = 5
+# What stands before the sign of x = 5, f(x) = 5, f(10) = 5, P(X=2) = 0.5, (x,y) = 5, AB = 5 and Area = 5
 NAME = (
-    rf"{VARIABLE}(?:\^\{{-1\}})?(?:\(\w\))?|\({VARIABLE}(?:,{VARIABLE})+\)|\\text\{{[^{{}}]*\}}|[A-Za-z]{{4,12}}|"
-    r"m?\\angle [A-Z]{1,3}"
+    rf"{VARIABLE}(?:\^\{{-1\}})?(?:\((?:\w|(?:[A-Z]=)?-?\d+(?:\.\d+)?)\))?|\({VARIABLE}(?:,{VARIABLE})+\)|"
+    r"\\text\{[^{}]*\}|[A-Za-z]{4,12}|[A-Z]{2,3}|m?\\angle [A-Z]{1,3}"
 )
 CHOICE = re.compile(r"\(?([A-Z])\)?|\\choice\{(.)\}(?!.*\([A-Z]\))[^,]*")  # A, (A), or with its value: (A) 5
 # A separator (group 1), or what opens or closes: the separator counts where nothing is open
@@ -62,8 +62,9 @@ def answers_match(answer: str, ground_truth: str) -> bool:
     """
     if max(len(answer), len(ground_truth)) > MAX_ANSWER_CHARS:
         return answer.strip() == ground_truth.strip() != ""
+    are_alike = re.sub(r",\s+", ",", answer) == re.sub(r",\s+", ",", ground_truth)  # 121, 484 and 121,484
     answer, ground_truth = tidy(answer), tidy(ground_truth)
-    if answer == ground_truth or _same_words(answer, ground_truth):
+    if answer == ground_truth or are_alike or _same_words(answer, ground_truth):
         return answer != ""
     if not (answer and ground_truth and _has_sound_brackets(answer) and _has_sound_brackets(ground_truth)):
         return False  # an incomplete answer is wrong
@@ -103,8 +104,7 @@ def _parse(text: str) -> Node:
     """Return the structure of a tidied answer."""
     items = _split(text, COMMA)[0]
     if len(items) > 1:
-        nodes = [_parse(item) for item in items]
-        return "list", [part for node in nodes for part in (node[1] if node[0] == "list" else [node])]
+        return "list", _flat([_parse(item) for item in items])
     name, value = _split_name(text)
     if name is not None:
         node = _parse(value)
@@ -113,7 +113,7 @@ def _parse(text: str) -> Node:
     if len(parts) > 1:
         return "union", [_parse(part) for part in parts]
     if text.startswith(r"\{") and text.endswith(r"\}"):
-        return "set", [_parse(item) for item in _split(text[2:-2], COMMA)[0] if text[2:-2]]
+        return "set", _flat([_parse(item) for item in _split(text[2:-2], COMMA)[0] if text[2:-2]])
     if matrix := re.fullmatch(r"(-?[^-+,=<>]*?)\\begin\{pmatrix\}(.*)\\end\{pmatrix\}", text):
         before, after = {"": ("", ""), "-": ("-(", ")")}.get(matrix[1], (f"({matrix[1]})(", ")"))
         rows = [row.split("&") for row in matrix[2].split(r"\\") if row.strip()]
@@ -121,11 +121,21 @@ def _parse(text: str) -> Node:
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _has_sound_brackets(text[1:-1]):
         items = _split(text[1:-1], COMMA)[0]
         if len(items) > 1:
-            return text[0] + text[-1], [_parse(item) for item in items]
+            nodes = [_parse(item) for item in items]
+            several = [place for place, node in enumerate(nodes) if node[0] == "list"]  # of \pm
+            if len(several) != 1:
+                return text[0] + text[-1], nodes
+            before, after = nodes[: several[0]], nodes[several[0] + 1 :]
+            return "list", [(text[0] + text[-1], [*before, one, *after]) for one in nodes[several[0]][1]]
     if len(re.findall(r"\\pm(?![A-Za-z])", text)) == 1 and not _relation(text)[1]:  # several may be independent
         signs = ({"p": "+", "m": "-"}, {"p": "-", "m": "+"})
         return "list", [("leaf", re.sub(r"\\(p|m)[pm](?![A-Za-z])\s?", lambda m, s=s: s[m[1]], text)) for s in signs]
     return "leaf", text
+
+
+def _flat(nodes: Sequence[Node]) -> list[Node]:
+    """Return nodes, with the parts of a list instead of the list."""
+    return [part for node in nodes for part in (node[1] if node[0] == "list" else [node])]
 
 
 def _split_name(text: str) -> tuple[str | None, str]:
@@ -270,7 +280,9 @@ def _same_words(one: str, other: str) -> bool:
     choice, other_choice = map(CHOICE.fullmatch, (plain, other_plain))
     if choice and other_choice:
         return (choice[1] or choice[2]) == (other_choice[1] or other_choice[2]) and bool(choice[1] or other_choice[1])
-    is_text = re.search(r"\\text|[A-Za-z]{4}|^(?:no|yes)$", f"{one}\n{other}", re.IGNORECASE | re.MULTILINE)
+    is_text = re.search(
+        r"\\text|[A-Za-z]{4}|^(?:no|yes|(?-i:[A-Z][a-z]{2}))$", f"{one}\n{other}", re.IGNORECASE | re.MULTILINE
+    )
     is_same = is_text and plain.lower() == other_plain.lower()
     return bool(is_same and re.fullmatch(r"[A-Za-z][A-Za-z0-9' ,.:/-]+", plain))
 
@@ -296,7 +308,9 @@ def _split_unit(text: str) -> tuple[str, str]:
     words = re.fullmatch(r"(\\text\{)?([A-Za-z-]+)( [A-Za-z ]+)?(?(1)\})", text)
     if words and words[2].lower() in NUMBER_WORDS:
         text = f"{NUMBER_WORDS[words[2].lower()]}{words[3] or ''}"
-    if match := re.match(r"(\\\$)|\\text\{(pound|euro)\}|(USD|EUR|Rs)\.? ?(?=-?[\d.])", text):
+    if match := re.fullmatch(r"\\\$(-?[\d.,]*\d) ?((?:/|\\text\{|[A-Za-z]).*)", text):  # $5 per hour
+        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", f"{match[1]} dollars {match[2]}")
+    elif match := re.match(r"(\\\$)|\\text\{(pound|euro)\}|(USD|EUR|Rs)\.? ?(?=-?[\d.])", text):
         return text[match.end() :], "dollar" if match[1] else UNITS[match[2] or match[3]]
     for end, unit in (("%", "%"), (r"^\circ", "degree")):
         value = text.removesuffix(end)
@@ -316,7 +330,9 @@ def _unit_name(text: str, power: str | None) -> str | None:
     >>> [_unit_name(text, None) for text in ("square inches", "mph", "right triangles", "wrong", "triangle")]
     ['inch^2', 'mile/hour', 'right triangle', None, None]
     """
-    text = re.sub(r"\b(?:per|p)\b", "/", re.sub(r"\bmph\b", "mile/hour", text.replace(".", "").replace("-", " ")))
+    text = re.sub(r"\b([ap])\. ?m\b", r"\1m", text)
+    text = re.sub(r"\.(?=[A-Za-z])", " ", text).replace(".", "").replace("-", " ")  # sq.ft.
+    text = re.sub(r"\b(?:per|p)\b", "/", re.sub(r"\bmph\b", "mile/hour", text))
     text = re.sub(r"\b(?:sq|squared?|(cu|cubic)) ([A-Za-z]+)", lambda match: f"{match[2]}^{3 if match[1] else 2}", text)
     text = re.sub(r"([A-Za-z]+) (?:squared|(cubed))\b", lambda match: f"{match[1]}^{3 if match[2] else 2}", text)
     names, head = [], ""  # the head is the last word, or that before "per" or "of"

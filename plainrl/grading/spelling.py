@@ -22,8 +22,8 @@ CHARACTERS = str.maketrans({
     "\u2212": "-", "\u2013": "-", "\u2010": "-", "π": r"\pi ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ",
     "≠": r"\ne ", "∞": r"\infty ", "\u00d7": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "±": r"\pm ",
     "∓": r"\mp ", "\u222a": r"\cup ", "∈": r"\in ", "≈": r"\approx ", "θ": r"\theta ", "\u03b1": r"\alpha ",
-    "β": r"\beta ", "\u2215": "/", "∅": r"\emptyset ", "\u211d": r"\mathbb{R} ", "\u2044": "/", "½": r"\frac{1}{2}",
-    "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "\u2019": "'", "\x0c": r"\f", "\x08": r"\b",
+    "β": r"\beta ", "\u2215": "/", "∅": r"\emptyset ", "\u211d": r"\mathbb{R} ", "\u2044": "/", "¢": r"\text{cent}",
+    "\u2019": "'", "\x0c": r"\f", "\x08": r"\b",
     "\u2103": r"^\circ C", "\u2109": r"^\circ F", "£": r"\text{pound}", "€": r"\text{euro}",
 })  # fmt: skip
 ONES = "zero one two three four five six seven eight nine".split()
@@ -64,9 +64,16 @@ def tidy(text: str) -> str:
         text = text.replace(r"\\", "\\")
     if not text.isascii():
         text = re.sub(r"√\s*(?:(\d+|[A-Za-z])|\(([^()]*)\))", r"\\sqrt{\1\2}", text)
-        text = re.sub("[⁰¹²³⁴-⁹]+", lambda match: f"^{{{unicodedata.normalize('NFKC', match[0])}}}", text)
+        for sign, characters in (("^", "⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ"), ("_", "₀-₉₊₋₍₎")):
+            text = re.sub(f"[{characters}]+", lambda match, sign=sign: f"{sign}{{{_plain(match[0])}}}", text)
+        text = re.sub("[¼-¾⅐-⅞]", lambda match: r"\frac{{{}}}{{{}}}".format(*_plain(match[0]).split("\u2044")), text)
         text = unicodedata.normalize("NFKC", text.translate(CHARACTERS))
     text = " ".join(text.split())  # long runs of spaces would take long
     for rule in RULES.values():
         text = rule.pattern.sub(rule.replacement, text)
     return BASE_IN_WORDS.sub(lambda match: f"_{NUMBER_WORDS[match[1]]}", text.strip())
+
+
+def _plain(text: str) -> str:
+    """Return super- and subscripts, and fractions in one character, as the characters that they are made of."""
+    return unicodedata.normalize("NFKC", text).replace("\u2212", "-")

@@ -156,6 +156,8 @@ def _rename(values: Mapping[str, Any], where: str, names: FieldNames, is_strict:
     for role, name in given.items():
         value = values[name]
         is_complete = role == "trace" and isinstance(value, str) and "</answer>" in value
+        if role == "trace":  # under its own name, such as response, it would count as complete
+            fields.pop(name.lower(), None)
         fields["response" if is_complete else {"trace": "solution"}.get(role, role)] = value
     return fields
 
@@ -174,7 +176,7 @@ def _read_response(fields: Mapping[str, Any], name: str, where: str) -> tuple[st
         chat = _as_chat(fields[name], name, where)
         return (chat.response if chat else _text(fields[name], name, where)), None
     solution = fields.get(name)
-    return None, _text(solution, name, where) if isinstance(solution, str) and solution.strip() else None
+    return None, None if _is_missing(solution) else _text(solution, name, where)
 
 
 class Chat(NamedTuple):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such data begin
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 DELIMITERS = ",;\t"  # of CSV
+BLANK = " \r\n"  # before the first line of CSV, which a tab may begin: a column without a name
 NUM_ARITHMETIC_TRAIN = 8192
 NUM_ARITHMETIC_VALIDATION = 1024
 
@@ -298,17 +299,17 @@ def _explain(error: Exception) -> str:
 
 def _is_csv(text: str) -> bool:
     """Return whether a text begins with a line of column names. JSON begins with a brace or a bracket."""
-    header = text.lstrip().partition("\n")[0]
+    header = text.lstrip(BLANK).partition("\n")[0]
     return not header.startswith(("{", "[")) and any(mark in header for mark in DELIMITERS)
 
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the rows of a CSV file. All values are text. Commas, semicolons or tabs separate them."""
-    header = text.lstrip().partition("\n")[0]
+    header = text.lstrip(BLANK).partition("\n")[0]
     reader = csv.reader(
-        io.StringIO(text.lstrip(), newline=""), delimiter=max(DELIMITERS, key=header.count), strict=True
+        io.StringIO(text.lstrip(BLANK), newline=""), delimiter=max(DELIMITERS, key=header.count), strict=True
     )
-    lines_before = text[: len(text) - len(text.lstrip())].count("\n")
+    lines_before = text[: len(text) - len(text.lstrip(BLANK))].count("\n")
     names: list[str] = []
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the whole process: only ever raised
     try:

@@ -80,6 +80,12 @@ def test_fields_are_named_by_the_user():
     assert (record.question, record.ground_truth) == ("q", "7")
     whole = parse_record({"question": "q", "t": "a </think> <answer> 2 </answer>"}, "f", FieldNames(trace="t"))
     assert whole.response == "a </think> <answer> 2 </answer>" and whole.reasoning is None
+    for name in ("response", "completion"):  # whatever a solution is called
+        row = {"question": "q", "answer": "5", name: "2 + 3 = 5"}
+        short = parse_record(row, "f", FieldNames(trace=name))
+        assert (short.response, short.reasoning) == (None, "2 + 3 = 5")
+    with pytest.raises(UserError, match=r"field solution is \['a', 'b'\]; expected text"):
+        parse_record({"question": "q", "generations": ["a", "b"]}, "f", FieldNames(trace="generations"))
     bare = parse_record({"prompt": "q", "answer": "2"}, "f", FieldNames(question="prompt"))
     assert (bare.question, bare.prompt) == ("q", None)  # the template is filled in
     with pytest.raises(UserError, match=r"^question_field = ask: f has no such field; it has question, answer$"):
@@ -111,6 +117,14 @@ def test_a_csv_file_is_read_by_its_content(tmp_path, delimiter, is_compressed):
     assert [values for values, _ in read] == rows
     assert [where for _, where in read] == [f"{path}, line 3", f"{path}, line 4"]  # where each row ends
     assert parse_record(read[1][0], "f").ground_truth is None
+
+
+def test_tabs_may_begin_with_a_column_without_a_name(tmp_path):
+    """So does pandas write its index."""
+    path = tmp_path / "data.tsv"
+    path.write_text("\n\tquestion\tanswer\n0\tWhat?\t5\n")
+    ((values, where),) = read_records(str(path))
+    assert (values["question"], values["answer"], where) == ("What?", "5", f"{path}, line 3")
 
 
 def test_a_small_csv_file_does_not_lower_the_limit_of_all_csv(tmp_path):

@@ -99,15 +99,15 @@ def load_model(name: str, config: ChatConfig) -> Model:
 
 def require_one_architecture(models: Sequence[Model]) -> None:
     """Raise a UserError if the engine of the first model would compute or end another one's responses differently."""
-    for model in models:
-        alike = {
-            "weights": lambda m: {name: tuple(tensor.shape) for name, tensor in m.policy.state_dict().items()},
-            "settings in config.json": lambda m: {
-                key: value for key, value in m.policy.config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(key)
-            },
-            "vocabulary": lambda m: m.tokenizer.get_vocab(),
-        }
-        for what, read in alike.items():
+    must_be_alike = {
+        "weights": lambda m: {name: tuple(tensor.shape) for name, tensor in m.policy.state_dict().items()},
+        "settings in config.json": lambda m: {
+            key: value for key, value in m.policy.config.to_dict().items() if not WITHOUT_EFFECT.fullmatch(key)
+        },
+        "vocabulary": lambda m: m.tokenizer.get_vocab(),
+    }
+    for model in models[1:]:
+        for what, read in must_be_alike.items():
             if read(model) != read(models[0]):
                 raise UserError(
                     f"model = {model.name} has other {what} than {models[0].name}, and both share one engine: ask each "

@@ -118,13 +118,16 @@ class Run:
         return [sys.executable, *options, target if options else str(REPOSITORY / target), *self.arguments]
 
 
-def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tuple[Path, list[Run]]:
+def plan(
+    path: Path, overrides: Sequence[str] = (), preset: str = "auto", on_one_gpu: bool = False
+) -> tuple[Path, list[Run]]:
     """Return the folder of a sweep's results, and its runs, seed by seed.
 
     Args:
         path: the sweep file.
         overrides: `key=value`, for every run; `seeds=[...]` replaces the seeds of the file.
         preset: used where neither overrides nor the file name one; auto chooses by the CUDA devices.
+        on_one_gpu: whether each run has one GPU to itself, whatever there is beside it. auto looks at the first.
 
     Raises:
         UserError: a key or value is wrong; names the file and the field.
@@ -136,7 +139,9 @@ def plan(path: Path, overrides: Sequence[str] = (), preset: str = "auto") -> tup
     if keep_weights not in get_args(KEPT_WEIGHTS):
         raise UserError(f"keep_weights = {keep_weights}: use one of {', '.join(get_args(KEPT_WEIGHTS))}")
     preset = extra.get("preset") or str(sweep.settings.get("preset", preset))
-    preset = choose_preset()[0] if preset == "auto" else preset
+    if preset == "auto":
+        preset = choose_preset()[0]
+        preset = "one-gpu" if on_one_gpu and preset != "small-gpu" else preset
     if sweep.presets and preset not in sweep.presets:
         raise UserError(f"{path}: its settings are for preset={' or '.join(sweep.presets)}, not for preset={preset}")
     if any("preset" in settings for settings in (sweep.laptop, *variants_of(sweep).values())):

@@ -1,8 +1,7 @@
 """The committed figures of a sweep, results/<sweep>/: their columns, how a run comes in, how they are read.
 
     runs.csv      one row per run, RUN_COLUMNS. A run with a row is finished, also when its folder is gone
-    metrics.csv   the METRICS of its metrics.jsonl, in the order in which they were logged, and the answer rewards of
-                  further validation sets or of DPO (OF_SOME)
+    metrics.csv   the METRICS of its metrics.jsonl, in the order in which they were logged, and FURTHER_COLUMNS
 
     minutes         of training steps and evaluations, as logged, without loading, saving and lost work
     wall_minutes    of the run's processes, with a warm start that was made first
@@ -15,15 +14,15 @@ A cell is empty where the run logged no such value. Numbers have 5 significant d
 
 import csv
 import fcntl
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from plainrl.cli import read_yaml
 from plainrl.clock import OF_RUN
+from plainrl.folder_lock import WITHOUT_LOCKS
 from plainrl.records import UserError
 from plainrl.run_records import EVAL_SCORE, read_metrics
 
@@ -43,7 +42,7 @@ RUN_COLUMNS = (
     *("sampled_tokens", "peak_memory_gib"),
 )
 # Columns that only some sweeps have: those of extra_validation_data, and of DPO.
-OF_SOME = re.compile(r"eval(_all)?/[^/]+/answer_reward|eval/accuracy|train/loss_per_pair")
+FURTHER_COLUMNS = re.compile(r"eval(_all)?/[^/]+/answer_reward|eval/accuracy|train/loss_per_pair")
 COLUMNS = {"runs.csv": RUN_COLUMNS, "metrics.csv": METRIC_COLUMNS}
 
 
@@ -61,7 +60,11 @@ def collect_run(
     """
     rows = read_metrics(folder)
     summary = {**names, "wall_minutes": wall_minutes, **summarize_run(folder)}
-    kept = [{**names, **row} for row in rows if any(row.get(name) is not None for name in [*METRICS, *_of_some(row)])]
+    kept = [
+        {**names, **row}
+        for row in rows
+        if any(row.get(name) is not None for name in [*METRICS, *_further_columns(row)])
+    ]
     results.mkdir(parents=True, exist_ok=True)
     with _one_writer(results):
         _replace_rows(results / "metrics.csv", METRIC_COLUMNS, kept, order)
@@ -140,18 +143,18 @@ def read_table(path: Path) -> list[dict[str, str]]:
 @contextmanager
 def _one_writer(results: Path) -> Iterator[None]:
     """Let one session at a time write to a folder of results. Several may run seeds of one sweep."""
-    folder = os.open(results, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
+    with (results / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
         yield
-    finally:
-        os.close(folder)
 
 
 def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
     """Replace a run's rows in a CSV file."""
-    texts = [{name: as_text(row.get(name)) for name in [*columns, *_of_some(row)]} for row in rows]
+    texts = [{name: as_text(row.get(name)) for name in [*columns, *_further_columns(row)]} for row in rows]
     replaced = {(row["variant"], row["seed"]) for row in texts}
     texts += [row for row in read_table(path) if (row["variant"], row["seed"]) not in replaced]
     places = {variant: place for place, variant in enumerate(order)}
@@ -159,16 +162,16 @@ def _replace_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str
     write_rows(path, columns, texts)
 
 
-def _of_some(row: Mapping[str, Any]) -> list[str]:
-    return [name for name in row if OF_SOME.fullmatch(name)]
+def _further_columns(row: Mapping[str, Any]) -> list[str]:
+    return [name for name in row if FURTHER_COLUMNS.fullmatch(name)]
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Write a CSV file of texts anew, and rename it, so that it is never half written."""
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w", newline="") as file:
-        of_some = sorted({name for row in rows for name in _of_some(row) if row[name]})
-        writer = csv.DictWriter(file, [*columns, *of_some], "", "ignore", lineterminator="\n")
+        further = sorted({name for row in rows for name in _further_columns(row) if row[name]})
+        writer = csv.DictWriter(file, [*columns, *further], "", "ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     unfinished.replace(path)

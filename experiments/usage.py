@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.sweep_plan import Run, plan
 from plainrl.cli import run_main
-from plainrl.devices import choose_preset, run_command
+from plainrl.devices import run_command
 from plainrl.records import UserError
 
 SWEEP, RUNS, PASS_AT_K = (f"python -m experiments.{name}" for name in ("sweep", "runs", "pass_at_k"))
@@ -48,17 +48,12 @@ def plan_sweep(arguments: list[str]) -> tuple[argparse.Namespace, Path, list[Run
     parser.add_argument("--rerun", action="append", default=[], help="run this variant again (may be repeated)")
     options = parser.parse_intermixed_args(arguments)
     options.gpus = re.findall(r"[^, ]+", options.gpus)
-    results, runs = plan(options.sweep, options.overrides, _preset_of_one_gpu() if options.gpus else "auto")
+    results, runs = plan(options.sweep, options.overrides, on_one_gpu=bool(options.gpus))
     variants = list(dict.fromkeys(run.variant for run in runs))
     for option in ("variant", "rerun"):
         if unknown := set(getattr(options, option)) - set(variants):
             raise UserError(f"--{option} {min(unknown)}: {options.sweep} has {' '.join(variants)}")
     return options, results, runs
-
-
-def _preset_of_one_gpu() -> str:
-    """Return the preset of a run that has one of this machine's GPUs to itself."""
-    return "small-gpu" if choose_preset()[0] == "small-gpu" else "one-gpu"
 
 
 def check_runs(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The keys of experiments/chat.py. They are here so that they are checked before anything large is imported."""
+"""The keys of experiments/chat.py. They are here so that typos are found before anything large is imported."""
 
 from typing import Self
 

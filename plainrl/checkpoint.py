@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -348,13 +349,13 @@ def remove_leftovers(folder: Path) -> None:
 def discard_after(folder: Path, step: int) -> None:
     """Remove what a run that goes on after a step makes anew: final/, and the samples of what followed that step.
 
-    The evaluation after the step follows its checkpoint.
+    The evaluation after the step itself is one of these: it follows the checkpoint.
     """
     if (folder / "final").is_dir():
         remove_checkpoint(folder / "final")
     for path in folder.glob("samples/**/*.jsonl"):
-        kind, _, number = path.stem.rpartition("_")
-        if number.isdecimal() and int(number) >= step + (kind == "rollouts"):
+        match = re.fullmatch(r"(?:(rollouts)|eval|eval_all)_(\d{6,})", path.stem)
+        if match and int(match[2]) >= step + bool(match[1]):
             path.unlink()
 
 

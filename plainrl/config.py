@@ -27,7 +27,6 @@ KL_ESTIMATORS = TableOf("plainrl.corrections", "KL_ESTIMATORS")
 RATIO_LEVELS = TableOf("plainrl.corrections", "RATIO_LEVELS")
 NAMED_SCALES = tuple(name for name in ADVANTAGE_SCALES if isinstance(name, str))  # beside true and false
 NUM_STEPS_KEYS = ("n_grpo_steps", "n_ei_steps", "max_steps")  # how many steps a run is to have, by its kind
-# A switch of GRPO, and the keys that have no effect without it.
 
 
 class ImitationConfig(TrainConfig):
@@ -371,7 +370,8 @@ class GRPOConfig(RolloutConfig):
             from plainrl.corrections import sequence_mean_mask
 
             if ENGINE_CORRECTIONS[self.engine_correction] is sequence_mean_mask:
-                found.append("engine_correction_cap = 2 masks no mean over a response: use 1.001 to 1.1")
+                cap = f"engine_correction_cap = {self.engine_correction_cap:g}"
+                found.append(f"{cap} masks no mean over a response: use 1.001 to 1.1")
         if self.kl_coefficient:
             from plainrl.corrections import k1
 

@@ -104,6 +104,8 @@ def _check_capabilities(config: RunConfig) -> None:
         return ".".join(map(str, capability))
 
     for key, device_key in DTYPE_KEYS.items():
+        if device_key == "evaluator_device" and not config.needs_engine:
+            continue
         device, dtype = getattr(config, device_key), getattr(config, key)
         capability = None if device == "cpu" else torch.cuda.get_device_capability(device)
         if capability and capability < OLDEST:

@@ -1,7 +1,7 @@
 """What the operating system or a GPU refuses, as one line that says what to do.
 
-Files, folders and disks are the user's, so that a refusal is no bug of this project. An error that is not in the table
-keeps its traceback.
+Files, folders, disks and memory are the user's, so that a refusal is no bug of this project. Any other error keeps its
+traceback.
 """
 
 import errno

@@ -20,10 +20,11 @@ WITHOUT_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)  # some network file
 def new_folder(runs_dir: Path, script: str) -> Path:
     """Make the folder of a run without a name, and return it: `<script>-<time>`, with a number if that is taken."""
     name = f"{script}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    runs_dir.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = runs_dir / (name if number == 1 else f"{name}-{number}")
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
     raise AssertionError
 

@@ -156,7 +156,7 @@ def _rename(values: Mapping[str, Any], where: str, names: FieldNames, is_strict:
     for role, name in given.items():
         value = values[name]
         is_complete = role == "trace" and isinstance(value, str) and "</answer>" in value
-        if role == "trace":  # under its own name, such as response, it would count as complete
+        if role == "trace" and name.lower() in RESPONSES:  # under the name response it would count as complete
             fields.pop(name.lower(), None)
         fields["response" if is_complete else {"trace": "solution"}.get(role, role)] = value
     return fields
@@ -173,10 +173,9 @@ def _read_response(fields: Mapping[str, Any], name: str, where: str) -> tuple[st
     """Return the complete response, or the solution; one of them, or none."""
     value = fields.get(name)
     if name in COMPLETE and (not _is_missing(value) or value in (math.inf, -math.inf)):  # which _text refuses
-        chat = _as_chat(fields[name], name, where)
-        return (chat.response if chat else _text(fields[name], name, where)), None
-    solution = fields.get(name)
-    return None, None if _is_missing(solution) else _text(solution, name, where)
+        chat = _as_chat(value, name, where)
+        return (chat.response if chat else _text(value, name, where)), None
+    return None, None if _is_missing(value) else _text(value, name, where)
 
 
 class Chat(NamedTuple):

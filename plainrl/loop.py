@@ -97,7 +97,7 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[int]:
         self._end_at_a_limit(self._state.step)  # a resumed run may have to evaluate its last step again
-        if self._is_evaluated():
+        if self._is_evaluation_due():
             print(f"evaluating {f'after step {self._state.step}' if self._state.step else 'before step 1'}", flush=True)
         self._save_and_evaluate()
         if self._state.step == 0:
@@ -118,7 +118,7 @@ class TrainingLoop:
                 break
         self._guard.stop_if_requested()
 
-    def _is_evaluated(self) -> bool:
+    def _is_evaluation_due(self) -> bool:
         """Return whether the policy is evaluated after the present step."""
         return is_due(self._state.step, self._config.eval_interval, self._num_steps)
 
@@ -128,9 +128,11 @@ class TrainingLoop:
         Raises:
             UserError: not even a first step would end in time. The state of step 0 is saved.
         """
-        num_evaluations = 1 + (self._is_evaluated() and not has_evaluated)  # of this step, and of the next
-        limits = self._config.max_training_hours, self._config.token_limit, num_evaluations
-        if step < self._num_steps and any(limits[:2]) and (limit := reached_limit(self._run.read_metrics(), *limits)):
+        num_evaluations = 1 + (self._is_evaluation_due() and not has_evaluated)  # of this step, and of the next
+        limits = self._config.max_training_hours, self._config.token_limit
+        if step == self._num_steps or not any(limits):
+            return
+        if limit := reached_limit(self._run.read_metrics(), *limits, num_evaluations):
             if step == 0:
                 raise UserError(f"{limit}: a step with an evaluation would not end in this time; raise it")
             tqdm.write(f"step {step} is the last: {limit}", file=sys.stdout)
@@ -174,7 +176,7 @@ class TrainingLoop:
         """Save and evaluate where the intervals say so. Saved first: an evaluation that fails loses nothing."""
         state, config = self._state, self._config
         is_saved = state.step > 0 and is_due(state.step, config.checkpoint_interval, self._num_steps)
-        is_evaluated = self._is_evaluated()
+        is_evaluated = self._is_evaluation_due()
         if is_saved:
             self._run.save_checkpoint(state)
         if is_evaluated:

@@ -123,7 +123,7 @@ def _choose_what_computes(policy: PreTrainedModel, config: RunConfig, folder: st
 
 
 def require_context(policy: PreTrainedModel, config: RunConfig) -> None:
-    """Raise a UserError if rows may be longer than the model's context."""
+    """Raise a UserError if rows may be longer than the context, or so long that the rotary embeddings change."""
     context = getattr(policy.config, "max_position_embeddings", None)
     if context is not None and config.max_context_tokens > context:
         raise UserError(

@@ -42,7 +42,7 @@ def add_working_copy(policy: PreTrainedModel, compute_dtype: str) -> None:
         if isinstance(module, nn.Embedding):
             module.weight = cast(nn.Embedding, original).weight
             module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
-            if hasattr(module, "embed_scale"):  # Gemma's
+            if isinstance(getattr(module, "embed_scale", None), Tensor):  # Gemma's
                 cast(Any, module).forward = partial(_look_up_scaled, module, dtype)
     used = {id(weight) for weight in worker.parameters()}  # an embedding's rounded table is not, unless it is tied
     pairs = [(master, rounded) for master, rounded in pairs if id(rounded) in used]
@@ -82,4 +82,4 @@ def _move_gradient_to(master: nn.Parameter) -> Any:
 def _look_up_scaled(embedding: nn.Embedding, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
     """Return rows of a float32 table, rounded, times the embedding's scale, rounded as a model in 16 bits has it."""
     rows = nn.functional.embedding(ids, embedding.weight, embedding.padding_idx).to(dtype)
-    return rows * torch.as_tensor(cast(Any, embedding).embed_scale).to(dtype)
+    return rows * cast(Tensor, embedding.embed_scale).to(dtype)

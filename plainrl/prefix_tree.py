@@ -143,8 +143,8 @@ def why_not_shared(model: PreTrainedModel) -> str:
     """Return what in its configuration keeps a model from attending along prefix trees, or "" if nothing does.
 
     The model must look its attention up by name, and this attention must be the plain one. It is causal over the whole
-    context, adds nothing to its scores and clamps none, and uses a kernel that `NAMES` lists. Nor may the model have
-    dropout: rows that share a prefix would share its random numbers.
+    context, adds nothing to its scores and clamps none, has values as wide as its keys, and uses a kernel of `NAMES`.
+    Nor may the model have dropout: rows that share a prefix would share its random numbers.
     """
     config = cast(Any, model.config.get_text_config())
     kernel = config._attn_implementation

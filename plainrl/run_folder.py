@@ -190,7 +190,8 @@ class RunFolder:
         """Find the newest complete checkpoint. `restore` later brings the folder back to it, or to its start.
 
         Raises:
-            UserError: all checkpoints are damaged, or the metrics were lost.
+            UserError: all checkpoints are damaged, the metrics were lost, a finished run has no checkpoint, or another
+                first policy is given.
         """
         path = self.path
         self.checkpoint = newest_whole_checkpoint(on_first(lambda: list_checkpoints(path)))

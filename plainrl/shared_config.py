@@ -314,7 +314,7 @@ class RunConfig(BaseModel):
     @property
     def shares_gpu(self) -> bool:
         """Return whether policy and vLLM use the same GPU. Then the engine must sleep during training."""
-        return self.policy_device == self.evaluator_device != "cpu"
+        return self.needs_engine and self.policy_device == self.evaluator_device != "cpu"
 
 
 class TrainConfig(RunConfig):

@@ -300,7 +300,7 @@ def _explain(error: Exception) -> str:
 def _is_csv(text: str) -> bool:
     """Return whether a text begins with a line of column names. JSON begins with a brace or a bracket."""
     header = text.lstrip(BLANK).partition("\n")[0]
-    return not header.startswith(("{", "[")) and any(mark in header for mark in DELIMITERS)
+    return not header.lstrip().startswith(("{", "[")) and any(mark in header for mark in DELIMITERS)
 
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:

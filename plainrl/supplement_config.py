@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from plainrl.config import EpochsConfig, WarmStartConfig
 from plainrl.shared_config import EMBEDDED_DATA, RunConfig, is_embedded
 
-# Keys of other scripts that name questions, or how responses are graded.
+# Keys of other scripts that say which questions are asked, or how responses are graded.
 OF_OTHER_DATA = (
     *("train_data", "validation_data", "extra_validation_data", "validation_fraction", "num_eval_examples"),
     *("question_field", "answer_field", "trace_field", "arithmetic_terms", "arithmetic_max_term", "reward"),

@@ -120,8 +120,11 @@ def test_only_typos_are_looked_for_before_the_settings_of_the_run_are_known(caps
     """The run may have a longer context than the laptop's preset."""
     check_arguments("-m experiments.chat", ["preset=laptop", "model=x", "sampling_max_tokens=2000"])
     with pytest.raises(SystemExit):
-        check_arguments("-m experiments.chat", ["preset=laptop", "sampling_max_tokens=many"])
+        check_arguments("-m experiments.chat", ["preset=laptop", "model=x", "sampling_max_tokens=many"])
     assert "sampling_max_tokens = 'many'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        check_arguments("-m experiments.chat", ["preset=laptop", "answer=3"])  # of no run
+    assert "there is no question that it answers" in capsys.readouterr().err
 
 
 def test_a_question_that_is_too_long_is_said_and_the_next_is_answered(arguments, capsys, monkeypatch):

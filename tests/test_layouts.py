@@ -84,6 +84,8 @@ def test_fields_are_named_by_the_user():
         row = {"question": "q", "answer": "5", name: "2 + 3 = 5"}
         short = parse_record(row, "f", FieldNames(trace=name))
         assert (short.response, short.reasoning) == (None, "2 + 3 = 5")
+    gsm8k = {"question": "q", "answer": "48/2 = <<48/2=24>>24.\n#### 24"}
+    assert parse_record(gsm8k, "f", FieldNames(trace="answer")) == parse_record(gsm8k, "f")
     with pytest.raises(UserError, match=r"field solution is \['a', 'b'\]; expected text"):
         parse_record({"question": "q", "generations": ["a", "b"]}, "f", FieldNames(trace="generations"))
     bare = parse_record({"prompt": "q", "answer": "2"}, "f", FieldNames(question="prompt"))

@@ -185,7 +185,7 @@ def test_another_first_policy_is_refused_by_a_run_that_goes_on_from_a_checkpoint
 def test_samples_of_steps_that_are_done_anew_do_not_stay(stopped_run, tiny_model, tokenizer):
     """The run goes on after step 3, whose evaluation follows its checkpoint."""
     names = [f"rollouts_{step:06d}" for step in (3, 4)] + [f"eval_{step:06d}" for step in (2, 3)]
-    names += ["hard/eval_000002", "hard/eval_000003", "eval_all_000003", "mine"]
+    names += ["hard/eval_000002", "hard/eval_000003", "eval_all_000003", "mine_2025"]
     for name in names:
         path = stopped_run.path / f"samples/{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -195,13 +195,16 @@ def test_samples_of_steps_that_are_done_anew_do_not_stay(stopped_run, tiny_model
         assert len(list(run.path.glob("samples/**/*.jsonl"))) == len(names)  # until all is loaded
         go_on(run, tiny_model, tokenizer)
         left = {str(path.relative_to(run.path / "samples")) for path in run.path.glob("samples/**/*.jsonl")}
-        assert left == {"rollouts_000003.jsonl", "eval_000002.jsonl", "hard/eval_000002.jsonl", "mine.jsonl"}
+        assert left == {"rollouts_000003.jsonl", "eval_000002.jsonl", "hard/eval_000002.jsonl", "mine_2025.jsonl"}
         assert not (run.path / "final").exists()
 
 
 def test_runs_without_a_name_that_start_in_one_second_have_folders_of_their_own(tmp_path):
     with RunFolder.create(config_in(tmp_path), "sft") as first, RunFolder.create(config_in(tmp_path), "sft") as second:
         assert first.path != second.path and second.config.run_name == second.path.name
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="cannot make .*link"):
+        RunFolder.create(config_in(tmp_path / "link"), "sft")
 
 
 def resumed(run, *changes):

@@ -505,8 +505,10 @@ def test_one_run_at_a_time_on_each_gpu(workplace, monkeypatch):
 
 def test_on_gpus_the_preset_is_that_of_one_of_them(workplace, monkeypatch):
     for found, taken in (("two-gpu", "one-gpu"), ("small-gpu", "small-gpu"), ("laptop", "one-gpu")):
-        monkeypatch.setattr("experiments.usage.choose_preset", lambda found=found: (found, "as if"))
+        monkeypatch.setattr("experiments.sweep_plan.choose_preset", lambda found=found: (found, "as if"))
         assert plan_sweep(["mine.yaml", "--gpus", "0,1"])[1] == Path(f"results/mine-{taken}")
+    monkeypatch.setattr("experiments.sweep_plan.choose_preset", lambda: pytest.fail("asked"))
+    assert plan_sweep(["mine.yaml", "--gpus", "0,1", "preset=two-gpu"])[1] == Path("results/mine-two-gpu")
 
 
 def test_a_value_may_be_null(workplace):

@@ -28,7 +28,9 @@ def tracked_files(pattern="*"):
         pytest.skip("no git here")
     result = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     names = [name for name in result.stdout.splitlines() if Path(name).match(pattern)]
-    return [path for name in names if (path := REPOSITORY / name).exists()]
+    found = [path for name in names if (path := REPOSITORY / name).exists()]
+    assert found, pattern
+    return found
 
 
 def make_tiny_model(folder):

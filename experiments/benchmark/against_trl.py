@@ -33,7 +33,7 @@ from typing import Any
 
 from experiments.benchmark.environment import discard_another_machines, record_environment
 from experiments.benchmark.figures import read_rows, summarize, write_rows
-from experiments.benchmark.random_model import QWEN, choose_model, is_random
+from experiments.benchmark.random_model import QWEN, choose_model, needs_random_model
 from experiments.benchmark.report import plot, table
 from experiments.benchmark.settings import REPOSITORY, BenchmarkConfig, refuse_foreign_keys
 from experiments.benchmark.trl_task import require_same_work
@@ -50,9 +50,8 @@ def compare(name: str, keys: list[str]) -> None:
     """Take all turns of the benchmark named, or of all; write the results, print them."""
     names = list(TURNS) if name == "all" else [name]
     refuse_foreign_keys(keys)
-    config = choose_model(load_config(BenchmarkConfig, REPOSITORY / "grpo_train.yaml", keys))
-    config = config.model_copy(update={"given": [key.partition("=")[0] for key in keys]})
-    if is_random(config) and "grpo" in names:
+    config = load_config(BenchmarkConfig, REPOSITORY / "grpo_train.yaml", keys)
+    if needs_random_model(config) and "grpo" in names:
         if names == ["grpo"]:
             raise UserError(
                 f"grpo: {QWEN} is not on this machine, and a random model in its place is never right, so that our "
@@ -61,6 +60,7 @@ def compare(name: str, keys: list[str]) -> None:
         print("grpo is left out: a random model is never right, so our step would train on nothing")
         names = [name for name in names if name != "grpo"]
     require_same_work(config, names)
+    config = choose_model(config).model_copy(update={"given": [key.partition("=")[0] for key in keys]})
     started_from = apply_warm_start(config) if NEEDS_WARM_START & set(names) else config
     warm_config = config.model_copy(update={"model": started_from.model})
     suffix = "" if config.preset == "laptop" else f"-{config.preset}"

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from transformers import Qwen2Config
 
 from experiments.benchmark.random_model import QWEN_SHAPE
-from experiments.benchmark.settings import OF_ONE_SCRIPT, REPOSITORY, refuse_foreign_keys
+from experiments.benchmark.settings import OTHER_IN_SFT, REPOSITORY, refuse_foreign_keys
 from plainrl.cli import load_config
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.devices import SMALL_GPU_BYTES
@@ -106,7 +106,7 @@ def load_settings(arguments: list[str]) -> tuple[GPUBenchmarkConfig, SFTConfig]:
     config = load_config(GPUBenchmarkConfig, YAML, arguments)
     if not has_device(config.device):
         raise UserError(f"device = {config.device}: there is no such device; run where the GPU is, or use device=cpu")
-    keys = SFTConfig.model_fields.keys() - OF_ONE_SCRIPT
+    keys = SFTConfig.model_fields.keys() - OTHER_IN_SFT
     of_both = [argument for argument in arguments if argument.partition("=")[0] in keys]
     sft_arguments = [*of_both, f"train_batch_size={config.sft_batch_size}"]
     sft_config = load_config(SFTConfig, REPOSITORY / "config.yaml", sft_arguments)

@@ -38,11 +38,7 @@ def choose_model(config: BenchmarkConfig) -> BenchmarkConfig:
     as fast. But its answers are never right, so GRPO has nothing to learn from.
     """
     config = config.model_copy(update={"train_data": EMBEDDED_DATA, "validation_data": EMBEDDED_DATA})
-    if config.model != QWEN:
-        return config
-    try:
-        resolve_model(config.model)
-    except UserError:
+    if needs_random_model(config):
         folder = Path(config.runs_dir) / RANDOM_MODEL
         if not folder.is_dir():
             unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -53,9 +49,15 @@ def choose_model(config: BenchmarkConfig) -> BenchmarkConfig:
     return config
 
 
-def is_random(config: BenchmarkConfig) -> bool:
-    """Whether the model is the random one."""
-    return Path(config.model).name == RANDOM_MODEL
+def needs_random_model(config: BenchmarkConfig) -> bool:
+    """Return whether the preset's model is not on this machine."""
+    if config.model != QWEN:
+        return False
+    try:
+        resolve_model(config.model)
+    except UserError:
+        return True
+    return False
 
 
 def make_random_model(

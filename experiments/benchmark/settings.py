@@ -13,7 +13,7 @@ from plainrl.data import load_sft_examples, load_validation_set
 from plainrl.records import Example, UserError
 from plainrl.shared_config import EMBEDDED_DATA
 
-OF_ONE_SCRIPT = {"train_batch_size", "length_normalization"}  # keys that have another meaning in SFT
+OTHER_IN_SFT = {"train_batch_size", "length_normalization"}  # keys that have another meaning in SFT
 OWN_DATA = {"train_data", "validation_data", "extra_validation_data", "validation_fraction"}
 REPOSITORY = Path(__file__).parent.parent.parent
 NUM_PROBES = 8  # validation questions that GRPO_train.py is given: it checks the weight sync on them
@@ -40,15 +40,17 @@ def refuse_foreign_keys(arguments: Sequence[str]) -> None:
     for key in (argument.partition("=")[0] for argument in arguments):
         if key in OWN_DATA:
             raise UserError(f"{key}: the benchmark has data of its own, so that runs compare; leave it out")
-        if key in ("config", "resume"):
+        if key == "config":
             raise UserError(f"{key}: a benchmark takes single keys alone; leave it out, and write them as key=value")
+        if key == "resume":
+            raise UserError(f"{key}: a benchmark is not gone on with; start it again")
 
 
 def sft_settings(config: BenchmarkConfig) -> SFTConfig:
     """Return the settings of SFT_train.py for the preset, with the keys that were given and our batch size."""
     arguments = [f"preset={config.preset}", f"train_data={EMBEDDED_DATA}", "keep_best=false"]
     settings = load_config(SFTConfig, REPOSITORY / "config.yaml", arguments)
-    given = [name for name in config.given if name in SFTConfig.model_fields.keys() - OF_ONE_SCRIPT]
+    given = [name for name in config.given if name in SFTConfig.model_fields.keys() - OTHER_IN_SFT]
     update = {name: getattr(config, name) for name in ("model", *given)} | {
         "train_batch_size": config.sft_batch_size,
         "max_context_tokens": config.max_context_tokens,

@@ -309,8 +309,9 @@ def _split_unit(text: str) -> tuple[str, str]:
     if words and words[2].lower() in NUMBER_WORDS:
         text = f"{NUMBER_WORDS[words[2].lower()]}{words[3] or ''}"
     if match := re.fullmatch(r"\\\$(-?[\d.,]*\d) ?((?:/|\\text\{|[A-Za-z]).*)", text):  # $5 per hour
-        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", f"{match[1]} dollars {match[2]}")
-    elif match := re.match(r"(\\\$)|\\text\{(pound|euro)\}|(USD|EUR|Rs)\.? ?(?=-?[\d.])", text):
+        quantity = "dollars " + re.sub(r"\\text\{([^{}]*)\}", r"\1", match[2])
+        text = f"{match[1]} {quantity}" if _unit_name(quantity, None) else text  # million is no unit
+    if match := re.match(r"(\\\$)|\\text\{(pound|euro)\}|(USD|EUR|Rs)\.? ?(?=-?[\d.])", text):
         return text[match.end() :], "dollar" if match[1] else UNITS[match[2] or match[3]]
     for end, unit in (("%", "%"), (r"^\circ", "degree")):
         value = text.removesuffix(end)
@@ -330,8 +331,8 @@ def _unit_name(text: str, power: str | None) -> str | None:
     >>> [_unit_name(text, None) for text in ("square inches", "mph", "right triangles", "wrong", "triangle")]
     ['inch^2', 'mile/hour', 'right triangle', None, None]
     """
-    text = re.sub(r"\b([ap])\. ?m\b", r"\1m", text)
-    text = re.sub(r"\.(?=[A-Za-z])", " ", text).replace(".", "").replace("-", " ")  # sq.ft.
+    text = re.sub(r"\b(?:[A-Za-z]\.)+[A-Za-z]\b", lambda match: match[0].replace(".", ""), text)  # m.p.h, p.m
+    text = re.sub(r"\.(?=[A-Za-z])", " ", text).replace(".", "").replace("-", " ")  # sq.ft
     text = re.sub(r"\b(?:per|p)\b", "/", re.sub(r"\bmph\b", "mile/hour", text))
     text = re.sub(r"\b(?:sq|squared?|(cu|cubic)) ([A-Za-z]+)", lambda match: f"{match[2]}^{3 if match[1] else 2}", text)
     text = re.sub(r"([A-Za-z]+) (?:squared|(cubed))\b", lambda match: f"{match[1]}^{3 if match[2] else 2}", text)

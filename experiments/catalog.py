@@ -47,6 +47,14 @@ DYNAMIC_SAMPLING = [
     Curve("dynamic_sampling", "all_groups", "all groups that are sampled", "all groups"),
     Curve("dynamic_sampling", "mixed_groups", "dynamic sampling: mixed groups", "dynamic sampling"),
 ]
+RECIPES = [
+    DYNAMIC_SAMPLING[0]._replace(label="assignment, with the clip", short="assignment"),
+    Curve("recipes", "dr_grpo", "dr_grpo"),
+    Curve("recipes", "dapo", "dapo"),
+    Curve("recipes", "gspo", "gspo"),
+    Curve("recipes", "cispo", "cispo"),
+    DYNAMIC_SAMPLING[1]._replace(label="assignment with dynamic sampling", short="dynamic sampling"),
+]
 CHECKPOINTS = [
     ON_POLICY._replace(label="from the early checkpoint"),
     Curve("sft_checkpoint", "final", "from the late checkpoint"),
@@ -118,6 +126,7 @@ FIGURES = {
             [Panel("sampled_tokens", "rollout/reward"), Panel("minutes", "rollout/reward")],
         )
     ],
+    "recipes/recipes.png": [Group("At equal sampled tokens", RECIPES, [Panel("sampled_tokens", "rollout/reward")])],
     "sft_checkpoint/two-checkpoints.png": [GRPO_FROM_CHECKPOINTS],
     "GRPO-eval-reward.png": [GRPO_UPDATES_PER_BATCH, GRPO_FROM_CHECKPOINTS],
     "long_grpo/reward-and-length.png": [
@@ -182,6 +191,7 @@ TABLES = {
     "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
     "grpo_off_policy": OFF_POLICY,
     "dynamic_sampling": DYNAMIC_SAMPLING,
+    "recipes": RECIPES,
     "sft_checkpoint": CHECKPOINTS,
     "prompt": PROMPTS,
     "sft_continued": SFT_CONTINUED,

@@ -324,7 +324,7 @@ def test_the_sweeps_of_the_page_are_planned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sweeps = [code for code in blocks(HOW_TO, "yaml") if "script: " in code]
     names = [re.match(r"# (\w+\.yaml)\n", code)[1] for code in sweeps]
-    assert names == ["my_sweep.yaml", "recipes.yaml"]
+    assert names == ["my_sweep.yaml", "compare_recipes.yaml"]
     for name, code in zip(names, sweeps, strict=True):
         Path(name).write_text(code)
         sweep.main([name, "--dry-run", "preset=laptop"])

@@ -636,7 +636,7 @@ ARGUMENTS = {  # of what is no script with a configuration
         "--variant",
         "--rerun",
         "my_sweep.yaml",
-        "recipes.yaml",
+        "compare_recipes.yaml",
     },
     "experiments.chat": {"question", "answer", "num_samples"},
     "experiments.benchmark": {*TURNS, "all", "gpu", "results_dir"},

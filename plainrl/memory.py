@@ -35,7 +35,7 @@ def check_memory(model_config: PreTrainedConfig, config: TrainConfig) -> None:
         UserError: weights, gradients, moments, copies in 16 bits and engine alone do not fit, or the engine's share
             of its GPU does not hold what it needs.
     """
-    if config.evaluator_device != "cpu":
+    if config.needs_engine and config.evaluator_device != "cpu":
         check_engine_share(model_config, config, _card_gib(config.evaluator_device))
     if config.policy_device == "cpu":
         return

@@ -13,7 +13,6 @@ A cell is empty where the run logged no such value. Numbers have 5 significant d
 """
 
 import csv
-import fcntl
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 
 from plainrl.cli import read_yaml
 from plainrl.clock import OF_RUN
-from plainrl.folder_lock import WITHOUT_LOCKS
+from plainrl.folder_lock import take_lock
 from plainrl.records import UserError
 from plainrl.run_records import EVAL_SCORE, read_metrics
 
@@ -78,9 +77,9 @@ def forget_run(results: Path, variant: str, seed: int) -> None:
         return
     with _one_writer(results):
         for name, columns in COLUMNS.items():  # the row of a finished run first
-            rows = read_table(results / name)
-            kept = [row for row in rows if (row["variant"], row["seed"]) != (variant, str(seed))]
             if (results / name).exists():
+                rows = read_table(results / name)
+                kept = [row for row in rows if (row["variant"], row["seed"]) != (variant, str(seed))]
                 write_rows(results / name, columns, kept)
 
 
@@ -144,11 +143,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def _one_writer(results: Path) -> Iterator[None]:
     """Let one session at a time write to a folder of results. Several may run seeds of one sweep."""
     with (results / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
+        take_lock(file, results)
         yield
 
 

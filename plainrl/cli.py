@@ -182,7 +182,7 @@ def check_arguments(command: str, arguments: Sequence[str]) -> None:
 
     def check(_: list[str]) -> None:
         answer_questions(command, schema, yaml_path, arguments)
-        if schema is ChatConfig and any(map(re.compile("model=").match, arguments)):  # its run has settings of its own
+        if schema is ChatConfig and any(text.startswith("model=") for text in arguments):  # its run decides, too
             return find_typos(schema, {"command line": without_files(parse_arguments(arguments, schema))})
         with redirect_stdout(io.StringIO()):  # the script says it
             resolve(schema, yaml_path, arguments)

@@ -74,16 +74,12 @@ def check_devices(config: RunConfig) -> None:
             f"policy_device = {config.policy_device}: {num_devices} CUDA devices are visible; use preset=laptop, or "
             "run where the GPU is. By torchrun: start half as many ranks as there are GPUs, so that each has two"
         )
-    engine_on_gpu = config.evaluator_device != "cpu"
     compiles = (  # Triton compiles for vLLM's sampler on a GPU, whatever engine_eager says
         ("compile_policy = true", config.policy_device, config.compile_policy),
-        ("engine_eager = false", config.evaluator_device, config.needs_engine and not config.engine_eager),
-        (
-            f"evaluator_device = {config.evaluator_device}",
-            config.evaluator_device,
-            config.needs_engine and engine_on_gpu,
-        ),
+        ("engine_eager = false", config.evaluator_device, not config.engine_eager),
+        (f"evaluator_device = {config.evaluator_device}", config.evaluator_device, config.evaluator_device != "cpu"),
     )
+    compiles = compiles if config.needs_engine else compiles[:1]
     settings = [name for name, device, needs_compiler in compiles if needs_compiler and not can_compile(device)]
     if settings:
         raise UserError(

@@ -70,15 +70,10 @@ def lock_folder(path: Path) -> IO[str]:
         ) from None
     for _ in range(LOCK_ATTEMPTS):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
-            print(f"warning: {path} cannot be locked ({error.strerror}): let no other process write to it")
-            break
     else:
         file.seek(0)
         holder = file.read().strip()
@@ -89,6 +84,22 @@ def lock_folder(path: Path) -> IO[str]:
     file.flush()
     os.fsync(file.fileno())  # so that other nodes read it, too
     return file
+
+
+def take_lock(file: IO[str], folder: Path, operation: int = fcntl.LOCK_EX) -> None:
+    """Lock an open file for the folder that it stands for. A file system without locks is said, and used.
+
+    Raises:
+        BlockingIOError: the operation is not to wait, and another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        print(f"warning: {folder} cannot be locked ({error.strerror}): let no other process write to it")
 
 
 def holder_of(path: Path) -> str:

@@ -174,11 +174,9 @@ def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_value
 
 def names_of(schema: type[RunConfig], key: str, yaml_values: Mapping[str, Any], yaml_path: str | Path) -> str:
     """Return the names that a key takes, in words: `choices_of`, or the presets or recipes of the YAML file."""
-    if key in BLOCKS and not yaml_values:
-        return ""
-    if key in BLOCKS:
-        return ", ".join([*BLOCKS[key], *blocks_of(yaml_values, f"{key}s", yaml_path)])
-    return choices_of(schema, key)
+    if key not in BLOCKS:
+        return choices_of(schema, key)
+    return ", ".join([*BLOCKS[key], *blocks_of(yaml_values, f"{key}s", yaml_path)]) if yaml_values else ""
 
 
 def blocks_of(yaml_values: Mapping[str, Any], kind: str, yaml_path: str | Path) -> dict[str, dict[str, Any]]:

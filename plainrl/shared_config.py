@@ -24,6 +24,13 @@ DTYPE_KEYS = {"compute_dtype": "policy_device", "engine_dtype": "evaluator_devic
 Seconds = Annotated[float, Field(gt=0, le=1e8)]  # three years at most: timers cannot count much further
 OPTIMIZERS = TableOf("plainrl.optimizers", "OPTIMIZERS")
 Beta = Annotated[float, Field(ge=0, lt=1)]
+SWITCHED_KEYS = {  # key -> keys that have no effect without it
+    "lora_rank": ("lora_alpha",),
+    "use_std_normalization": ("advantage_eps",),
+    "dynamic_sampling": ("max_resampling_rounds",),
+    "drop_solved_questions": ("solved_pass_rate", "solved_visits"),
+    "kl_coefficient": ("kl_estimator",),
+}
 
 
 def is_embedded(source: str) -> bool:
@@ -42,15 +49,6 @@ def validation_source(settings: Mapping[str, Any]) -> str:
     if share := settings.get("validation_fraction"):
         return f"{100 * share:g} % of {settings.get('train_data')}"  # then validation_data is not read
     return str(settings.get("validation_data", ""))
-
-
-SWITCHED_KEYS = {  # key -> keys that have no effect without it
-    "lora_rank": ("lora_alpha",),
-    "use_std_normalization": ("advantage_eps",),
-    "dynamic_sampling": ("max_resampling_rounds",),
-    "drop_solved_questions": ("solved_pass_rate", "solved_visits"),
-    "kl_coefficient": ("kl_estimator",),
-}
 
 
 class RunConfig(BaseModel):

@@ -305,11 +305,10 @@ def _is_csv(text: str) -> bool:
 
 def _read_csv(text: str, source: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the rows of a CSV file. All values are text. Commas, semicolons or tabs separate them."""
-    header = text.lstrip(BLANK).partition("\n")[0]
-    reader = csv.reader(
-        io.StringIO(text.lstrip(BLANK), newline=""), delimiter=max(DELIMITERS, key=header.count), strict=True
-    )
-    lines_before = text[: len(text) - len(text.lstrip(BLANK))].count("\n")
+    table = text.lstrip(BLANK)
+    header = table.partition("\n")[0]
+    reader = csv.reader(io.StringIO(table, newline=""), delimiter=max(DELIMITERS, key=header.count), strict=True)
+    lines_before = text[: len(text) - len(table)].count("\n")
     names: list[str] = []
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # of the whole process: only ever raised
     try:

@@ -148,7 +148,7 @@ class LossInputs:
     mask: Bool[Tensor, "batch sequence"]  # true at response tokens
     advantages: Float[Tensor, "batch 1"] | None = None
     raw_rewards: Float[Tensor, "batch 1"] | None = None
-    old_log_probs: Float[Tensor, "batch sequence"] | None = None  # before this batch's first step, without gradient
+    old_log_probs: Float[Tensor, "batch sequence"] | None = None  # log pi_old; ratio_level=sequence: see corrections.py
     cliprange: float | None = None  # eps
     cliprange_high: float | None = None  # eps above 1; None: cliprange
     cliprange_dual: float = 0.0  # c, the bound of the loss where A < 0; 0: none
@@ -339,7 +339,7 @@ LENGTH_NORMALIZATIONS: dict[str, Callable[[Tensor, Tensor, StepSize], Tensor]] =
 }
 
 
-# --- the assignment's functions -------------------------------------------------------------------------------------
+# --- the assignment's functions: the training loop takes the two tables above instead --------------------------------
 
 
 def compute_naive_policy_gradient_loss(
@@ -387,7 +387,7 @@ def compute_policy_gradient_loss(
 
     Args: as in `LossInputs`, which has further `options`.
         loss_type: a name of `LOSSES`.
-        response_mask: what a loss over sequences counts; default: all positions.
+        response_mask: for a loss of your own; none of the table reads it. Default: all positions.
 
     Raises:
         ValueError: the loss is unknown, or arguments that it needs are missing.

@@ -12,8 +12,8 @@ Algorithm 3 of Stanford CS336 (Spring 2025), Assignment 5. Each step:
 LOSSES has other l_it: grpo_clip, grpo_no_clip and cispo contain rho. LENGTH_NORMALIZATIONS has other means, and
 plainrl/objective.py adds KL and entropy. On-policy is one optimizer step per rollout batch: rho = 1. Off-policy is
 several (epochs_per_rollout_batch > 1, or train_batch_size < rollout_batch_size). The std is the sample std; equal
-rewards have A = 0 exactly. Such responses are skipped, but they still count in the averages, so the gradient is the
-same.
+rewards have A = 0 exactly. Where the loss is A times something, such responses are skipped. They still count in the
+averages, so the gradient is the same.
 """
 
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
@@ -34,7 +34,7 @@ from plainrl.diagnosis import diagnose
 from plainrl.distributed import add_up, join
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop, report
-from plainrl.microbatches import count, microbatches
+from plainrl.microbatches import add_metrics, microbatches
 from plainrl.objective import compute_advantages, compute_token_losses, summarize_update
 from plainrl.policy import (
     compute_clipped_gradient,
@@ -67,13 +67,13 @@ def main(arguments: list[str]) -> None:
     """Configuration, warm start, data, policy, evaluator, loop, results."""
     config = load_config(GRPOConfig, Path(__file__).with_name("grpo_train.yaml"), arguments)
     check_devices(config)
-    join(config)
+    join(config)  # with the other ranks of torchrun, if there are any
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "grpo") as run:
-        first = apply_warm_start(config, run.checkpoint)
-        policy, tokenizer = load_policy(first, run.checkpoint)
-        reference = Reference(policy, run, first) if config.kl_coefficient else None
+        first_config = apply_warm_start(config, run.checkpoint)
+        policy, tokenizer = load_policy(first_config, run.checkpoint)
+        reference = Reference(policy, run, first_config) if config.kl_coefficient else None
         preflight(policy, tokenizer, run.path, config)
         questions, prompt_ids = fit_questions(questions, tokenizer, config)
         validation = fit_validation(validation, tokenizer, config)
@@ -99,14 +99,13 @@ def train(
     optimizer, padding_id = prepare_training(policy, config), pad_token_id(tokenizer)
     num_steps, sampler = config.n_grpo_steps, Sampler(evaluator, questions, prompt_ids, config)
     data = zip(prompt_ids, [question.ground_truth for question in questions], strict=True)
-    steps = TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO", sampler)
+    steps = TrainingLoop(policy, tokenizer, optimizer, data, num_steps, evaluator, run, config, "GRPO", order=sampler)
     with steps as loop, sampler:
         for step in loop:
-            # 1. Sync: copy the policy's weights into the engine. Phase 5 checks that both agree on the log-probs of the
-            #    rollouts. With rollouts_ahead or a top-p below 1, a few probe tokens are checked here instead. With
-            #    rollouts_ahead the engine first finishes the responses that it still samples.
+            # 1. Sync: copy the policy's weights into the evaluator's engine, which samples the rollouts, too. Phase 5
+            #    checks their log-probs; with rollouts_ahead or a top-p below 1, probe tokens are checked here instead.
             with loop.phase("rollout"):
-                sampler.finish()
+                sampler.finish()  # with rollouts_ahead the engine may still be sampling
             with loop.phase("sync"):
                 sync_metrics = evaluator.sync(policy, with_probes=not config.rollouts_check_sync)
 
@@ -121,7 +120,7 @@ def train(
                 grades = sampled.wait_for_grades()
                 sampler.order.record(sampled.chosen, grades)  # only drop_solved_questions needs it
                 asked = [questions[index] for index in sampled.chosen]
-                graded = make_rollouts(asked, sampled.responses, grades, None, config.group_size)
+                graded = make_rollouts(asked, sampled.responses, grades, advantages=None, group_size=config.group_size)
                 rollouts = choose_batch(graded, config)  # those to train on: all, without dynamic_sampling
                 rewards = torch.tensor([training_reward(rollout, config) for rollout in rollouts])
                 for rollout, advantage in zip(rollouts, compute_advantages(rewards, config).tolist(), strict=True):
@@ -137,14 +136,15 @@ def train(
 
             # 5. Update: one optimizer step on-policy, several off-policy.
             with loop.phase("train"):
-                rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
+                metrics_rows = update_policy(policy, optimizer, rollouts, padding_id, step, config)
 
             # 6. Log. Metrics of rollouts are of all that were sampled; the sample file has those trained on.
-            of_selection = summarize_selection(graded, len(sampled.rounds), sampler.order, step, config)
-            rows = loop.log(rows, summarize_step(graded, sync_metrics, loop.seconds, config) | of_selection)
+            of_step = summarize_step(graded, sync_metrics, loop.seconds, config)
+            of_step |= summarize_selection(graded, len(sampled.rounds), sampler.order, step, config)
+            metrics_rows = loop.log(metrics_rows, of_step)
             write_rollouts(run.path / "samples" / f"rollouts_{step:06d}.jsonl", rollouts, config)
-            diagnose(step, rows, config)
-            loop.show(reward=f"{rows[-1]['rollout/reward']:.3f}")
+            diagnose(step, metrics_rows, config)
+            loop.show(reward=f"{metrics_rows[-1]['rollout/reward']:.3f}")
 
 
 def score_old_log_probs(
@@ -171,7 +171,7 @@ def update_policy(
         UserError: loss or gradient is NaN or infinite. The policy is left as it was before that optimizer step.
         SyncError: the responses were not sampled from this policy, which is left as it was.
     """
-    rows = []
+    metrics_rows = []
     for epoch in range(config.epochs_per_rollout_batch):
         order = epoch_order(len(rollouts), len(rollouts), derive_seed(config.seed, "batches", step, epoch))
         for start in range(0, len(rollouts), config.train_batch_size):
@@ -179,7 +179,7 @@ def update_policy(
             # A function, because float16 repeats it if the gradient overflows.
             accumulate = partial(accumulate_gradients, policy, batch, padding_id, config)
             sums, grad_norm, loss_scale = compute_clipped_gradient(policy, accumulate, config)
-            if not rows and config.is_off_policy and config.has_engine_log_probs:
+            if not metrics_rows and config.is_off_policy and config.has_engine_log_probs:
                 sums |= measure_gap(rollouts, old_log_probs_in(rollouts), config)
             metrics = summarize_update(sums)
             require_finite(step, sums["loss"], grad_norm, "lower learning_rate, or set loss_type=grpo_clip")
@@ -189,8 +189,8 @@ def update_policy(
             optimizer.zero_grad(set_to_none=True)
             metrics |= {"train/grad_norm": grad_norm, "train/loss_scale": loss_scale}
             metrics["train/learning_rate"] = config.learning_rate
-            rows.append(metrics)
-    return rows
+            metrics_rows.append(metrics)
+    return metrics_rows
 
 
 def accumulate_gradients(
@@ -227,7 +227,7 @@ def accumulate_gradients(
         found |= {f"train/{name}": value for name, value in reduce_metadata(metadata, mask).items()}
         if config.has_engine_log_probs and not config.is_off_policy:
             found |= measure_gap(chosen, scores["log_probs"].detach()[mask].cpu(), config)
-        count(sums, found, part)
+        add_metrics(sums, found, part)
     return add_up(sums) | {"num_trained_rows": float(len(rows))}
 
 

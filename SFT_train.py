@@ -42,7 +42,7 @@ from plainrl.distributed import add_up, join, on_first
 from plainrl.grading.rewards import grade_responses
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop, report
-from plainrl.microbatches import count, microbatches, rank_efficiency
+from plainrl.microbatches import add_metrics, microbatches, rank_efficiency
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     """Configuration, data, policy, evaluator, loop, results."""
     config = load_config(SFTConfig, Path(__file__).with_name("config.yaml"), arguments)
     check_devices(config)
-    join(config)
+    join(config)  # with the other ranks of torchrun, if there are any
     validation = load_validation(config)
     examples = select_examples(hold_out(load_sft_examples(config), validation.everything, config), config)
     with RunFolder.open(config, "sft") as run:
@@ -153,7 +153,7 @@ def accumulate_gradients(
         (loss * loss_scale * part.weight).backward()
 
         found = {name: masked_normalize(values.detach(), mask, 1.0) for name, values in scores.items()}
-        count(sums, found | {"loss": loss.detach(), "num_tokens": mask.sum()}, part)
+        add_metrics(sums, found | {"loss": loss.detach(), "num_tokens": mask.sum()}, part)
     sums = add_up(sums)
     return {
         "train/loss": sums["loss"],

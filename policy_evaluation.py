@@ -230,12 +230,12 @@ def log_generations(
 
 
 def summarize_examples(examples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the metrics of an evaluation. A mean over no example is None.
+    """Return the metrics of an evaluation. A mean over nothing is None. Each example is one response.
 
     - num_examples: questions asked
-    - reward, format_reward, answer_reward: means over all examples
+    - reward, format_reward, answer_reward: means over all responses
     - num_format_*: counts of the assignment's three categories
-    - response_length, response_length_correct, response_length_incorrect: means over all, correct and other examples,
+    - response_length, response_length_correct, response_length_incorrect: means over all, correct and other responses,
       in tokens
     - token_entropy: mean over all tokens of the responses that have one, in nats
     - num_entropy_responses: how many have one
@@ -272,7 +272,9 @@ def category(example: Mapping[str, Any]) -> str:
 
 
 class Evaluator:
-    """The engine of a run, with fixed questions, sampling settings and a reward function.
+    """The one engine of a run, and evaluations with it: fixed questions, sampling settings and a reward function.
+
+    GRPO and expert iteration sample their rollouts from the same engine.
 
     Call `sync` before sampling from new weights. `evaluate` calls it by itself.
     """
@@ -328,7 +330,7 @@ class Evaluator:
             sleep_vllm_instance(self.llm)
 
     def evaluate(self, policy: PreTrainedModel, eval_step: int) -> dict[str, float | None]:
-        """Evaluate on the questions asked during training. Log `eval/*`, and return the metrics."""
+        """Evaluate on the held-out questions of `num_eval_examples`. Log `eval/*`, and return the metrics."""
         self._last_step = eval_step
         return self._evaluate(policy, eval_step, self.examples, "eval")
 

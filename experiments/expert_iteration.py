@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     """Configuration, warm start, data, policy, evaluator, loop, results."""
     config = load_config(ExpertIterationConfig, Path(__file__).with_name("expert_iteration.yaml"), arguments)
     check_devices(config)
-    join(config)
+    join(config)  # with the other ranks of torchrun, if there are any
     validation = load_validation(config)
     questions = load_questions(validation.everything, config)
     with RunFolder.open(config, "expert-iteration") as run:

@@ -94,7 +94,7 @@ def require_reward_fields(examples: Sequence[Example], config: RunConfig) -> Non
 
 
 class ValidationData(NamedTuple):
-    """Held-out questions: all of them, those asked during training, and those asked at the end."""
+    """Held-out questions: all of them, those of evaluations during training, and those of the final one."""
 
     everything: list[Example]
     during: list[Example]

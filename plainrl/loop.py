@@ -149,7 +149,10 @@ class TrainingLoop:
             yield
 
     def mark_weights(self, are_whole: bool) -> None:
-        """Say whether the policy's weights are those after the last step. If not, nothing gives up or saves them."""
+        """Say whether the policy's weights are those after the last step.
+
+        While they are not, a second signal waits, and nothing is saved.
+        """
         self._state.is_whole = are_whole
 
     def log(self, rows: Sequence[Metrics], of_step: Metrics | None = None) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def plan_microbatches(
     return [Planned(order[first:end], num_tokens_of(first, end)) for first, end in parts]
 
 
-def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> None:
+def add_metrics(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> None:
     """Add to `sums` what was found in a microbatch: numbers, or tensors of one. Of names in `_max` keep the largest.
 
     The sums are float64 and stay on their device. With several ranks the tokens are counted, too:
@@ -152,7 +152,7 @@ def count(sums: dict[str, Any], found: Mapping[str, Any], part: Microbatch) -> N
 
 
 def rank_efficiency(sums: Mapping[str, float]) -> dict[str, float]:
-    """Return `train/rank_efficiency` of an optimizer step, from what `count` added up. One process has none.
+    """Return `train/rank_efficiency` of an optimizer step, from what `add_metrics` added up. One process has none.
 
     It is the tokens that the ranks computed, divided by those that they computed or waited for.
     """

@@ -1,12 +1,12 @@
-"""The loss of each response token of a microbatch, from its rollouts, and the metrics of an optimizer step.
+"""Advantages, the loss of each response token of a microbatch, and the metrics of an optimizer step.
 
     l_t = w_t loss(y_t) + kl_coefficient k_t - entropy_coefficient H_t
 
 w_t is the weight of an engine correction, k_t an estimate of the KL divergence from the first policy, and H_t the
-entropy of the policy at that token. All three are off by default. The length normalization then takes l_t, so that the
-divisors are those of the loss alone. A weight w_t does not multiply the other two terms.
+entropy of the policy at that token. All three are off by default. LENGTH_NORMALIZATIONS then averages l_t. A token of
+weight 0 still counts in the divisor. A weight w_t does not multiply the other two terms.
 
-Source: plainrl/corrections.py has that of each term.
+Source: plainrl/corrections.py has that of w_t and k_t.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,8 @@ TAKEN_NAMES = {*OF_STEP, *OF_TERMS, "engine_effective_sample_size"}
 
 def compute_advantages(rewards: Tensor, config: GRPOConfig) -> Tensor:
     """Return the advantages of a rollout batch, (N,), from its rewards, (N,): see `normalize_within_groups`.
+
+    A group of one response has no std, and is not divided by it.
 
     Raises:
         UserError: the rewards do not allow the normalization that is asked for.
@@ -60,6 +62,7 @@ def compute_token_losses(
     losses, metadata = check_token_losses(config.loss, inputs)
     if correct := ENGINE_CORRECTIONS[config.engine_correction]:
         engine = [value for row in part for value in row.response.log_probs]
+        # pi_old itself: inputs.old_log_probs holds another number with ratio_level=sequence.
         old_log_probs = old_log_probs_of(part, inputs.log_probs, mask, config)
         weights, is_changed = engine_weights(
             *(correct, old_log_probs, _spread(torch.tensor(engine, dtype=torch.float64), inputs.log_probs, mask), mask),

@@ -46,7 +46,7 @@ def sample_groups(
     config: RolloutConfig,
     grading_threads: Executor,
     asked_before: Sequence[int] = (),
-) -> tuple[list[Response], "Grades"]:
+) -> tuple[list[Response], "WaitForGrades"]:
     """Sample `group_size` responses to each chosen question. The responses of a group stand next to each other.
 
     Every request has its own seed, which is derived from (seed, step, question, sample). With several ranks, each
@@ -139,7 +139,7 @@ def collect_groups(
     return Collected([responses[position] for position in order], [gradings[position] for position in order])
 
 
-def gather_groups(collected: Collected, config: RolloutConfig) -> tuple[list[Response], "Grades"]:
+def gather_groups(collected: Collected, config: RolloutConfig) -> tuple[list[Response], "WaitForGrades"]:
     """Return what the engines of all ranks collected.
 
     Returns: as for `sample_groups`.
@@ -152,7 +152,7 @@ def gather_groups(collected: Collected, config: RolloutConfig) -> tuple[list[Res
     return gather(collected.responses, config.group_size), wait_for_grades
 
 
-Grades = Callable[[], list[Grade]]  # waits until the responses of a round are graded, and returns their grades
+WaitForGrades = Callable[[], list[Grade]]  # waits until the responses of a round are graded, and returns the grades
 
 
 class Sampled(NamedTuple):
@@ -160,11 +160,11 @@ class Sampled(NamedTuple):
 
     chosen: list[int]  # indices of the questions
     responses: list[Response]
-    rounds: list[Grades]  # one without dynamic_sampling
+    rounds: list[WaitForGrades]  # one without dynamic_sampling
 
     def wait_for_grades(self) -> list[Grade]:
         """Return the grades of all responses, in their order, as soon as they are there."""
-        return [grade for of_round in self.rounds for grade in of_round()]
+        return [grade for wait_for_round in self.rounds for grade in wait_for_round()]
 
 
 def sample_rounds(
@@ -179,7 +179,8 @@ def sample_rounds(
     """Sample responses to the next questions of the order: `num_questions_per_step`, as `sample_groups` does.
 
     With `dynamic_sampling`, this is the first round. Further ones follow until that many groups are mixed, or
-    `max_resampling_rounds` further rounds are over. Only the last round is not waited for until it is graded.
+    `max_resampling_rounds` further rounds are over. Whether another follows is known once a round is
+    graded. The last that is allowed is not waited for.
 
     Args: as for `sample_groups`.
         order: gives the questions, and moves on.
@@ -189,10 +190,10 @@ def sample_rounds(
     count = config.num_questions_per_step
     while count:
         chosen = order.draw(count)
-        responses, grades = sample_groups(
+        responses, wait_for_grades = sample_groups(
             llm, questions, prompt_ids, chosen, step, config, grading_threads, asked_before=sampled.chosen
         )
-        sampled = Sampled(sampled.chosen + chosen, sampled.responses + responses, [*sampled.rounds, grades])
+        sampled = Sampled(sampled.chosen + chosen, sampled.responses + responses, [*sampled.rounds, wait_for_grades])
         if len(sampled.rounds) == most_rounds:
             break
         is_mixed = find_mixed(sampled.wait_for_grades(), config.group_size)
@@ -209,7 +210,7 @@ def make_rollouts(
 ) -> list[Rollout]:
     """Join what the update needs of each response. The responses stand in the order of the questions, G for each.
 
-    Without advantages they are zero: nothing would be learnt from these rollouts.
+    Without advantages they are zero for now. GRPO_train.py sets those of the rollouts that it chooses.
 
     Raises:
         RewardError: a reward function of the user's own failed for every response.

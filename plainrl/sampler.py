@@ -88,8 +88,8 @@ class Sampler:
             (chosen, collected), self._asked = self._asked, None
             with told_if_it_ended():
                 own = collected.result()
-            responses, grades = gather_groups(own, self._config)
-            self._ready = Sampled(chosen, responses, [grades])
+            responses, wait_for_grades = gather_groups(own, self._config)
+            self._ready = Sampled(chosen, responses, [wait_for_grades])
 
     def sample(self, step: int) -> Sampled:
         """Return the rollouts of a step, and with `rollouts_ahead` ask for those of the next.

@@ -27,7 +27,7 @@ from plainrl.devices import check_devices, peak_memory_gib
 from plainrl.distributed import add_up, join
 from plainrl.log_probs import get_masked_response_log_probs
 from plainrl.loop import TrainingLoop
-from plainrl.microbatches import count, microbatches, rank_efficiency
+from plainrl.microbatches import add_metrics, microbatches, rank_efficiency
 from plainrl.policy import compute_clipped_gradient, load_policy, prepare_training, require_finite
 from plainrl.precision import working_copy
 from plainrl.preflight import preflight
@@ -53,12 +53,12 @@ def main(arguments: list[str]) -> None:
     """Configuration, pairs, warm start, policy, reference log-probs, evaluator, loop, results."""
     config = load_config(DPOConfig, Path(__file__).with_name("dpo_train.yaml"), arguments)
     check_devices(config)
-    join(config)
+    join(config)  # with the other ranks of torchrun, if there are any
     validation = load_validation(config) if config.validation_data else None
     pairs = load_pairs(validation.everything if validation else [], config)
     with RunFolder.open(config, "dpo") as run:
-        first = apply_warm_start(config, run.checkpoint)
-        policy, tokenizer = load_policy(first, run.checkpoint)
+        first_config = apply_warm_start(config, run.checkpoint)
+        policy, tokenizer = load_policy(first_config, run.checkpoint)
         preflight(policy, tokenizer, run.path, config)
         train_pairs, held_out = (tokenize_pairs(part, tokenizer, config) for part in pairs)
         validation = fit_validation(validation, tokenizer, config) if validation else None
@@ -163,7 +163,7 @@ def accumulate_gradients(
 
         values = {"loss": losses.detach(), **metadata}
         values |= {"chosen_log_prob": chosen.detach(), "rejected_log_prob": rejected.detach()}
-        count(sums, {name: value.sum() for name, value in values.items()} | {"num_tokens": mask.sum()}, part)
+        add_metrics(sums, {name: value.sum() for name, value in values.items()} | {"num_tokens": mask.sum()}, part)
     sums = add_up(sums)
     means = {f"train/{name}": sums[name] / len(batch) for name in SUMMED}
     return means | {"train/num_response_tokens": int(sums["num_tokens"])} | rank_efficiency(sums)

@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.chat_config import ChatConfig
-from plainrl.cli import answer_questions, read_yaml, require_one_process, resolve, run_main
+from plainrl.cli import Resolved, answer_questions, read_yaml, require_one_process, resolve, run_main
 from plainrl.data import derive_seed
 from plainrl.devices import check_devices
 from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
 from plainrl.grading.rewards import grade_response
+from plainrl.help import FLAGS, show_text
 from plainrl.policy import ON_CPU, load_policy
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Response, UserError
@@ -63,10 +64,16 @@ class Model(NamedTuple):
 def main(arguments: list[str]) -> None:
     """Load the models, start the engine, answer questions."""
     require_one_process("chat")
-    answer_questions(COMMAND, ChatConfig, YAML, arguments)
+    is_shown = FLAGS & set(arguments) == {"--show"}
+    if not is_shown:
+        answer_questions(COMMAND, ChatConfig, YAML, arguments)
     names = [argument.partition("=")[2] for argument in arguments if argument.startswith("model=")]
-    others = [argument for argument in arguments if not argument.startswith("model=")]
-    configs = [config_for(name, others) for name in names or [""]]
+    others = [argument for argument in arguments if not argument.startswith(("model=", "--show"))]
+    resolved = [resolve_for(name, others) for name in names or [""]]
+    if is_shown:
+        print("\n\n".join(show_text(*one) for one in resolved))
+        return
+    configs = [one.config for one in resolved]
     check_devices(configs[0])
     models = [load_model(name or config.model, config) for name, config in zip(names or [""], configs, strict=True)]
     require_one_architecture(models)
@@ -75,7 +82,7 @@ def main(arguments: list[str]) -> None:
         ask(models, llm, number, question, answer)
 
 
-def config_for(model: str, others: Sequence[str]) -> ChatConfig:
+def resolve_for(model: str, others: Sequence[str]) -> Resolved[ChatConfig]:
     """Return how a model is asked: as its run was trained, where the user does not say otherwise.
 
     A run is represented by its final/.
@@ -89,7 +96,7 @@ def config_for(model: str, others: Sequence[str]) -> ChatConfig:
         settings = read_yaml(run / "config.yaml")
         of_run[run / "config.yaml"] = {key: settings[key] for key in OF_THE_RUN if key in settings}
     arguments = [*others, *([f"model={folder}"] if model else [])]
-    return resolve(ChatConfig, YAML, arguments, of_run=of_run).config
+    return resolve(ChatConfig, YAML, arguments, of_run=of_run)
 
 
 def load_model(name: str, config: ChatConfig) -> Model:

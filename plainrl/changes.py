@@ -31,8 +31,9 @@ def changes_since(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 
 def require_same_start(saved: Mapping[str, Any], config: RunConfig, checkpoint: Path) -> None:
-    """Raise a UserError for another first policy, if the run goes on from a checkpoint and does not read it."""
-    if getattr(config, "needs_first_policy", False):  # its folder may have moved, and its weights are compared
+    """Raise a UserError for another first policy, if the run goes on from a checkpoint and does not compare weights."""
+    has_compared = saved.get("lora_rank") or saved.get("kl_coefficient")  # then the run has recorded its first weights
+    if has_compared and getattr(config, "needs_first_policy", False):  # their folder may have moved
         return
     for key in ("model", "warm_start"):
         new = getattr(config, key, saved.get(key))

@@ -29,7 +29,7 @@ from plainrl.devices import choose_preset, guess_preset, has_gpu_driver, run_com
 from plainrl.faults import describe_fault
 from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.own_rewards import RewardError
-from plainrl.help import SCHEMAS, TABLES, explain, help_text, show_text
+from plainrl.help import FLAGS, SCHEMAS, TABLES, explain, help_text, show_text
 from plainrl.layers import (
     Files,
     check_block,
@@ -58,10 +58,7 @@ RANK, NUM_RANKS, NUM_LOCAL_RANKS = (
 SECONDS_FOR_FIRST_RANK = 8.0  # to say an error, before another rank says its own
 EVALUATION_SCRIPT = "policy_evaluation.py"
 PROGRAMS = {command: (schema, path) for schema, (command, path) in SCHEMAS.items()}
-PROGRAMS |= {
-    command: (schema, SCHEMAS[SFTConfig][1])
-    for command, schema in ((EVALUATION_SCRIPT, SFTConfig), ("-m experiments.chat", ChatConfig))
-}
+PROGRAMS |= {EVALUATION_SCRIPT: (SFTConfig, "config.yaml"), "-m experiments.chat": (ChatConfig, "config.yaml")}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the scheduler, a closed terminal
 
 
@@ -86,13 +83,12 @@ def load_config(schema: type[ConfigType], yaml_path: str | Path, arguments: list
 
 def answer_questions(command: str, schema: type[RunConfig], yaml_path: Path, arguments: Sequence[str]) -> None:
     """Print what `--help` or `--show` asks of a command, and end the program. Without them, do nothing."""
-    questions = {"--help", "-h", "--show"} & set(arguments)
+    questions = FLAGS & set(arguments)
     others = [argument for argument in arguments if argument not in questions]
     chosen = [argument for argument in others if argument.startswith(("preset=", "recipe=", "config="))]
     keys = [argument.partition("=")[0] for argument in others if argument not in chosen]
     if questions == {"--show"}:
-        config, sources, notes = resolve(schema, yaml_path, others)
-        print(*(f"# {line}" for line in notes), show_text(config, sources), sep="\n")
+        print(show_text(*resolve(schema, yaml_path, others)))
     elif questions and keys:
         print("\n".join(explain(schema, yaml_path, key, read_yaml(yaml_path)) for key in keys))
     elif questions:
@@ -181,9 +177,11 @@ def check_arguments(command: str, arguments: Sequence[str]) -> None:
     arguments = with_data_key(arguments) if command == EVALUATION_SCRIPT else arguments
 
     def check(_: list[str]) -> None:
+        of_run = schema is ChatConfig and any(text.startswith("model=") for text in arguments)
+        if of_run and FLAGS & set(arguments) <= {"--show"}:  # its run decides, too: the chat does the rest
+            keys = [text for text in arguments if text not in FLAGS]
+            return find_typos(schema, {"command line": without_files(parse_arguments(keys, schema))})
         answer_questions(command, schema, yaml_path, arguments)
-        if schema is ChatConfig and any(text.startswith("model=") for text in arguments):  # its run decides, too
-            return find_typos(schema, {"command line": without_files(parse_arguments(arguments, schema))})
         with redirect_stdout(io.StringIO()):  # the script says it
             resolve(schema, yaml_path, arguments)
 
@@ -251,7 +249,7 @@ def resumed_config(
             )
     fixed = {"run_name": folder.name, "runs_dir": str(folder.parent), "resume": str(folder)}
     for key, own in (("run_name", folder.name), ("runs_dir", folder.parent)):
-        if named.get(key) and Path(named[key]).resolve() != Path(own).resolve():
+        if named.get(key) and Path(str(named[key])).resolve() != Path(own).resolve():
             raise UserError(f"{key} = {named[key]}: {folder} keeps its name and its place; leave {key} out")
     layers = {str(path): saved, **layers_over(saved, files)}
     layers["command line"] = {key: value for key, value in overrides.items() if key not in ("preset", "config")}

@@ -6,7 +6,7 @@
 import difflib
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ GROUPS = {
 # Keys that take a name of a table. The names are printed by `--help`, so that a new one needs no other change.
 TABLES: dict[str, Mapping[str, Any]] = {"loss_type": LOSSES, "reward": REWARD_FUNCTIONS}
 BLOCKS: dict[str, tuple[str, ...]] = {"preset": ("auto",), "recipe": ()}  # keys that name a block of the YAML file
+FLAGS = {"--help", "-h", "--show"}  # what a command line may ask of any script
 SCHEMAS = {  # schema -> command, YAML file
     SFTConfig: ("SFT_train.py", "config.yaml"),
     GRPOConfig: ("GRPO_train.py", "grpo_train.yaml"),
@@ -130,8 +131,8 @@ def help_text(
     return "\n".join(lines)
 
 
-def show_text(config: RunConfig, sources: Mapping[str, str]) -> str:
-    """Return a resolved configuration as YAML, by group. A comment says where each value comes from."""
+def show_text(config: RunConfig, sources: Mapping[str, str], notes: Sequence[str] = ()) -> str:
+    """Return a resolved configuration as YAML, notes first. A comment says where each value comes from."""
     values, here = config.model_dump(mode="json"), f"{Path.cwd()}/"
     lines = []
     for group, keys in keys_by_group(type(config)).items():
@@ -140,7 +141,7 @@ def show_text(config: RunConfig, sources: Mapping[str, str]) -> str:
             f"{f'{key}: {as_yaml(values[key])}':<50}  # {sources.get(key, 'default').removeprefix(here)}"
             for key in keys
         ]
-    return "\n".join(lines)
+    return "\n".join([*(f"# {note}" for note in notes), *lines])
 
 
 def explain(schema: type[RunConfig], yaml_path: str | Path, key: str, yaml_values: Mapping[str, Any]) -> str:

@@ -108,7 +108,9 @@ def parse_record(
         )
     question = chat.question if chat else _text(fields[question_name], question_name, where)
     answers = _answers(fields.get(answer_name), answer_name, where)
-    response, reasoning = _read_response(fields, response_name, where)
+    is_named = bool(names.trace) and names.trace in values
+    label, is_needed = names.trace if is_named else response_name, (is_named and is_strict) or not answers
+    response, reasoning = _read_response(fields, response_name, label, where, is_needed)
     if chat and not chat.question:
         raise UserError(f"{where}: field {question_name} has no question: a message with role user")
     if chat and chat.response and not (response or reasoning):
@@ -156,8 +158,10 @@ def _rename(values: Mapping[str, Any], where: str, names: FieldNames, is_strict:
     for role, name in given.items():
         value = values[name]
         is_complete = role == "trace" and isinstance(value, str) and "</answer>" in value
-        if role == "trace" and name.lower() in RESPONSES:  # under the name response it would count as complete
-            fields.pop(name.lower(), None)
+        if role == "trace" and name.lower() in RESPONSES:
+            if isinstance(value, list):  # a chat, which is read where it stands
+                continue
+            fields.pop(name.lower(), None)  # under the name response it would count as complete
         fields["response" if is_complete else {"trace": "solution"}.get(role, role)] = value
     return fields
 
@@ -169,13 +173,19 @@ def _choose(fields: Mapping[str, Any], names: Sequence[str]) -> str:
     return (filled or there or [""])[0]
 
 
-def _read_response(fields: Mapping[str, Any], name: str, where: str) -> tuple[str | None, str | None]:
-    """Return the complete response, or the solution; one of them, or none."""
+def _read_response(
+    fields: Mapping[str, Any], name: str, label: str, where: str, is_needed: bool
+) -> tuple[str | None, str | None]:
+    """Return the complete response, or the solution; one of them, or none.
+
+    Messages call it `label`. A solution that is not needed may be no text: then there is none.
+    """
     value = fields.get(name)
     if name in COMPLETE and (not _is_missing(value) or value in (math.inf, -math.inf)):  # which _text refuses
         chat = _as_chat(value, name, where)
-        return (chat.response if chat else _text(value, name, where)), None
-    return None, None if _is_missing(value) else _text(value, name, where)
+        return (chat.response if chat else _text(value, label, where)), None
+    is_left_out = not is_needed and isinstance(value, list | Mapping | bool)
+    return None, None if is_left_out or _is_missing(value) else _text(value, label, where)
 
 
 class Chat(NamedTuple):

@@ -276,7 +276,7 @@ class RunFolder:
     def watched(self, phase: str, seconds: dict[str, float] | None = None) -> AbstractContextManager[None]:
         """Time a phase and end the process if it exceeds its limit. See `plainrl.guard.watched`."""
         devices = {self.config.policy_device}
-        if not self.config.samples_ahead:  # else the engine's GPU is that of another process
+        if self.config.needs_engine and not self.config.samples_ahead:  # else its GPU is that of another process
             devices.add(self.config.evaluator_device)
         return watched(phase, getattr(self.config, PHASE_LIMITS[phase]), self.path, seconds, sorted(devices - {"cpu"}))
 

@@ -11,12 +11,13 @@ from tiny import REPOSITORY
 
 from experiments.benchmark import our_side, random_model
 from experiments.benchmark.__main__ import main
+from experiments.benchmark.against_trl import benchmarks_to_take
 from experiments.benchmark.environment import discard_another_machines, record_environment, trl_record
 from experiments.benchmark.figures import Row, Summary, read_rows, summarize, write_rows
 from experiments.benchmark.report import plot, table
 from experiments.benchmark.settings import BenchmarkConfig, grpo_settings, sft_settings
 from experiments.benchmark.trl_task import TRL_CHECKPOINTING, require_same_work, trl_task
-from experiments.benchmark.turns import only_visible, take_turn
+from experiments.benchmark.turns import TURNS, only_visible, take_turn
 from plainrl.cli import load_config
 from plainrl.config import SFTConfig
 from plainrl.devices import run_command
@@ -129,6 +130,7 @@ def test_mistakes_are_named():
         ("grpo", {"trl_grpo_microbatch": 3}, "train_batch_size = 8: TRL would leave rows out"),
         ("grpo", {"train_batch_size": 4}, "train_batch_size = 4: TRL's side does the work of train_batch_size = 8"),
         ("sft", {"lora_rank": 4}, "lora_rank = 4: TRL's side does the work of lora_rank = 0; use that"),
+        ("grpo", {"mask_truncated_responses": True}, "mask_truncated_responses = True: TRL's side does the work of"),
     ],
 )
 def test_what_would_be_unequal_work_is_refused(name, settings, message):
@@ -155,6 +157,13 @@ def test_a_random_model_is_whole_or_not_there_and_grpo_has_no_use_for_it(tmp_pat
     keys = ["preset=laptop", f"model={random_model.QWEN}", f"runs_dir={tmp_path}", f"results_dir={tmp_path}/results"]
     with pytest.raises(UserError, match="^grpo: Qwen/Qwen2.5-Math-1.5B is not on this machine, .*hf download Qwen"):
         main(["grpo", *keys])
+
+
+def test_of_all_benchmarks_those_are_left_out_that_make_no_sense(capsys):
+    assert benchmarks_to_take("all", tiny_config("m")) == list(TURNS)
+    assert benchmarks_to_take("all", tiny_config("m", lora_rank=4)) == ["rollout", "logprob", "grade"]
+    assert "sft is left out: TRL's side trains all weights, and lora_rank = 4" in capsys.readouterr().out
+    assert benchmarks_to_take("sft", tiny_config("m", lora_rank=4)) == ["sft"]  # require_same_work refuses it
 
 
 def test_sft_is_measured_with_the_keys_that_are_given():

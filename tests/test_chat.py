@@ -8,7 +8,7 @@ import yaml
 from tiny import tiny_arguments
 
 from experiments import chat
-from experiments.chat import ChatConfig, config_for, describe_response, read_questions, side_by_side
+from experiments.chat import ChatConfig, describe_response, read_questions, resolve_for, side_by_side
 from plainrl.cli import check_arguments
 from plainrl.records import Response, UserError
 
@@ -26,7 +26,7 @@ def test_a_model_is_asked_as_its_run_was_trained(tmp_path):
     own = {"prompt": "question_only", "stop_string": "", "sampling_max_tokens": 7}
 
     def asked(model, *others):
-        config = config_for(str(model), ["preset=laptop", *others]).model_dump()
+        config = resolve_for(str(model), ["preset=laptop", *others]).config.model_dump()
         return {key: config[key] for key in own}, config["seed"], config["model"]
 
     for model in (run, run / "final"):  # the folder of a run stands for its final policy
@@ -39,13 +39,23 @@ def test_a_model_is_asked_as_its_run_was_trained(tmp_path):
     assert asked(run, f"config={mine}")[0] == own | others  # a file of the user's counts more than the run
     assert asked(run, f"config={mine}", "prompt=question_only")[0] == own | others | {"prompt": "question_only"}
     (run / "environment.json").unlink()  # another program's config.yaml says nothing
-    of_preset = {key: value for key, value in config_for("", ["preset=laptop"]).model_dump().items() if key in own}
+    of_preset = resolve_for("", ["preset=laptop"]).config.model_dump(include=set(own))
     assert asked(run / "final") == (of_preset, 0, str(run / "final")) and of_preset != own
+
+
+def test_show_has_the_settings_of_the_run_of_each_model(tmp_path, capsys):
+    runs = [make_run(tmp_path / name, prompt="question_only", max_context_tokens=4096) for name in ("a", "b")]
+    arguments = ["preset=laptop", *(f"model={run}" for run in runs), "sampling_max_tokens=2000", "--show"]
+    check_arguments("-m experiments.chat", arguments)
+    chat.main(arguments)
+    shown = capsys.readouterr().out
+    assert [shown.count(f"# {run / 'config.yaml'}") for run in runs] == [2, 2]
+    assert shown.count("prompt: question_only") == shown.count("sampling_max_tokens: 2000") == 2
 
 
 def test_an_answer_without_a_question_is_refused():
     with pytest.raises(UserError, match="^answer = 7: there is no question that it answers; give question, or leave "):
-        config_for("", ["preset=laptop", "answer=7"])
+        resolve_for("", ["preset=laptop", "answer=7"])
 
 
 def test_questions_are_read_with_their_answers(monkeypatch):

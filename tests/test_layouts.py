@@ -86,8 +86,18 @@ def test_fields_are_named_by_the_user():
         assert (short.response, short.reasoning) == (None, "2 + 3 = 5")
     gsm8k = {"question": "q", "answer": "48/2 = <<48/2=24>>24.\n#### 24"}
     assert parse_record(gsm8k, "f", FieldNames(trace="answer")) == parse_record(gsm8k, "f")
-    with pytest.raises(UserError, match=r"field solution is \['a', 'b'\]; expected text"):
+    with pytest.raises(UserError, match=r"field generations is \['a', 'b'\]; expected text"):
         parse_record({"question": "q", "generations": ["a", "b"]}, "f", FieldNames(trace="generations"))
+    with pytest.raises(UserError, match="field completion holds 'a'; expected messages"):
+        parse_record({"question": "q", "completion": ["a", "b"]}, "f", FieldNames(trace="completion"))
+    chat = [{"role": "assistant", "content": "2 + 3 = \\boxed{5}"}]
+    row = {"prompt": [{"role": "user", "content": "q"}], "completion": chat}
+    assert parse_record(row, "f", FieldNames(trace="completion")) == parse_record(row, "f")
+    row = {"question": "q", "solution": ["s"], "final_answer": ["5"]}  # nobody needs this solution
+    record = parse_record(row, "f", FieldNames(answer="final_answer"))
+    assert (record.ground_truth, record.reasoning) == ("5", None)
+    with pytest.raises(UserError, match=r"field solution is \['s'\]; expected text"):
+        parse_record(row, "f")
     bare = parse_record({"prompt": "q", "answer": "2"}, "f", FieldNames(question="prompt"))
     assert (bare.question, bare.prompt) == ("q", None)  # the template is filled in
     with pytest.raises(UserError, match=r"^question_field = ask: f has no such field; it has question, answer$"):

@@ -1,5 +1,6 @@
 """A run's folder holds what was run and what came of it; resumed, it is the run that would have been."""
 
+import datetime
 import errno
 import json
 import math
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import yaml
 from tiny import REPOSITORY, new_state, take_step
 
 from experiments.runs import list_runs
-from plainrl import run_folder
+from plainrl import folder_lock, run_folder
 from plainrl.checkpoint_files import describe_files_by_ranks
 from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
@@ -175,8 +177,14 @@ def test_a_finished_run_without_a_checkpoint_is_not_begun_again(stopped_run):
 def test_another_first_policy_is_refused_by_a_run_that_goes_on_from_a_checkpoint(stopped_run):
     with pytest.raises(UserError, match="^model = other: the run began with smollm2-135m, and goes on with the policy"):
         resumed(stopped_run, "model=other", "resume_with_changes=true")
-    with resumed(stopped_run, "model=other", "lora_rank=4", "resume_with_changes=true"):
-        pass  # adapters need it, and its folder may have moved: its weights are compared
+    with pytest.raises(UserError, match="^model = other: "):  # the run has not recorded its first weights
+        resumed(stopped_run, "model=other", "lora_rank=4", "resume_with_changes=true")
+    saved = stopped_run.path / "config.yaml"
+    with_adapters = saved.read_text().replace("lora_rank: 0", "lora_rank: 4")
+    saved.write_text(with_adapters)
+    with resumed(stopped_run, "model=other", "resume_with_changes=true"):
+        pass  # its folder may have moved, and its weights are compared
+    saved.write_text(with_adapters.replace("lora_rank: 4", "lora_rank: 0"))
     shutil.rmtree(stopped_run.path / "checkpoints")
     with resumed(stopped_run, "model=other", "resume_with_changes=true"):
         pass  # nothing was trained yet
@@ -199,9 +207,13 @@ def test_samples_of_steps_that_are_done_anew_do_not_stay(stopped_run, tiny_model
         assert not (run.path / "final").exists()
 
 
-def test_runs_without_a_name_that_start_in_one_second_have_folders_of_their_own(tmp_path):
+def test_runs_without_a_name_that_start_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    noon = datetime.datetime(2026, 11, 30, 12)
+    monkeypatch.setattr(folder_lock, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: noon)))
     with RunFolder.create(config_in(tmp_path), "sft") as first, RunFolder.create(config_in(tmp_path), "sft") as second:
-        assert first.path != second.path and second.config.run_name == second.path.name
+        assert [first.path.name, second.path.name] == ["sft-20261130-120000", "sft-20261130-120000-2"]
+        assert second.config.run_name == second.path.name
+    assert folder_lock.new_folder(tmp_path, "sft").name == "sft-20261130-120000-3"
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(UserError, match="cannot make .*link"):
         RunFolder.create(config_in(tmp_path / "link"), "sft")

@@ -46,19 +46,34 @@ from plainrl.warm_start import apply_warm_start
 NEEDS_WARM_START = {"grpo", "rollout", "logprob"}
 
 
+def benchmarks_to_take(name: str, config: BenchmarkConfig) -> list[str]:
+    """Return the benchmark named, or of all those that make sense with this model. Say which are left out, and why.
+
+    Raises:
+        UserError: it is the one that is named.
+    """
+    if name == "grpo" and needs_random_model(config):
+        raise UserError(
+            f"grpo: {QWEN} is not on this machine, and a random model in its place is never right, so that our "
+            f"step would train on nothing; run `{run_command(f'hf download {QWEN}')}`, or use preset=laptop"
+        )
+    if name != "all":
+        return [name]
+    left_out = {}
+    if config.lora_rank:
+        left_out |= dict.fromkeys(("sft", "grpo"), f"TRL's side trains all weights, and lora_rank = {config.lora_rank}")
+    if needs_random_model(config):
+        left_out["grpo"] = "a random model is never right, so our step would train on nothing"
+    for benchmark, reason in left_out.items():
+        print(f"{benchmark} is left out: {reason}")
+    return [benchmark for benchmark in TURNS if benchmark not in left_out]
+
+
 def compare(name: str, keys: list[str]) -> None:
     """Take all turns of the benchmark named, or of all; write the results, print them."""
-    names = list(TURNS) if name == "all" else [name]
     refuse_foreign_keys(keys)
     config = load_config(BenchmarkConfig, REPOSITORY / "grpo_train.yaml", keys)
-    if needs_random_model(config) and "grpo" in names:
-        if names == ["grpo"]:
-            raise UserError(
-                f"grpo: {QWEN} is not on this machine, and a random model in its place is never right, so that our "
-                f"step would train on nothing; run `{run_command(f'hf download {QWEN}')}`, or use preset=laptop"
-            )
-        print("grpo is left out: a random model is never right, so our step would train on nothing")
-        names = [name for name in names if name != "grpo"]
+    names = benchmarks_to_take(name, config)
     require_same_work(config, names)
     config = choose_model(config).model_copy(update={"given": [key.partition("=")[0] for key in keys]})
     started_from = apply_warm_start(config) if NEEDS_WARM_START & set(names) else config

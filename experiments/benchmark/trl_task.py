@@ -27,7 +27,7 @@ def require_same_work(config: BenchmarkConfig, names: Sequence[str]) -> None:
     ours = {"optimizer": "adamw", "lora_rank": 0, "float32_output_layer": False}
     if "grpo" in names:
         ours |= {"epochs_per_rollout_batch": 1, "train_batch_size": config.rollout_batch_size, "kl_coefficient": 0.0}
-        ours |= {"entropy_coefficient": 0.0, "dynamic_sampling": False}
+        ours |= {"entropy_coefficient": 0.0, "dynamic_sampling": False, "mask_truncated_responses": False}
     for key, value in ours.items():
         if getattr(config, key) != value:
             raise UserError(f"{key} = {getattr(config, key)}: TRL's side does the work of {key} = {value}; use that")

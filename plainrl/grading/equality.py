@@ -308,7 +308,8 @@ def _split_unit(text: str) -> tuple[str, str]:
     words = re.fullmatch(r"(\\text\{)?([A-Za-z-]+)( [A-Za-z ]+)?(?(1)\})", text)
     if words and words[2].lower() in NUMBER_WORDS:
         text = f"{NUMBER_WORDS[words[2].lower()]}{words[3] or ''}"
-    if match := re.fullmatch(r"\\\$(-?[\d.,]*\d) ?((?:/|\\text\{|[A-Za-z]).*)", text):  # $5 per hour
+    # $5 per hour, $5/hour. A single letter is no unit here either: $5/n
+    if match := re.fullmatch(r"\\\$(-?[\d.,]*\d) ?((?:/ ?(?=[A-Za-z]{2}|\\text\{)|\\text\{|[A-Za-z]{2}).*)", text):
         quantity = "dollars " + re.sub(r"\\text\{([^{}]*)\}", r"\1", match[2])
         text = f"{match[1]} {quantity}" if _unit_name(quantity, None) else text  # million is no unit
     if match := re.match(r"(\\\$)|\\text\{(pound|euro)\}|(USD|EUR|Rs)\.? ?(?=-?[\d.])", text):

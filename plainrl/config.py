@@ -44,7 +44,7 @@ class ImitationConfig(TrainConfig):
         found = super().warnings()
         if not SFT_LENGTH_NORMALIZATIONS[self.length_normalization].needs_constant:
             reason = f"with length_normalization = {self.length_normalization}"
-            found += self._without_effect(["normalize_constant"], reason)
+            found += self.without_effect(["normalize_constant"], reason)
         return found
 
 
@@ -61,7 +61,7 @@ class EpochsConfig(TrainConfig):
     def warnings(self) -> list[str]:
         """Return the shared warnings, and one if warmup_fraction has no effect."""
         idle = ["warmup_fraction"] if self.lr_schedule == "constant" else []
-        return super().warnings() + self._without_effect(idle, f"with lr_schedule = {self.lr_schedule}")
+        return super().warnings() + self.without_effect(idle, f"with lr_schedule = {self.lr_schedule}")
 
     def num_steps(self, num_rows: int) -> int:
         """Return the number of optimizer steps on so many rows or pairs."""
@@ -112,9 +112,9 @@ class SFTConfig(ImitationConfig, EpochsConfig):
         """Return the shared warnings, and one if arithmetic_corrupt_fraction has no effect."""
         found = super().warnings()
         if not is_embedded(self.train_data):
-            found += self._without_effect(["arithmetic_corrupt_fraction"], f"with train_data = {self.train_data}")
+            found += self.without_effect(["arithmetic_corrupt_fraction"], f"with train_data = {self.train_data}")
         if self.packing != "fixed":
-            found += self._without_effect(["seq_length"], f"with packing = {self.packing}")
+            found += self.without_effect(["seq_length"], f"with packing = {self.packing}")
         return found
 
 
@@ -232,7 +232,7 @@ class GRPOConfig(RolloutConfig):
     kl_estimator: Literal[tuple(KL_ESTIMATORS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
         "k3",
         description="estimator of that divergence, from d = log pi - log pi_ref. k1: d. k2: d^2 / 2, which has the "
-        "gradient of the reverse KL divergence. k3: exp(-d) + d - 1, GRPO's own",
+        "gradient of the reverse KL divergence of a token. k3: exp(-d) + d - 1, GRPO's own",
     )
     entropy_coefficient: float = Field(
         0.0, ge=0, description="factor of the token entropy, which is subtracted from the loss (0: off)"
@@ -282,7 +282,7 @@ class GRPOConfig(RolloutConfig):
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
-        if self._is_changed("ratio_level") and self.loss.needs and "old_log_probs" not in self.loss.needs:
+        if self.has_sequence_ratios and self.loss.needs and "old_log_probs" not in self.loss.needs:
             with_ratio = ", ".join(name for name, loss in LOSSES.items() if "old_log_probs" in loss.needs)
             raise ValueError(
                 f"ratio_level = {self.ratio_level} with loss_type = {self.loss_type}, which has no ratio: use one of "
@@ -293,7 +293,7 @@ class GRPOConfig(RolloutConfig):
                 f"cliprange_dual = {self.cliprange_dual:g} would clip where the policy has not moved: use more than 1, "
                 "often 3, or 0 for none"
             )
-        if self._is_changed("engine_correction") and not self.has_engine_log_probs:
+        if self.is_changed("engine_correction") and not self.has_engine_log_probs:
             raise ValueError(
                 f"engine_correction = {self.engine_correction} compares log-probs of the same distribution: use "
                 f"sampling_top_p = 1 (now {self.sampling_top_p:g}) and sampling_min_tokens (now "
@@ -335,7 +335,7 @@ class GRPOConfig(RolloutConfig):
         self._require_multiple("rollout_batch_size", "train_batch_size")
         if self.train_batch_size < self.group_size:
             raise ValueError(
-                f"train_batch_size = {self.train_batch_size} has no whole group: use {self.group_size} or more"
+                f"train_batch_size = {self.train_batch_size} is less than a group: use {self.group_size} or more"
             )
         if self.group_size == 1 and "advantages" in self.loss.needs:
             raise ValueError(
@@ -345,51 +345,9 @@ class GRPOConfig(RolloutConfig):
 
     def warnings(self) -> list[str]:
         """Return the shared warnings, and those about settings that do not fit the loss."""
-        found = super().warnings()
-        needs = self.loss.needs  # a plain function does not say what it needs
-        if self.is_off_policy and needs and "old_log_probs" not in needs:
-            found.append(
-                f"several optimizer steps per rollout batch with loss_type = {self.loss_type}, which ignores that the "
-                "policy has changed; grpo_clip corrects for it"
-            )
-        of_ratio = ("cliprange", "cliprange_high", "cliprange_dual", "ratio_cap")
-        if not self.is_off_policy:
-            idle = [key for key in of_ratio if key in needs or (key in self.loss.options and self._is_changed(key))]
-            idle += ["ratio_level"] if self._is_changed("ratio_level") else []
-            reason = "has no effect with one optimizer step per rollout batch: the ratio is always 1"
-            found += [f"{key} {reason}" for key in idle]
-        if needs:
-            unused = [key for key in of_ratio if key not in (*needs, *self.loss.options)]
-            found += self._without_effect(unused, f"with loss_type = {self.loss_type}")
-        if self.group_size == 1 and not needs:
-            found.append(f"group_size = 1: every advantage is 0, and loss_type = {self.loss_type} sees raw_rewards")
-        if not self._is_changed("engine_correction"):
-            reason = f"with engine_correction = {self.engine_correction}"
-            found += self._without_effect(["engine_correction_cap"], reason)
-        elif not self._is_changed("engine_correction_cap"):
-            from plainrl.corrections import sequence_mean_mask
+        from plainrl.objective_warnings import find_warnings
 
-            if ENGINE_CORRECTIONS[self.engine_correction] is sequence_mean_mask:
-                cap = f"engine_correction_cap = {self.engine_correction_cap:g}"
-                found.append(f"{cap} masks no mean over a response: use 1.001 to 1.1")
-        if self.kl_coefficient:
-            from plainrl.corrections import k1
-
-            if KL_ESTIMATORS[self.kl_estimator] is k1:
-                found.append(
-                    f"kl_estimator = {self.kl_estimator} has a gradient of mean zero, which pulls nowhere; use k2"
-                )
-        if self.rollouts_ahead and not self._is_changed("engine_correction"):
-            found.append(
-                "rollouts_ahead = 1 trains on responses of an older policy as if they were the present one's; "
-                "engine_correction=token_truncate weighs them"
-            )
-        if not self.samples_from_policy:
-            found.append(
-                f"sampling_top_p = {self.sampling_top_p:g}: responses come from the likeliest tokens alone, which the "
-                "gradient ignores; rollout/log_prob_gap is left out"
-            )
-        return found
+        return super().warnings() + find_warnings(self)
 
     @property
     def loss(self) -> "Loss":
@@ -433,6 +391,11 @@ class GRPOConfig(RolloutConfig):
     def needs_first_policy(self) -> bool:
         """Return whether a resumed run needs the weights that it began with: beside adapters, or for a KL term."""
         return super().needs_first_policy or self.kl_coefficient > 0
+
+    @property
+    def has_sequence_ratios(self) -> bool:
+        """Return whether a response has one importance ratio, and not each of its tokens."""
+        return self.is_changed("ratio_level")
 
     @property
     def is_off_policy(self) -> bool:

@@ -38,7 +38,8 @@ def ratio_of_sequences(log_probs: PerToken, old_log_probs: PerToken, mask: Mask)
 
     Then exp(log pi(y_t) - old_t) is s, with the gradient s grad log pi(y_t). Summed over the response and divided by
     |y|, this is the gradient of s as a function of the whole response. The paper's two forms, GSPO and GSPO-token, are
-    therefore the same here, as long as the tokens of a response weigh the same.
+    therefore the same here, as long as the tokens of a response weigh the same. GSPO divides by the length, as
+    masked_mean does. With masked_normalize a response counts by its length, which is LUSPO.
 
     Source: Zheng et al. 2025 (GSPO, arXiv 2507.18071), equations 7 and 14.
 
@@ -144,12 +145,15 @@ def engine_weights(
 
 
 def k1(difference: PerToken) -> PerToken:
-    """d_t. Its mean is the reverse KL divergence, but the mean of its gradient is zero: it pulls nowhere."""
+    """d_t. Its mean is the reverse KL divergence, but its gradient does not pull towards the first policy.
+
+    The mean of grad log pi is zero. Divided by the length, as by masked_mean, it lengthens responses instead.
+    """
     return difference
 
 
 def k2(difference: PerToken) -> PerToken:
-    """d_t^2 / 2. The mean of its gradient, d grad log pi, is the gradient of the reverse KL divergence."""
+    """d_t^2 / 2. The mean of its gradient, d grad log pi, is the reverse KL divergence's, of each next token."""
     return difference.square() / 2
 
 

@@ -31,10 +31,11 @@ def find_remarks(metrics: Mapping[str, Any], config: GRPOConfig) -> list[str]:
             remarks.append("every reward is zero and no response keeps the format: start from a policy that knows it")
         else:
             remarks.append("every reward is zero although the format is kept: the questions are too hard, or misgraded")
-    elif value("rollout/zero_advantage_fraction") == 1 and "advantages" in config.loss.needs:
+    elif value("rollout/zero_advantage_fraction") == 1 and config.loss.zero_with and "advantages" in config.loss.needs:
         remarks.append("every advantage is zero: each group is all right or all wrong, so nothing is learnt")
-    if value("train/clip_fraction_low") + value("train/clip_fraction_high") > 0.3:
-        remarks.append("over 30 % of the tokens are clipped: lower learning_rate or epochs_per_rollout_batch")
+    if value("train/clip_fraction_low") + value("train/clip_fraction_high") > 0.3 and not config.has_sequence_ratios:
+        advice = "lower learning_rate, or take fewer optimizer steps on a batch"
+        remarks.append(f"over 30 % of the tokens are clipped: {advice}")  # GSPO clips more by design
     if value("train/grad_norm") > 100 * config.max_grad_norm:
         remarks.append("the gradient norm is over 100 times max_grad_norm: lower learning_rate, look at the ratio")
     return remarks

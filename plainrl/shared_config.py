@@ -283,11 +283,13 @@ class RunConfig(BaseModel):
         if (value := getattr(self, name)) != "all" and value < least:
             raise ValueError(f"{name} = {value}: must be at least {least}, or all")
 
-    def _is_changed(self, key: str) -> bool:
+    def is_changed(self, key: str) -> bool:
+        """Return whether a key differs from its default."""
         return getattr(self, key) != type(self).model_fields[key].default
 
-    def _without_effect(self, keys: Sequence[str], reason: str) -> list[str]:
-        return [f"{key} = {getattr(self, key)} has no effect {reason}" for key in keys if self._is_changed(key)]
+    def without_effect(self, keys: Sequence[str], reason: str) -> list[str]:
+        """Return a sentence for each of the keys that differs from its default, because it has no effect."""
+        return [f"{key} = {getattr(self, key)} has no effect {reason}" for key in keys if self.is_changed(key)]
 
     @property
     def reward_function(self) -> "Reward":
@@ -411,7 +413,7 @@ class TrainConfig(RunConfig):
             )
         for switch, keys in SWITCHED_KEYS.items():
             if not getattr(self, switch, True):
-                found += self._without_effect(keys, f"without {switch}")
+                found += self.without_effect(keys, f"without {switch}")
         shorter, longer = sorted((self.checkpoint_interval, self.eval_interval))
         if self.keep_best and longer % shorter:
             found.append(

@@ -86,7 +86,7 @@ class BenchmarkConfig(RunConfig):
     def _check_benchmark_fields(self) -> Self:
         self._require_count("num_questions")
         for name in OF_OTHER_DATA:
-            if self._is_changed(name):
+            if self.is_changed(name):
                 raise ValueError(
                     f"{name} = {getattr(self, name)}: it has no effect here; num_questions of the data in "
                     "benchmark_data are asked, and each task has a score of its own"

@@ -532,7 +532,7 @@ CONFIGURATION_MISTAKES = [
     ),
     (
         {"train_batch_size": 2, "gradient_accumulation_steps": 1},
-        "train_batch_size = 2 has no whole group: use 4 or more",
+        "train_batch_size = 2 is less than a group: use 4 or more",
     ),
     (
         {"gradient_accumulation_steps": 3},

@@ -39,9 +39,14 @@ class Quantity(NamedTuple):
     window: int = 1
     is_logarithmic: bool = False
 
+    def holds(self, value: float) -> bool:
+        """Return whether a value lies between the limits."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
+
+SHARE = " (share right)"
 QUANTITIES = {
-    EVAL_SCORE: Quantity("answer reward (share right)", high=1.0),
+    EVAL_SCORE: Quantity(f"answer reward{SHARE}", high=1.0),
     ENTROPY: Quantity("entropy (nats per token)"),
     LOSS: Quantity("loss (nats per token)", window=5, is_logarithmic=True),  # it falls by a factor of 100
     GRAD_NORM: Quantity("gradient norm", window=5),
@@ -49,7 +54,7 @@ QUANTITIES = {
     "eval/accuracy": Quantity("pairs whose chosen response\nis likelier (share)", high=1.0),
     **{f"eval/{n}/answer_reward": Quantity(f"answer reward, {n} terms", high=1.0) for n in ("four", "five", "six")},
     "eval/response_length": Quantity("response length (tokens)"),
-    "rollout/reward": Quantity("training reward (share right)", high=1.0, window=5),
+    "rollout/reward": Quantity(f"training reward{SHARE}", high=1.0, window=5),
     "rollout/response_length": Quantity("response length (tokens)", window=5),
 }
 
@@ -137,10 +142,13 @@ def _draw_panel(
         found = series[curve, panel]
         if found.mean:
             draw_series(axes, number, _label(curve, num_seeds), found.seeds, found.mean, quantity.window)
-    axes.set(xlabel=AXES[panel.axis], ylabel=describe_axis(quantity.label, quantity.window))
+    lines = [line for curve in group.curves for line in (series[curve, panel].mean, *series[curve, panel].seeds)]
+    is_possible = all(quantity.holds(value) for line in lines for _, value in line)  # a reward of one's own may be any
+    label = quantity.label if is_possible else quantity.label.replace(SHARE, "")
+    axes.set(xlabel=AXES[panel.axis], ylabel=describe_axis(label, quantity.window))
     if quantity.is_logarithmic:
         axes.set_yscale("log")
-    else:
+    elif is_possible:
         keep_possible(axes, quantity.low, quantity.high)
 
 

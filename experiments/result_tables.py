@@ -49,7 +49,7 @@ def make_methods_table(results: Path) -> str:
     """
     lines = ["| method | answer reward | seeds | questions | minutes |", "|---|---|---|---|---|"]
     for curve in METHODS_TABLE:
-        rows = rows_of(curve, results, "", "runs.csv")
+        rows = [row for row in rows_of(curve, results, "", "runs.csv") if _final_score(row)[0]]  # DPO may ask nothing
         if not rows:
             continue
         questions = _final_score(rows[0])[1]

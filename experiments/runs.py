@@ -145,6 +145,10 @@ def write_report(arguments: Sequence[str]) -> Path:
     beside = folders[0].parent / f"report_{'_'.join(folder.name for folder in folders)}.html"
     path = named[0] if named else (folders[0] / NAME if len(folders) == 1 else beside)
     runs = [read_run(folder, state_of(folder)) for folder in folders]
+    names = [run["name"] for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if names.count(run["name"]) > 1:
+            run["name"] = f"{folder.resolve().parent.name}/{run['name']}"
     try:
         return write_page(runs, path)
     except OSError as error:

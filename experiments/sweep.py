@@ -30,13 +30,15 @@ from experiments.sweep_plan import REPOSITORY, SCRIPTS, Run, defaults_of
 from experiments.sweep_results import collect_run, forget_run, read_table
 from experiments.usage import SWEEP, plan_sweep
 from plainrl.changes import describe_changes, with_defaults
+from plainrl.checkpoint_files import list_checkpoints
 from plainrl.cli import EVALUATION_SCRIPT, PROGRAMS, read_yaml, require_one_process, run_main, say
 from plainrl.devices import run_command
+from plainrl.folder_lock import lock_folder
 from plainrl.records import UserError
-from plainrl.run_folder import list_checkpoints, lock_folder
 from plainrl.run_records import read_metrics
 
 POLL_SECONDS = 0.5
+STARTED = "sweep: started"  # in the log of a run
 KEPT = {  # by keep_weights
     "none": "removed (keep_weights=last, best or all keeps some)",
     "last": "final/ is kept",
@@ -71,8 +73,7 @@ def main(arguments: list[str]) -> None:
         if state == "to collect":
             collect(run, results, order)
     failures = execute(left, gpus, lambda run: collect(run, results, order))
-    if left or "to collect" in states.values():
-        write_figures_and_table(results, options.sweep.stem)
+    write_figures_and_table(results, options.sweep.stem)  # always: an earlier sitting may have ended before
     if failures:
         print("\n".join(["failed:", *(f"  {run.log}: {line}" for run, line in failures.items())]), file=sys.stderr)
         sys.exit(1)
@@ -162,8 +163,9 @@ def collect(run: Run, results: Path, order: Sequence[str]) -> None:
     """Write a run's figures into the results; then remove its weights, but for those that are to be kept."""
     log = run.log.read_text(errors="replace") if run.log.exists() else ""
     ends = re.findall(r"^sweep: ended with status (-?\d+) after ([\d.]+) minutes$", log, re.MULTILINE)
-    # Without a good end at last the run went on by itself, when the sweep was killed.
-    wall_minutes = sum(float(minutes) for _, minutes in ends) if ends and ends[-1][0] == "0" else None
+    # Without a good end at last the run went on by itself, when the sweep was killed. Or both were.
+    is_known = bool(ends) and ends[-1][0] == "0" and len(ends) == log.count(f"\n{STARTED}\n")
+    wall_minutes = sum(float(minutes) for _, minutes in ends) if is_known else None
     names = {"variant": run.variant, "seed": run.seed, "fingerprint": run.fingerprint}
     row = collect_run(run.folder, results, names, wall_minutes, order)
     remove_weights(run)
@@ -184,14 +186,19 @@ def remove_weights(run: Run) -> None:
     if kept == "best":
         scores = {row["eval_step"]: row[score] for row in read_metrics(folder) if row.get(score) is not None}
         saved = {int(path.name.removeprefix("step_")): path for path in list_checkpoints(folder)}
-        if evaluated := [step for step in saved if step in scores]:
+        evaluated = [step for step in saved if step in scores]
+        if evaluated:
             shutil.rmtree(folder / "best", ignore_errors=True)  # of the same run, collected before
             (saved[max(evaluated, key=lambda step: scores[step])] / "model").rename(folder / "best")
-        else:
+        elif not (folder / "best").is_dir():
             removed = ["checkpoints"]
             print(f"{folder}: no checkpoint was both saved and evaluated, so that final/ is kept")
+    is_marked = "final" in removed and (folder / "final").is_dir()
     for name in removed:
         shutil.rmtree(folder / name, ignore_errors=True)
+    if is_marked:  # the folder stays, because it says that the run is finished
+        (folder / "final").mkdir()
+        (folder / "final" / "removed.txt").write_text(f"A sweep has removed these weights: keep_weights={kept}.\n")
 
 
 def forget(run: Run, results: Path) -> None:
@@ -221,6 +228,8 @@ def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": search_path} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     is_resumed = (run.folder / "config.yaml").exists()  # if not, the log is of a run that was removed
     with run.log.open("a" if is_resumed else "w") as log:
+        log.write(f"\n{STARTED}\n")
+        log.flush()
         # A session of its own: Ctrl-C reaches the run once, from here, and not from the terminal too.
         return subprocess.Popen(run.command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
@@ -235,6 +244,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 def _note_end(run: Run, process: subprocess.Popen[bytes], started: float) -> str:
     """Write status and time into the log; return the last line before them."""
     lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if line != STARTED]
     minutes = (time.monotonic() - started) / 60
     with run.log.open("a") as log:
         log.write(f"\nsweep: ended with status {process.returncode} after {minutes:.4f} minutes\n")

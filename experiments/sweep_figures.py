@@ -26,7 +26,11 @@ def write_figures_and_table(results: Path, sweep: str) -> None:
     variants = list(dict.fromkeys(row["variant"] for row in read_table(results / "runs.csv")))
     if not variants:
         return
-    curves = TABLES.get(sweep) or [Curve(sweep, variant, variant) for variant in variants]
+    known = TABLES.get(sweep, [])
+    new = [variant for variant in variants if (sweep, variant) not in {(c.sweep, c.variant) for c in known}]
+    curves = [*known, *(Curve(sweep, variant, variant) for variant in new)]
+    if known and new:
+        print(f"in the table, and not in the figures of experiments/catalog.py: {', '.join(new)}")
     figures = {
         name: groups for name, groups in FIGURES.items() if any(sweep == c.sweep for g in groups for c in g.curves)
     }

@@ -183,7 +183,10 @@ def read_sweep(path: Path) -> Sweep:
     names = variants_of(sweep)
     for name in names:
         if not re.fullmatch(r"[\w.,=+-]+", name):
-            raise UserError(f"{path}: variants: {name!r} must name a folder: use letters, digits and . , = + - _")
+            where, how = "variants", "use letters, digits and . , = + - _"
+            if name not in sweep.variants:
+                where, how = "grid", "write it under variants, with a name of your own"
+            raise UserError(f"{path}: {where}: {name!r} must name a folder: {how}")
     if isinstance(sweep.minutes, dict) and set(sweep.minutes) != set(names):
         raise UserError(f"{path}: minutes: give one number, or one for each of {', '.join(names)}")
     return sweep

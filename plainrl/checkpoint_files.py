@@ -6,6 +6,7 @@ Of several ranks each hashes its share of the files. Within a rank, threads do.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,17 @@ from plainrl.distributed import exchange, num_ranks, on_first, rank, together
 MANIFEST, RECORD = "manifest.json", "state.json"
 RECORD_KEYS = {"step", "metrics_bytes", "data_fingerprint", "random_states"}  # without these nothing can go on
 MOST_THREADS = 16  # that compute hashes
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, the newest last."""
+    found = [path for path in (folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was made, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def newest_whole_checkpoint(paths: Sequence[Path]) -> Path | None:

@@ -7,6 +7,7 @@ Several seeds: each seed is a thin line, their mean a thick one. There are no ba
 leaves the possible values. Smoothed values: the raw ones are faint, and the axis label states the window.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,8 +98,9 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     >>> smooth([4.0, 2.0, 0.0, 1.0], window=2)
     [4.0, 3.0, 1.0, 0.5]
     """
+    sums = [0.0, *itertools.accumulate(values)]  # of all before each place
     starts = [max(0, end - window) for end in range(1, len(values) + 1)]
-    return [sum(values[start:end]) / (end - start) for end, start in enumerate(starts, start=1)]
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
 
 
 def describe_axis(quantity: str, window: int = 1) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from plainrl.checkpoint import Resumable, TrainingState, fingerprint
 from plainrl.clock import reached_limit
 from plainrl.config import TrainConfig
-from plainrl.distributed import rank, require_alike
+from plainrl.distributed import on_first, rank, require_alike
 from plainrl.guard import StopGuard
 from plainrl.records import UserError
 from plainrl.report.curves import draw_training_figure
@@ -132,7 +132,7 @@ class TrainingLoop:
         limits = self._config.max_training_hours, self._config.token_limit
         if step == self._num_steps or not any(limits):
             return
-        if limit := reached_limit(self._run.read_metrics(), *limits, num_evaluations):
+        if limit := on_first(lambda: reached_limit(self._run.used(), *limits, num_evaluations)):
             if step == 0:
                 raise UserError(f"{limit}: a step with an evaluation would not end in this time; raise it")
             tqdm.write(f"step {step} is the last: {limit}", file=sys.stdout)

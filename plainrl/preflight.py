@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.checkpoint import SPARE_BYTES
+from plainrl.checkpoint_files import list_checkpoints
 from plainrl.config import NUM_STEPS_KEYS, RunConfig, TrainConfig
 from plainrl.devices import free_bytes
 from plainrl.distributed import num_ranks, on_first, whole
@@ -22,7 +23,6 @@ from plainrl.optimizers import OPTIMIZERS
 from plainrl.policy import blocks_of
 from plainrl.precision import working_copy
 from plainrl.records import UserError
-from plainrl.run_folder import list_checkpoints
 from SFT_helper import get_response_log_probs, join_prompt_and_response_ids
 
 # Rounding gives about 1e-5 in float32 and up to 0.45 in bfloat16, on single tokens. An attention or logits of another

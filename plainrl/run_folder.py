@@ -14,7 +14,6 @@ runs/<name>/  config.yaml       resolved configuration
 import json
 import os
 import platform
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -34,8 +33,9 @@ from plainrl.checkpoint import (
     write_checkpoint,
     write_durably,
 )
-from plainrl.checkpoint_files import newest_whole_checkpoint, read_record
+from plainrl.checkpoint_files import list_checkpoints, newest_whole_checkpoint, read_record, step_of
 from plainrl.cli import read_yaml
+from plainrl.clock import Used
 from plainrl.config import RunConfig
 from plainrl.distributed import on_first, rank, together
 from plainrl.faults import describe_end, is_disk_full
@@ -88,6 +88,7 @@ class RunFolder:
         self.checkpoint: Path | None = None
         self._resumption: Mapping[str, Any] | None = None
         self._train_step = 0
+        self._used: Used | None = None
         self._wandb_run: Any = None
         self._wandb_run_id: str | None = None
 
@@ -182,7 +183,8 @@ class RunFolder:
             )
         _require_usable(path)
         if (path / "final").is_dir() and not changes_since(read_yaml(path / "config.yaml"), config):
-            raise UserError(f"resume = {path}: this run is finished; its policy is in {path / 'final'}")
+            policy = f"is in {path / 'final'}" if _has_weights(path / "final") else "was removed"
+            raise UserError(f"resume = {path}: this run is finished; its policy {policy}")
         remove_leftovers(path)
         return cls(path, config, lock)
 
@@ -209,9 +211,10 @@ class RunFolder:
                 "begin a new run under another run_name"
             )
         if self.checkpoint is None and (final := self.path / "final").is_dir():
+            with_model = f" with model={final}" if _has_weights(final) else ""
             raise UserError(
-                f"resume = {self.path}: this run is finished, and has no checkpoint to go on from; begin a new run "
-                f"with model={final}"
+                f"resume = {self.path}: this run is finished, and has no checkpoint to go on from; begin a new run"
+                f"{with_model}"
             )
         saved = read_yaml(self.path / "config.yaml")
         changes = changes_since(saved, self.config)
@@ -254,6 +257,8 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._train_step = int(row.get("train_step") or self._train_step)
+        if self._used is not None:
+            self._used.add(row)
         if self._wandb_run is not None:
             known = {name: value for name, value in row.items() if value is not None}
             self._try_wandb(lambda run: run.log(known))
@@ -261,6 +266,12 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all rows logged so far. The first rank reads them for all."""
         return on_first(lambda: read_metrics(self.path))
+
+    def used(self) -> Used:
+        """Return what the run has used so far: time and tokens. The metrics are read once, after `restore`."""
+        if self._used is None:
+            self._used = Used.of(read_metrics(self.path))
+        return self._used
 
     def last_train_step(self) -> int:
         """Return the last optimizer step logged so far. Before the first it is 0."""
@@ -300,6 +311,7 @@ class RunFolder:
                 f"resume = {self.path}: the run is at step {state.step} already, {num_steps} are asked for; ask for "
                 f"more, or evaluate {self.checkpoint}/model"
             )
+        self._used = None
         if self._resumption is not None and rank() == 0:
             discard_after(self.path, state.step)
             if (self.path / "metrics.jsonl").exists():
@@ -336,9 +348,9 @@ class RunFolder:
         saved, score = list_checkpoints(self.path), self.config.eval_score
         kept = saved[-keep_last:]
         scores = {row["eval_step"]: row[score] for row in read_metrics(self.path) if row.get(score) is not None}
-        evaluated = [path for path in saved if _step_of(path) in scores]
+        evaluated = [path for path in saved if step_of(path) in scores]
         if keep_best and evaluated:
-            kept.append(max(evaluated, key=lambda path: scores[_step_of(path)]))
+            kept.append(max(evaluated, key=lambda path: scores[step_of(path)]))
         for path in saved:
             if path not in kept:
                 remove_checkpoint(path)
@@ -385,21 +397,16 @@ def script_of(folder: Path) -> str | None:
     return script if isinstance(script, str) else None
 
 
+def _has_weights(final: Path) -> bool:
+    """Return whether the final policy is still there: a sweep removes its weights, and leaves the folder."""
+    return (final / "config.json").is_file()
+
+
 def state_at_rest(folder: Path) -> str:
     """Return the state of a run that no process holds: finished, or whether it can be resumed."""
     if (folder / "final").is_dir() or (script_of(folder) == EVALUATION and is_evaluated(folder)):
         return FINISHED
     return "stopped, can be resumed" if list_checkpoints(folder) else "stopped"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders of a run's checkpoints, the newest last."""
-    found = [path for path in (folder / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _require_usable(folder: Path) -> None:

@@ -21,7 +21,22 @@ if sys.dont_write_bytecode:  # else each process that the tests start compiles t
 CHECKED_MODULES = ["SFT_helper", "GRPO_helper", "plainrl.log_probs", "plainrl.prefix_tree"]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
+NUM_WORKERS = 2  # processes of the whole suite: each may have an engine, and ranks of its own
 NO_CPU_ENGINE = "needs the CPU build of vLLM; pytest -m gpu tests the CUDA build"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Divide the whole suite among processes, file by file. `-n 0` leaves it in one, as single files are anyway."""
+    option, is_all = config.option, config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    is_whole = is_all and option.markexpr.startswith("not gpu") and not (option.usepdb or is_worker(config))
+    if is_whole and getattr(option, "numprocesses", 0) is None:  # 0: without pytest-xdist
+        option.numprocesses, option.dist, option.loadscopereorder = NUM_WORKERS, "loadfile", False
+
+
+def is_worker(config) -> bool:
+    """Return whether this process runs a part of the suite, beside others."""
+    return hasattr(config, "workerinput")
 
 
 def pytest_configure(config):
@@ -32,9 +47,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "background(job): the test waits for this job, which starts with the first test")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Let the tests that wait for a job come last. All jobs run scripts with the CPU's engine."""
-    items.sort(key=lambda item: item.get_closest_marker("background") is not None)
+    if not is_worker(config):
+        items.sort(key=lambda item: item.get_closest_marker("background") is not None)
     with_job = [item for item in items if item.get_closest_marker("background")]
     if with_job and not has_cpu_engine():
         for item in with_job:
@@ -105,14 +121,14 @@ class Background:
 
 @pytest.fixture(scope="session", autouse=True)
 def background(request, tmp_path_factory):
-    """The jobs that the chosen tests wait for; they begin here, with the first test."""
+    """The jobs that the chosen tests wait for. They begin here, or with several workers when a test asks for them."""
     jobs = [marker.kwargs["job"] for item in request.session.items for marker in item.iter_markers("background")]
     if not jobs or not has_cpu_engine():
         yield None
         return
     models = [request.getfixturevalue(name) for name in ("tiny_model_folder", "answering_model_folder")]
     background = Background(tmp_path_factory.mktemp, *models)
-    for job in jobs:
+    for job in [] if is_worker(request.config) else jobs:
         background.submit(job)
     yield background
     background.close()

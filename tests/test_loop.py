@@ -11,6 +11,7 @@ from tiny import REPOSITORY, read_lines, tiny_arguments
 from transformers import AutoModelForCausalLM
 
 from plainrl.cli import load_config
+from plainrl.clock import Used
 from plainrl.config import SFTConfig
 from plainrl.guard import watched
 from plainrl.loop import TrainingLoop
@@ -35,8 +36,8 @@ class FakeRun:
     def log(self, row):
         self.rows.append(row)
 
-    def read_metrics(self):
-        return self.rows
+    def used(self):
+        return Used.of(self.rows)
 
     def watched(self, phase, seconds=None):
         self.events.append(phase)
@@ -354,6 +355,17 @@ def test_a_time_in_which_not_even_a_step_fits_is_one_line(make_loop):
         loop.run.rows.append({"eval_step": 0, "eval/seconds": 600.0})
         list(loop)
     assert loop.run.saved == [(0, 0.0)]  # to go on with a longer time
+
+
+def test_what_a_run_has_used_is_not_read_again_at_each_step(tmp_path, monkeypatch):
+    """Of 100,000 steps the last would take a second."""
+    with RunFolder.create(SFTConfig(runs_dir=str(tmp_path), wandb_mode="disabled", run_name="mine"), "sft") as run:
+        run.log({"train_step": 1, "time/step": 60.0})
+        assert run.used().seconds == 60
+        monkeypatch.setattr("plainrl.run_folder.read_metrics", None)
+        run.log({"train_step": 2, "time/step": 30.0})
+        run.log({"eval_step": 2, "eval/seconds": 10.0})
+        assert (run.used().seconds, run.used().longest["time/step"]) == (100, 60)
 
 
 def test_a_run_ends_after_the_step_that_reaches_its_tokens(make_loop):

@@ -7,16 +7,18 @@ import shutil
 import pytest
 from tiny import REPOSITORY, tracked_files
 
-from experiments import pass_at_k, plot_results
+from experiments import pass_at_k, plot_results, result_figures
 from experiments.catalog import FIGURES, OF_DPO, TABLES
-from experiments.curves import Curve, Panel, points_by_step, read_series
+from experiments.curves import Curve, Group, Panel, points_by_step, read_series
 from experiments.intervals import difference_and_half_width, mean_and_half_width
 from experiments.result_figures import AXES, QUANTITIES, draw
 from experiments.result_tables import START_OF_TABLE, make_methods_table, make_table, put_table
+from experiments.sweep_figures import write_figures_and_table
 from experiments.sweep_plan import read_sweep, variants_of
 from experiments.sweep_results import METRIC_COLUMNS, RUN_COLUMNS, read_table
 from plainrl.figure_style import draw_series, keep_possible, legend_height, num_legend_columns, smooth
 from plainrl.records import UserError
+from plainrl.run_records import EVAL_SCORE
 from plainrl.several_samples import wilson_interval
 
 RESULTS = REPOSITORY / "results"
@@ -185,6 +187,36 @@ def test_a_reward_of_ones_own_has_no_wilson_interval(results):
     for reward in (-0.5, 1.5, 0.3):  # 0.3 is no share of 256
         write_csv(path, RUN_COLUMNS, [row | {"last_answer_reward": reward, "final_answer_reward": ""} for row in rows])
         assert make_table(BASELINE.sweep, [BASELINE], results).splitlines()[2].split(" | ")[-2] == "-"
+
+
+def test_a_method_whose_runs_asked_nothing_has_no_line(results):
+    assert len(make_methods_table(results).splitlines()) == 3
+    path = results / f"{BASELINE.sweep}/runs.csv"
+    rows = [row | {"last_answer_reward": "", "final_answer_reward": ""} for row in read_table(path)]
+    write_csv(path, RUN_COLUMNS, rows)
+    assert len(make_methods_table(results).splitlines()) == 2
+
+
+def test_axes_are_not_cut_where_scores_are_no_shares(results, tmp_path, monkeypatch):
+    """A reward of one's own may be negative."""
+    kept = []
+    monkeypatch.setattr(result_figures, "keep_possible", lambda axes, low, high: kept.append((low, high)))
+    group = Group("own reward", [BASELINE], [Panel("rollout_batches", EVAL_SCORE)])
+    path = results / f"{BASELINE.sweep}/metrics.csv"
+    for change in (0.0, -0.5):
+        rows = [row | {EVAL_SCORE: row[EVAL_SCORE] and float(row[EVAL_SCORE]) + change} for row in read_table(path)]
+        write_csv(path, METRIC_COLUMNS, rows)
+        assert result_figures.draw([group], results, tmp_path / "own.png")
+    assert kept == [(0.0, 1.0)]
+
+
+def test_a_variant_that_the_catalog_does_not_know_is_in_the_table_and_said(results, capsys):
+    folder = results / BASELINE.sweep
+    row = {"variant": "learning_rate=3e-05", "seed": 0, "last_answer_reward": 0.5, "num_eval_examples": 256}
+    write_csv(folder / "runs.csv", RUN_COLUMNS, [*read_table(folder / "runs.csv"), row])
+    write_figures_and_table(folder, BASELINE.sweep)
+    assert "| learning_rate=3e-05 | 0.500 |" in (folder / "README.md").read_text()
+    assert "not in the figures of experiments/catalog.py: learning_rate=3e-05" in capsys.readouterr().out
 
 
 def test_all_is_drawn_and_written_that_has_results_and_the_rest_is_named(results, tmp_path, capsys):

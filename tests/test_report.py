@@ -13,13 +13,20 @@ from tiny import REPOSITORY, read_lines
 from experiments import runs
 from experiments.sweep_results import collect_run, summarize_run
 from plainrl.cli import load_config
-from plainrl.clock import is_out_of_time, training_seconds
+from plainrl.clock import is_out_of_time
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import Example, Response, Rollout, UserError
 from plainrl.report import contents, curves, page, renew
 from plainrl.report.contents import describe_responses, read_run
 from plainrl.report.curves import with_axes
-from plainrl.report.samples import Template, describe_examples, list_sample_files, read_samples, shorten
+from plainrl.report.samples import (
+    Template,
+    describe_examples,
+    list_sample_files,
+    read_samples,
+    shorten,
+    split_into_groups,
+)
 from plainrl.rollouts import write_rollouts
 from plainrl.run_folder import RunFolder
 from plainrl.several_samples import interval_of_mean, summarize_samples, wilson_interval
@@ -130,8 +137,9 @@ def test_the_time_in_which_dpo_scores_its_pairs_counts(tmp_path):
         run.log({"eval_step": 1, "eval/accuracy": 0.75, "eval/pair_seconds": 60.0})
     rows = run.read_metrics()
     assert [row["minutes"] for row in with_axes(rows)] == [pytest.approx(40 / 60, abs=1e-4), 1, 2, 3]
-    assert training_seconds(rows) == 180
-    assert is_out_of_time(rows, max_hours=0.08) and not is_out_of_time(rows, max_hours=0.09)  # another 140 seconds
+    used = run.used()
+    assert used.seconds == 180
+    assert is_out_of_time(used, max_hours=0.08) and not is_out_of_time(used, max_hours=0.09)  # another 140 seconds
     assert runs.describe_run(run.path)[0]["time"] == "0:03:00"
     assert summarize_run(run.path)["minutes"] == 3
     assert dict(contents.sum_times(with_axes(rows)))["evaluation"] == 120
@@ -262,6 +270,29 @@ def test_what_does_not_fit_is_left_out_evenly_and_counted(tmp_path, monkeypatch)
     assert {1, 9, 5} <= rollout_steps < set(range(1, 10))  # the first, the last and the middle before the others
     assert {("eval", 0), ("eval", 9)} <= {(group["kind"], group["step"]) for group in found["groups"]}
     assert len(contents.to_json(found["groups"])) < 6000 and found["numResponses"] == 10 * 4 + 8 + 9 * 4
+
+
+def test_of_many_files_some_are_read_and_all_counted(tmp_path, monkeypatch):
+    """A run of 100,000 steps has thousands, which would all be read again at each evaluation."""
+    folder = make_run(tmp_path, num_steps=9)
+    monkeypatch.setattr(contents, "MOST_FILES", 3)
+    found = describe_responses(folder, {"prompt": "r1_zero", "group_size": 4})
+    assert {group["step"] for group in found["groups"] if group["kind"] == "rollouts"} == {1, 5, 9}
+    assert found["numResponses"] == 10 * 4 + 8 + 9 * 4
+
+
+def test_no_group_has_responses_to_two_questions():
+    """After a resume with another group_size the files of before have smaller groups."""
+    samples = [{"prompt": prompt} for prompt in "aabbbb"]
+    assert split_into_groups(samples, "rollouts", 4) == [[0, 1], [2, 3], [4, 5]]
+    assert split_into_groups(samples[:4], "rollouts", 2) == [[0, 1], [2, 3]]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [make_run(tmp_path / name) for name in ("one", "two")]
+    path = runs.write_report([*map(str, folders), str(tmp_path / "both.html")])
+    names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    assert all(json.dumps(name) in path.read_text() for name in names) and names[0] != names[1]
 
 
 @pytest.mark.parametrize("num_printed", [1, 3])

@@ -19,11 +19,11 @@ from tiny import REPOSITORY, new_state, take_step
 
 from experiments.runs import list_runs
 from plainrl import folder_lock, run_folder
-from plainrl.checkpoint_files import describe_files_by_ranks
+from plainrl.checkpoint_files import describe_files_by_ranks, list_checkpoints
 from plainrl.cli import load_config, read_yaml
 from plainrl.config import GRPOConfig, SFTConfig
 from plainrl.records import UserError
-from plainrl.run_folder import RunFolder, list_checkpoints
+from plainrl.run_folder import RunFolder
 from plainrl.run_records import Line, plot_metrics, read_metrics, set_damaged_lines_aside
 
 

@@ -25,7 +25,7 @@ from plainrl.cli import load_config
 from plainrl.config import GRPOConfig
 from plainrl.devices import run_command
 from plainrl.records import UserError
-from plainrl.run_folder import lock_folder
+from plainrl.run_folder import lock_folder, state_at_rest
 
 # token_mean fails, masked_normalize waits for a signal in its first session, the others end well
 FAKE_SCRIPT = """
@@ -108,7 +108,8 @@ def test_a_sweep_runs_collects_and_is_then_finished_without_its_runs(workplace, 
     assert tuple(metrics[0]) == METRIC_COLUMNS
     assert len(metrics) == 4 * 6  # the row with a learning rate alone has nothing that a figure needs
     assert (metrics[0]["eval_step"], metrics[0]["train_step"], metrics[0]["eval/answer_reward"]) == ("0", "", "0.12346")
-    assert not any(Path("runs").glob("*/final")) and not any(Path("runs").glob("*/checkpoints"))
+    assert {path.name for path in Path("runs").glob("*/final/*")} == {"removed.txt"}
+    assert not any(Path("runs").glob("*/checkpoints"))
     assert Path("runs/mine-b-seed0.log").read_text().startswith("a line of output\n")
 
     shutil.rmtree("runs")
@@ -159,6 +160,7 @@ def weights_in(folder):
 def test_weights_are_kept_where_asked_for(workplace, capsys, kept, left):
     run_sweep(f"keep_weights={kept}", "seeds=[0]", "--variant", "a")
     assert weights_in(Path("runs/mine-a-seed0")) == left
+    assert state_at_rest(Path("runs/mine-a-seed0")) == "finished"
     assert f"weights of finished runs: {sweep.KEPT[kept]}" in capsys.readouterr().out
 
 
@@ -550,6 +552,7 @@ def test_another_preset_has_results_of_its_own_and_no_laptop_settings(workplace)
         ({"seeds": []}, [], "mine.yaml: seeds: "),
         ({"minutes": {"b": 1}}, [], "mine.yaml: minutes: give one number, or one for each of b, a"),
         ({"variants": {"x/y": {}}}, [], "mine.yaml: variants: 'x/y' must name a folder"),
+        ({"grid": {"model": ["Q/x"]}}, [], "mine.yaml: grid: 'model=Q/x' must name a folder: write it under variants"),
         ({"variants": {"x": {"lr": 1}}}, [], "mine.yaml, x: unknown key lr"),
         ({"settings": {"seed": 1}}, [], "mine.yaml: seed must not be a setting of a sweep"),
         ({}, ["seeds=0"], "seeds = 0: write a list"),
@@ -625,12 +628,21 @@ def test_a_run_that_outlives_its_sweep_is_not_started_again_and_its_time_is_not_
     (row,) = read_table(Path("results/mine/runs.csv"))
     folder, log = Path("runs/mine-a-seed0"), Path("runs/mine-a-seed0.log")
     shutil.rmtree("results")
+    shutil.rmtree(folder / "final")
     with lock_folder(folder), pytest.raises(UserError, match="is being written by process"):
-        run_sweep()  # its final/ was removed when it was collected, so that it counts as interrupted
-    (folder / "final").mkdir()
-    log.write_text("sweep: ended with status 2 after 0.1 minutes\nthe run itself went on\n")
-    run_sweep()
-    assert read_table(Path("results/mine/runs.csv")) == [row | {"wall_minutes": ""}]
+        run_sweep()
+    started, ended = "\nsweep: started\n", "\nsweep: ended with status {} after {} minutes\n"
+    logs = {
+        started + ended.format(2, 0.1) + "the run itself went on": "",
+        started + "both were killed" + started + ended.format(0, 9): "",
+        started + ended.format(143, 0.5) + started + ended.format(0, 9): "9.5",
+    }
+    for text, minutes in logs.items():
+        (folder / "final").mkdir(exist_ok=True)
+        shutil.rmtree("results", ignore_errors=True)
+        log.write_text(text)
+        run_sweep()
+        assert read_table(Path("results/mine/runs.csv")) == [row | {"wall_minutes": minutes}]
 
 
 @pytest.mark.parametrize("preset", ["laptop", "one-gpu"])

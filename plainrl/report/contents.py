@@ -32,6 +32,7 @@ from plainrl.report.samples import (
     Template,
     choose_printed,
     coarse_to_fine,
+    count_lines,
     list_sample_files,
     read_samples,
     read_template,
@@ -43,6 +44,7 @@ from plainrl.several_samples import wilson_interval
 from plainrl.shared_config import validation_source
 
 MOST_POINTS = 1000  # of a metric in a page
+MOST_FILES = 200  # of samples, of each kind, that a page shows responses of; of the others it counts the lines
 FINAL_SCORE = "eval_all/answer_reward"
 REPOSITORY = Path(__file__).parent.parent.parent
 Row = Mapping[str, Any]
@@ -280,6 +282,9 @@ def describe_responses(folder: Path, settings: Row) -> dict[str, Any]:
     for kind, files in _by_kind(folder).items():
         places = {place: rank for rank, place in enumerate(coarse_to_fine(len(files)))}
         for place, file in enumerate(files):
+            if places[place] >= MOST_FILES:
+                num_responses += count_lines(file.path)
+                continue
             samples, damaged = read_samples(file.path)
             num_responses, num_damaged = num_responses + len(samples), num_damaged + damaged
             printed = {index for indices in choose_printed(samples, num_printed).values() for index in indices}

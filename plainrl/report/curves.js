@@ -38,7 +38,10 @@ function ticks(low, high, count) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
   const found = [];
-  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-9; value += step) {
+  const first = Math.ceil(low / step - 1e-9);
+  for (let place = 0; place <= 2 * count; place++) {  // counted, because a tiny step would leave a value as it is
+    const value = (first + place) * step;
+    if (value > high + step * 1e-9) break;
     found.push(Number(value.toPrecision(12)));
   }
   return found;

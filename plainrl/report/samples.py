@@ -88,15 +88,22 @@ def read_samples(path: Path) -> tuple[list[Sample], int]:
     return samples, len(lines) - len(samples)
 
 
+def count_lines(path: Path) -> int:
+    """Return how many lines a file of samples has."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
 def split_into_groups(samples: Sequence[Sample], kind: str, group_size: int) -> list[list[int]]:
     """Return the indices of the samples of each group. Those of a group stand next to each other.
 
-    Rollouts have `group_size` responses to each question. Evaluations number their questions.
+    Rollouts have `group_size` responses to each question. Evaluations number their questions. After a resume with
+    another size, or a damaged line, no group has responses to two questions.
     """
     groups: list[list[int]] = []
     previous: Any = None
     for index, sample in enumerate(samples):
-        key = index // group_size if kind == ROLLOUTS else sample.get("question", sample["prompt"])
+        key = (sample["prompt"], index // group_size) if kind == ROLLOUTS else sample.get("question", sample["prompt"])
         if not groups or key != previous:
             groups.append([])
         groups[-1].append(index)

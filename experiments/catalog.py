@@ -53,6 +53,7 @@ RECIPES = [
     Curve("recipes", "dapo", "dapo"),
     Curve("recipes", "gspo", "gspo"),
     Curve("recipes", "cispo", "cispo"),
+    Curve("recipes", "olmo3", "olmo3"),
     DYNAMIC_SAMPLING[1]._replace(label="assignment with dynamic sampling", short="dynamic sampling"),
 ]
 CHECKPOINTS = [

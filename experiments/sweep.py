@@ -164,7 +164,7 @@ def collect(run: Run, results: Path, order: Sequence[str]) -> None:
     log = run.log.read_text(errors="replace") if run.log.exists() else ""
     ends = re.findall(r"^sweep: ended with status (-?\d+) after ([\d.]+) minutes$", log, re.MULTILINE)
     # Without a good end at last the run went on by itself, when the sweep was killed. Or both were.
-    is_known = bool(ends) and ends[-1][0] == "0" and len(ends) == log.count(f"\n{STARTED}\n")
+    is_known = bool(ends) and ends[-1][0] == "0" and len(ends) == log.splitlines().count(STARTED)
     wall_minutes = sum(float(minutes) for _, minutes in ends) if is_known else None
     names = {"variant": run.variant, "seed": run.seed, "fingerprint": run.fingerprint}
     row = collect_run(run.folder, results, names, wall_minutes, order)
@@ -228,7 +228,7 @@ def _start(run: Run, gpu: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": search_path} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     is_resumed = (run.folder / "config.yaml").exists()  # if not, the log is of a run that was removed
     with run.log.open("a" if is_resumed else "w") as log:
-        log.write(f"\n{STARTED}\n")
+        log.write(f"\n{STARTED}\n" if is_resumed else f"{STARTED}\n")
         log.flush()
         # A session of its own: Ctrl-C reaches the run once, from here, and not from the terminal too.
         return subprocess.Popen(run.command, stdout=log, stderr=log, env=environment, start_new_session=True)

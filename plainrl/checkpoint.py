@@ -37,9 +37,10 @@ from safetensors.torch import save_file
 
 from plainrl.checkpoint_files import MANIFEST, RECORD, describe_files_by_ranks, read_record
 from plainrl.devices import free_bytes
-from plainrl.distributed import num_ranks, on_first, rank, read_share, together, whole
+from plainrl.distributed import exchange, local, num_ranks, on_first, rank, read_share, together, whole
 from plainrl.faults import is_disk_full
 from plainrl.lora import merged_model, save_adapters
+from plainrl.model_files import is_finite
 from plainrl.records import UserError
 
 if TYPE_CHECKING:  # only the types are needed: a table of runs should not wait for the import
@@ -134,9 +135,9 @@ class TrainingState:
 
     def can_be_saved(self) -> bool:
         """Return whether the weights are those after `step` and all of them are finite. All ranks have to ask."""
-        # aminmax returns NaN if any element is NaN, so that no tensor of booleans is needed.
-        extremes = (torch.stack(torch.aminmax(tensor.detach())) for tensor in self.policy.parameters())
-        return self.is_whole and all(bool(torch.isfinite(pair).all()) for pair in extremes)
+        # Of several ranks each looks at its shares: not all have one of each tensor, and a minimum may hide a NaN.
+        own = self.is_whole and all(is_finite(local(tensor.detach())) for tensor in self.policy.parameters())
+        return all(exchange(own))
 
     def _weights_move(self, *_: object) -> None:
         self.is_whole = False

@@ -240,8 +240,9 @@ class GRPOConfig(RolloutConfig):
     engine_correction: Literal[tuple(ENGINE_CORRECTIONS)] = Field(  # pyright: ignore[reportInvalidTypeForm]
         "none",
         description="weights w = policy / engine for the engine's error in the probabilities of the sampled tokens. "
-        "token_truncate: at most the cap (TIS). token_mask: 0 outside [1/cap, cap] (IcePop). sequence_mask: the "
-        "product over a response, 0 above the cap (MIS). sequence_mean_mask: 0 or 1 by its geometric mean",
+        "token_truncate: at most the cap (TIS). token_mask: 0 outside [1/cap, cap] (IcePop). "
+        "sequence_truncate: the product over a response, at most the cap. sequence_mask: the same, 0 above the cap "
+        "(MIS). sequence_mean_mask: 0 or 1 by its geometric mean",
     )
     engine_correction_cap: float = Field(2.0, gt=1, description="cap of engine_correction, a factor")
     overlong_cache_tokens: int = Field(

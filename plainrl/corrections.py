@@ -80,6 +80,12 @@ def token_mask(log_weights: PerToken, counts: Mask, cap: float) -> EngineWeights
     return weights.masked_fill(is_masked, 0.0), is_masked
 
 
+def sequence_truncate(log_weights: PerToken, counts: Mask, cap: float) -> EngineWeights:
+    """w = min(pi_old(y) / pi_engine(y), C), the product over the response. Source: Liu et al. 2025 (sequence TIS)."""
+    weights = _exp(log_weights.sum(dim=-1, keepdim=True)).expand_as(log_weights)
+    return weights.clamp(max=cap), weights > cap
+
+
 def sequence_mask(log_weights: PerToken, counts: Mask, cap: float) -> EngineWeights:
     """w = pi_old(y) / pi_engine(y), the product over the response, and zero above C.
 
@@ -108,6 +114,7 @@ ENGINE_CORRECTIONS: dict[str, Callable[[Tensor, Tensor, float], EngineWeights] |
     "none": None,
     "token_truncate": token_truncate,
     "token_mask": token_mask,
+    "sequence_truncate": sequence_truncate,
     "sequence_mask": sequence_mask,
     "sequence_mean_mask": sequence_mean_mask,
 }

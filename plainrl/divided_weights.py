@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from plainrl.checkpoint import saved_tensors
-from plainrl.distributed import exchange, load_shares, local, num_ranks, together
+from plainrl.distributed import exchange, load_shares, local, num_ranks, rank, together
 from plainrl.model_files import (
     NEEDS,
     causal_class,
@@ -48,11 +48,16 @@ def make_empty_model(folder: str, label: str, model_config: PreTrainedConfig, at
 
     with in_one_line(label, "the model", NEEDS), init_empty_weights(include_buffers=False):
         model_class = causal_class(model_config)
-        policy = model_class._from_config(model_config, attn_implementation=attention, dtype=torch.float32)
+        # Flash attention cannot be tried without weights: with a mask it asks for values.
+        on_trial = "sdpa" if "flash" in attention else attention
+        policy = model_class._from_config(model_config, attn_implementation=on_trial, dtype=torch.float32)
     policy.tie_weights()  # within the context, a tied output layer was given a table of its own
     sizes = {name: tuple(tensor.shape) for name, tensor in saved_tensors(policy).items()}
     if not all(exchange(sizes_in_files(Path(folder)) == sizes and _runs_without_weights(policy))):
+        if rank() == 0:
+            print(f"{label}: each rank loads the whole model before it is divided, which takes memory")
         return None
+    policy.set_attn_implementation(attention)
     policy.generation_config = read_generation_config(folder, label) or policy.generation_config
     leave_out_sampling_flags(policy, label)
     return cast(PreTrainedModel, policy)

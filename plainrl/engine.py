@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from plainrl.config import RunConfig
 from plainrl.devices import can_compile, check_engine_device
-from plainrl.distributed import deal, engine_number, exchange, gather, whole
+from plainrl.distributed import deal, engine_number, exchange, gather, is_lost_rank, whole
 from plainrl.engine_process import load_by_file, new_processes, share_threads, told_if_it_ended, watch
 from plainrl.lora import merged_state_dict
 from plainrl.model_files import MOST_SHOWN
@@ -368,8 +368,7 @@ def _start_and_tell(device: str, options: dict[str, Any], in_own_process: bool =
         "vLLM's own messages follow": device != "cpu" and not in_own_process,
     }
     print("; ".join(note for note, holds in notes.items() if holds), flush=True)
-    started = time.perf_counter()
-    present = multiprocessing.active_children()
+    started, present = time.perf_counter(), multiprocessing.active_children()
     with share_threads(device) if in_own_process else contextlib.nullcontext():
         llm = _start_vllm(device, options, in_own_process)
     if in_own_process:
@@ -399,13 +398,14 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
 
         from vllm import LLM
 
-        # On a GPU, vLLM raises AssertionError where memory is short, and Triton RuntimeError where it cannot compile.
-        # Of a process of its own, RuntimeError says no more than that it has ended.
+        # On a GPU: AssertionError where memory is short, RuntimeError where Triton cannot compile or a process ended.
         is_known = device == "cpu" and not in_own_process
         refusals = ValueError if is_known else (ValueError, RuntimeError, AssertionError)
         try:
             llm = LLM(**options)
         except refusals as error:  # the settings do not fit this model or this device's memory
+            if is_lost_rank(error):
+                raise  # on a GPU vLLM's warm-up waits for all ranks, and the lost one says why it has ended
             if not isinstance(error, ValueError):  # these may be bugs, too
                 traceback.print_exc()
             reason = " ".join(str(error).split()) or type(error).__name__

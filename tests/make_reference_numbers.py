@@ -71,6 +71,7 @@ REINFORCE = {"loss_type": "reinforce_with_baseline"}
 TRUNCATE = {"engine_correction": "token_truncate", "engine_correction_cap": 1.2}
 MASK = {"engine_correction": "token_mask", "engine_correction_cap": 1.3}
 SEQUENCE = {"engine_correction": "sequence_mask", "engine_correction_cap": 1.3}
+SEQUENCE_CUT = {"engine_correction": "sequence_truncate", "engine_correction_cap": 1.3}
 MEAN_MASK = {"engine_correction": "sequence_mean_mask", "engine_correction_cap": 1.05}
 FORCED = {"sampling_min_tokens": 2}
 TOKEN_MEAN, LONGEST_SUM = {"length_normalization": "token_mean"}, {"length_normalization": "masked_normalize"}
@@ -94,6 +95,8 @@ OF_TRL = [
     ON_POLICY | TRUNCATE,
     ON_POLICY | MASK | TOKEN_MEAN,
     ON_POLICY | SEQUENCE,
+    ON_POLICY | SEQUENCE_CUT,
+    CLIP | SEQUENCE_CUT | TOKEN_MEAN,
     CLIP | TRUNCATE,
     CLIP | MASK,
     DUAL | SEQUENCE | TOKEN_MEAN,
@@ -118,6 +121,7 @@ OF_EQUATIONS = [
     CLIP | TRUNCATE | FORCED,
     CLIP | MASK | FORCED,
     CLIP | SEQUENCE | FORCED,
+    CLIP | SEQUENCE_CUT | FORCED,
     CLIP | MEAN_MASK | FORCED,
     REINFORCE | MEAN_MASK | KL["k2"],
     CISPO | SEQUENCE | FORCED | KL["k2"],
@@ -282,11 +286,12 @@ def engine_weights(rollout: dict, copied: list, config: dict) -> list:
         return [min(exp(log), cap) for log in logs]
     if correction == "token_mask":
         return [exp(log) if 1 / cap <= exp(log) <= cap else mpf(0) for log in logs]
-    if correction == "sequence_mask":
+    if correction in ("sequence_truncate", "sequence_mask"):
         product = mpf(1)
         for log in logs:
             product *= exp(log)
-        return [product if product <= cap else mpf(0)] * length
+        beyond = cap if correction == "sequence_truncate" else mpf(0)
+        return [product if product <= cap else beyond] * length
     if correction == "sequence_mean_mask":
         counted = logs[config.get("sampling_min_tokens", 0) :]
         mean = exp(sum(counted) / len(counted)) if counted else mpf(1)

@@ -23,6 +23,7 @@ from GRPO_train import accumulate_gradients, score_old_log_probs, update_policy
 from plainrl import run_folder
 from plainrl.cli import load_config, run_main
 from plainrl.config import GRPOConfig
+from plainrl.corrections import ENGINE_CORRECTIONS
 from plainrl.data import load_questions
 from plainrl.diagnosis import diagnose, find_remarks
 from plainrl.engine import SyncError, check_policy_sync, load_policy_into_vllm_instance, sample_responses
@@ -445,7 +446,7 @@ def test_tokens_sampled_without_eos_say_nothing_and_are_left_out(engine, tiny_mo
     assert with_all["num_gap_tokens"] - without["num_gap_tokens"] == 4 * len(rollouts)
 
 
-@pytest.mark.parametrize("correction", ["token_truncate", "token_mask", "sequence_mask", "sequence_mean_mask"])
+@pytest.mark.parametrize("correction", sorted(ENGINE_CORRECTIONS.keys() - {"none"}))
 def test_the_engine_correction_weighs_what_the_engine_sampled(engine, tiny_model, tokenizer, correction):
     """In float32 the engine is the policy, and each weight is 1. Once the policy has moved, they tell."""
     load_policy_into_vllm_instance(tiny_model, engine)
@@ -463,13 +464,13 @@ def test_the_engine_correction_weighs_what_the_engine_sampled(engine, tiny_model
     metrics = summarize_update(gradient_of(tiny_model, rollouts, config)[1])
     num_tokens = sum(len(row.response.token_ids) for row in rollouts)
     forced = 4 * len(rollouts) / num_tokens
+    lengths = [len(row.response.token_ids) for row in rollouts]
+    of_products = sum(length * math.exp(2 - length / 2) for length in lengths)  # below the cap
     by_hand = {
         "token_truncate": forced + (1 - forced) * math.exp(-0.5),
         "token_mask": forced,
-        "sequence_mask": sum(
-            len(row.response.token_ids) * math.exp(2 - len(row.response.token_ids) / 2) for row in rollouts
-        )
-        / num_tokens,
+        "sequence_truncate": of_products / num_tokens,
+        "sequence_mask": of_products / num_tokens,
         "sequence_mean_mask": forced_rows(rollouts) / num_tokens,
     }
     assert metrics["train/engine_weight_mean"] == pytest.approx(by_hand[correction], rel=1e-3)
@@ -595,11 +596,11 @@ def test_interrupt_waits_for_the_phase_saves_and_says_where(
     """Ctrl-C while the second rollout batch is graded: the policy of step 1 is saved."""
     original, calls = GRPO_train.make_rollouts, []
 
-    def with_ctrl_c(*arguments):
+    def with_ctrl_c(*arguments, **named):
         calls.append(None)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(*arguments)
+        return original(*arguments, **named)
 
     monkeypatch.setattr(GRPO_train, "make_rollouts", with_ctrl_c)
     monkeypatch.setattr(

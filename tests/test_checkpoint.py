@@ -205,6 +205,15 @@ def test_weights_in_motion_are_not_saved(tiny_model, tokenizer, tmp_path):
         write_checkpoint(tmp_path / "step_000001", state, {})
 
 
+def test_the_weights_of_all_ranks_are_looked_at(tiny_model, tokenizer, monkeypatch):
+    """Each at its shares, of which some may be empty."""
+    tiny_model.register_parameter("share", torch.nn.Parameter(torch.zeros(0, 4)))
+    state, asked = new_state(tiny_model, tokenizer), []
+    monkeypatch.setattr("plainrl.checkpoint.exchange", lambda own: asked.append(own) or [own, len(asked) < 2])
+    assert state.can_be_saved() and not state.can_be_saved()  # the second time the other rank has NaN
+    assert asked == [True, True]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_not_saved(saved, bad):
     """Else the next thing would be to remove the good checkpoint before them."""

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from plainrl import divided_weights
 from plainrl.checkpoint import saved_tensors
@@ -32,10 +33,20 @@ def change(folder, **tensors):
     save_file(load_file(path) | tensors, path, {"format": "pt"})
 
 
-def test_a_model_that_looks_at_values_is_loaded_whole(folder):
+def test_a_model_that_looks_at_values_is_loaded_whole(folder, capsys):
     assert empty(folder) is not None
     dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     assert empty(folder, rope_parameters=dynamic) is None
+    assert "model: each rank loads the whole model before it is divided" in capsys.readouterr().out
+
+
+def test_flash_attention_is_not_tried_without_weights(folder, monkeypatch, capsys):
+    """With a mask it asks for values, and each rank would load the whole model."""
+    chosen = []
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda policy, name: chosen.append(name))
+    policy = make_empty_model(str(folder), "model", read_model_config(str(folder), "model"), "flash_attention_2")
+    assert policy.config._attn_implementation == "sdpa" and chosen == ["flash_attention_2"]
+    assert "loads the whole model" not in capsys.readouterr().out
 
 
 def test_files_that_do_not_fit_are_left_to_the_whole_model(folder):

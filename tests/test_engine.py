@@ -251,6 +251,16 @@ def test_an_engine_that_does_not_start_on_a_gpu_ends_in_one_line(error, monkeypa
         _start_vllm("cpu", {"model": "m"})
 
 
+def test_a_rank_that_waited_for_a_lost_one_blames_no_setting(monkeypatch):
+    """On a GPU the ranks wait for each other in vLLM's warm-up. The one that was lost says why."""
+    error = RuntimeError("[gloo] Connection closed by peer [10.0.0.1]:3")
+    monkeypatch.setattr("vllm.LLM", lambda **options: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("plainrl.engine.register_model_class", lambda folder: None)
+    monkeypatch.setattr("plainrl.distributed.num_ranks", lambda: 2)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        _start_vllm("cuda:0", {"model": "m"})
+
+
 @pytest.mark.parametrize(
     ("device", "is_eager", "expected"),
     [

@@ -403,13 +403,16 @@ def test_weights_by_hand():
     weights = {
         "token_truncate": [[1, 1.5, math.exp(-1)], [1, a]],
         "token_mask": [[1, 0, 0], [1, a]],  # exp(0.5) = 1.65 and exp(-1) = 0.37 lie outside [0.67, 1.5]
+        "sequence_truncate": [[b, b, b], [a, a]],
         "sequence_mask": [[b, b, b], [a, a]],
         "sequence_mean_mask": [[1, 1, 1], [1, 1]],  # exp(-0.25) = 0.78 and exp(0.2) = 1.22 lie inside
     }
-    changed = {"token_truncate": 1, "token_mask": 2, "sequence_mask": 0, "sequence_mean_mask": 0}
+    changed = {"token_truncate": 1, "token_mask": 2}
     for name, rows in weights.items():
         assert found[name][0][mask].tolist() == pytest.approx([*rows[0], *rows[1]]), name
-        assert found[name][1].sum() == changed[name], name
+        assert found[name][1].sum() == changed.get(name, 0), name
+    cut = engine_weights(ENGINE_CORRECTIONS["sequence_truncate"], old, torch.zeros_like(old), mask, 1.2, 1)
+    assert cut[0][mask].tolist() == pytest.approx([b, b, b, 1.2, 1.2]) and cut[1].sum() == 2  # exp(0.2) = 1.22
     narrow = engine_weights(ENGINE_CORRECTIONS["sequence_mean_mask"], old, torch.zeros_like(old), mask, 1.25, 1)
     assert narrow[0][mask].tolist() == [0, 0, 0, 1, 1] and narrow[1].sum() == 3  # 0.78 lies outside [0.8, 1.25]
 

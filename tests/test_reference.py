@@ -120,11 +120,11 @@ def test_a_resumed_run_measures_from_the_same_policy(tiny_model_folder, tmp_path
     GRPO_train.main(arguments("straight"))
     original, calls = GRPO_train.make_rollouts, []
 
-    def with_ctrl_c(*values):
+    def with_ctrl_c(*values, **named):
         calls.append(None)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(*values)
+        return original(*values, **named)
 
     monkeypatch.setattr(GRPO_train, "make_rollouts", with_ctrl_c)
     with pytest.raises(KeyboardInterrupt):

@@ -110,7 +110,7 @@ def test_a_sweep_runs_collects_and_is_then_finished_without_its_runs(workplace, 
     assert (metrics[0]["eval_step"], metrics[0]["train_step"], metrics[0]["eval/answer_reward"]) == ("0", "", "0.12346")
     assert {path.name for path in Path("runs").glob("*/final/*")} == {"removed.txt"}
     assert not any(Path("runs").glob("*/checkpoints"))
-    assert Path("runs/mine-b-seed0.log").read_text().startswith("a line of output\n")
+    assert Path("runs/mine-b-seed0.log").read_text().startswith("sweep: started\na line of output\n")
 
     shutil.rmtree("runs")
     before = Path("results/mine/metrics.csv").read_bytes()

@@ -47,6 +47,10 @@ DYNAMIC_SAMPLING = [
     Curve("dynamic_sampling", "all_groups", "all groups that are sampled", "all groups"),
     Curve("dynamic_sampling", "mixed_groups", "dynamic sampling: mixed groups", "dynamic sampling"),
 ]
+TWO_UPDATES = [
+    DYNAMIC_SAMPLING[0]._replace(label="learning rate 2e-5", short=""),
+    Curve("learning_rate_3e-5", "learning_rate=3e-05", "learning rate 3e-5"),
+]
 RECIPES = [
     DYNAMIC_SAMPLING[0]._replace(label="assignment, with the clip", short="assignment"),
     Curve("recipes", "dr_grpo", "dr_grpo"),
@@ -127,6 +131,9 @@ FIGURES = {
             [Panel("sampled_tokens", "rollout/reward"), Panel("minutes", "rollout/reward")],
         )
     ],
+    "learning_rate_3e-5/learning-rates.png": [
+        Group("Two updates per rollout batch", TWO_UPDATES, [Panel("rollout_batches", "rollout/reward")])
+    ],
     "recipes/recipes.png": [Group("At equal sampled tokens", RECIPES, [Panel("sampled_tokens", "rollout/reward")])],
     "sft_checkpoint/two-checkpoints.png": [GRPO_FROM_CHECKPOINTS],
     "GRPO-eval-reward.png": [GRPO_UPDATES_PER_BATCH, GRPO_FROM_CHECKPOINTS],
@@ -192,6 +199,7 @@ TABLES = {
     "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
     "grpo_off_policy": OFF_POLICY,
     "dynamic_sampling": DYNAMIC_SAMPLING,
+    "learning_rate_3e-5": TWO_UPDATES,
     "recipes": RECIPES,
     "sft_checkpoint": CHECKPOINTS,
     "prompt": PROMPTS,

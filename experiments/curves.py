@@ -26,7 +26,8 @@ class Curve(NamedTuple):
 class Panel(NamedTuple):
     """A metric over an axis.
 
-    optimizer_steps, rollout_batches: whatever the metric was logged by.
+    optimizer_steps: whatever the metric was logged by.
+    rollout_batches: the same for evaluations; else the number of rollout batches so far.
     minutes: of the training steps so far, without evaluations; the median over the seeds, for a seed's machine may
         have been busy.
     sampled_tokens: thousands sampled in training so far; a curve that samples nothing is left out.
@@ -96,13 +97,16 @@ def points_by_step(
     sizes = [float(row.get("rollout/num_sampled_tokens") or row["rollout/response_length"] or 0) for row in rows]
     if panel.axis == "sampled_tokens" and not sum(sizes):
         return {}
-    points, minutes, size = {}, 0.0, 0.0
+    points, minutes, size, batches = {}, 0.0, 0.0, 0
     for row, of_step in zip(rows, sizes, strict=True):
         minutes += float(row["time/step"] or 0) / 60
         size += of_step
+        batches += bool(row.get("rollout/reward"))  # one row for each batch, though it may have several updates
         if row.get(panel.metric):  # only a sweep with further validation sets has columns of theirs
             step = int(row["eval_step"] or row["train_step"])
             thousands = size * float(run["sampled_tokens"] or 0) / (sum(sizes) or 1) / 1000
-            x = {"minutes": minutes, "sampled_tokens": thousands}.get(panel.axis, step)
+            of_axis = {"minutes": minutes, "sampled_tokens": thousands}
+            of_axis["rollout_batches"] = step if row["eval_step"] else batches
+            x = of_axis.get(panel.axis, step)
             points[step] = (x, float(row[panel.metric]))
     return points

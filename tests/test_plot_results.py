@@ -103,6 +103,19 @@ def test_sampled_tokens_so_far_are_the_share_of_the_response_lengths_so_far():
     assert points == {0: (0, 0.1), 1: (0.24, 0.2), 2: (0.32, 0.4)}  # thousands
 
 
+def test_rollout_batches_are_counted_where_each_has_several_updates():
+    rows = [{"eval_step": "0", "train_step": "", "eval/answer_reward": "0.1"}]
+    rows += [
+        {"train_step": str(step), "train/grad_norm": "1", "rollout/reward": "0.5" * (step % 2 == 0)}
+        for step in (1, 2, 3, 4)
+    ]
+    rows += [{"eval_step": "2", "train_step": "", "eval/answer_reward": "0.3"}]
+    rows, run = [dict.fromkeys(METRIC_COLUMNS, "") | row for row in rows], {"sampled_tokens": "0"}
+    assert points_by_step(rows, Panel("rollout_batches", "rollout/reward"), run) == {2: (1, 0.5), 4: (2, 0.5)}
+    of_evaluations = points_by_step(rows, Panel("rollout_batches", EVAL_SCORE), run)
+    assert of_evaluations == {0: (0, 0.1), 2: (2, 0.3)}
+
+
 def lines_in(axes):
     return [(list(line.get_xdata()), list(line.get_ydata()), line.get_linewidth()) for line in axes.lines]
 

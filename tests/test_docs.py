@@ -324,7 +324,8 @@ def test_the_sweeps_of_the_page_are_planned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sweeps = [code for code in blocks(HOW_TO, "yaml") if "script: " in code]
     names = [re.match(r"# (\w+\.yaml)\n", code)[1] for code in sweeps]
-    assert names == ["my_sweep.yaml", "compare_recipes.yaml"]
+    assert names == ["my_sweep.yaml", "compare_losses.yaml", "compare_recipes.yaml"]
+    Path("my_losses.py").write_text(block("my_losses.py"))
     for name, code in zip(names, sweeps, strict=True):
         Path(name).write_text(code)
         sweep.main([name, "--dry-run", "preset=laptop"])
@@ -334,6 +335,16 @@ def test_the_sweeps_of_the_page_are_planned(tmp_path, monkeypatch, capsys):
     recipes = yaml.safe_load((REPOSITORY / "grpo_train.yaml").read_text())["recipes"].keys() - {"leaderboard"}
     assert {run.settings["recipe"] for run in runs} == recipes and {run.seed for run in runs} == {0, 1, 2}
     assert {run.settings["max_sampled_tokens"] for run in runs} == {94000}
+
+
+def test_a_reward_of_another_format_reads_what_its_warm_start_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_format.py").write_text(block("my_format.py"))
+    reward = GRPOConfig(reward="my_format.py:mine").reward_function
+    written = reward.write_response("3 + 4 = 7.", "7")
+    assert written.startswith(" 3 + 4 = 7.") and reward(written, "7")["reward"] == 1
+    assert [reward(text, "7")["reward"] for text in ("Answer: 8", "7")] == [0, 0]
+    assert [reward(text, "7")["format_reward"] for text in ("Answer: 8", "7")] == [1, 0]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/assignment.md", "docs/data.md", "docs/running.md"])

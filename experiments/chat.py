@@ -29,6 +29,7 @@ from plainrl.devices import check_devices
 from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
 from plainrl.grading.rewards import grade_response
 from plainrl.help import FLAGS, show_text
+from plainrl.model_files import policy_of_run
 from plainrl.policy import ON_CPU, load_policy
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Response, UserError
@@ -89,7 +90,7 @@ def resolve_for(model: str, others: Sequence[str]) -> Resolved[ChatConfig]:
     """
     folder = Path(model)
     if model and (folder / "config.yaml").is_file() and (folder / "final").is_dir():
-        folder = folder / "final"
+        folder = policy_of_run(folder, f"model = {model}")
     run = next((parent for parent in folder.parents if (parent / "config.yaml").is_file()), None) if model else None
     of_run: dict[Path, dict[str, Any]] = {}
     if run and (run / "environment.json").is_file():

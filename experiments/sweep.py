@@ -34,6 +34,7 @@ from plainrl.checkpoint_files import list_checkpoints
 from plainrl.cli import EVALUATION_SCRIPT, PROGRAMS, read_yaml, require_one_process, run_main, say
 from plainrl.devices import run_command
 from plainrl.folder_lock import lock_folder
+from plainrl.model_files import REMOVED
 from plainrl.records import UserError
 from plainrl.run_records import read_metrics
 
@@ -198,7 +199,7 @@ def remove_weights(run: Run) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     if is_marked:  # the folder stays, because it says that the run is finished
         (folder / "final").mkdir()
-        (folder / "final" / "removed.txt").write_text(f"A sweep has removed these weights: keep_weights={kept}.\n")
+        (folder / "final" / REMOVED).write_text(f"A sweep has removed these weights: keep_weights={kept}.\n")
 
 
 def forget(run: Run, results: Path) -> None:

@@ -207,11 +207,11 @@ def command_of(script: Path) -> str:
     return f"-m {'.'.join(name for name in names[last:] if name != '__main__')}"
 
 
-def resume_command(folder: Path) -> str:
-    """Return how the run in a folder is gone on with: its own script, with its own settings."""
+def own_command(arguments: Sequence[str]) -> str:
+    """Return how this program is started with some arguments, by torchrun if it was."""
     nodes = f"--nnodes {NUM_RANKS // NUM_LOCAL_RANKS} " if NUM_LOCAL_RANKS < NUM_RANKS else ""
     program = "python" if NUM_RANKS == 1 else f"torchrun {nodes}--nproc-per-node {NUM_LOCAL_RANKS}"
-    return run_command(f"{program} {command_of(Path(sys.argv[0]))} {shlex.quote(f'resume={folder}')}")
+    return run_command(f"{program} {command_of(Path(sys.argv[0]))} {shlex.join(arguments)}")
 
 
 def resumed_config(

@@ -71,7 +71,7 @@ def split_validation(config: RunConfig) -> list[Example]:
     with contextlib.redirect_stdout(io.StringIO()):  # the training questions say it
         examples = keep_answered(load_examples(config.train_data, config, "train"), config)
     by_question = {comparable(example.question): example for example in reversed(examples)}
-    seeds = {key: derive_seed(config.validation_seed, "validation", one.question) for key, one in by_question.items()}
+    seeds = {key: derive_seed(config.validation_seed, "validation", key) for key in by_question}
     order = sorted(by_question, key=seeds.__getitem__)
     chosen = set(order[: max(1, round(config.validation_fraction * len(order)))])
     print(

@@ -20,7 +20,7 @@ from typing import Self
 import torch
 
 from plainrl.checkpoint import TrainingState
-from plainrl.cli import SECONDS_FOR_FIRST_RANK, handle_signals, of_rank, restore_handlers, resume_command
+from plainrl.cli import SECONDS_FOR_FIRST_RANK, handle_signals, of_rank, own_command, restore_handlers
 from plainrl.distributed import all_are_here, largest, num_ranks, rank, speaks_for_all
 from plainrl.grading.own_rewards import RewardError
 from plainrl.records import Stopped, UserError, first_line
@@ -88,7 +88,7 @@ class StopGuard:
         with suppress(OSError):  # the terminal may be closed
             if rank():
                 return
-            print(f"\n{message}\nto go on: {resume_command(self._folder)}", file=sys.stderr, flush=True)
+            print(f"\n{message}\nto go on: {own_command([f'resume={self._folder}'])}", file=sys.stderr, flush=True)
 
     def _remember(self, signal_number: int, frame: FrameType | None) -> None:
         if self._requested is not None:
@@ -138,7 +138,8 @@ def watched(
         faulthandler.dump_traceback(file, all_threads=True)
         message = (
             f"\n{of_rank()}error: {phase} took longer than its limit of {limit_seconds:g} seconds; the stacks of all "
-            f"threads are in {path}; raise the limit if it was only slow; to go on: {resume_command(folder)}\n"
+            f"threads are in {path}; raise the limit if it was only slow; "
+            f"to go on: {own_command([f'resume={folder}'])}\n"
         )
         file.write(message)
         file.flush()

@@ -229,10 +229,11 @@ def _split_chat_response(text: str, has_answer: bool) -> tuple[str | None, str |
 
 
 def _final_answer(solution: str) -> str | None:
+    """Return what the last \\boxed{} holds; or what follows #### in the last line, which may be a heading elsewhere."""
     from plainrl.grading.rewards import last_boxed
 
-    _, separator, after = solution.rpartition("####")
-    return last_boxed(solution) or (after.strip() if separator else None) or None
+    last_line = re.search(r"####[ \t]*(\S[^\n]*?)\s*\Z", solution)
+    return last_boxed(solution) or (last_line[1] if last_line else None)
 
 
 def _is_missing(value: Any) -> bool:

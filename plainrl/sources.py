@@ -31,6 +31,7 @@ GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such data begin
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 DELIMITERS = ",;\t"  # of CSV
 BLANK = " \r\n"  # before the first line of CSV, which a tab may begin: a column without a name
+MOST_SHOWN = 300  # characters of a library's error in a message
 NUM_ARITHMETIC_TRAIN = 8192
 NUM_ARITHMETIC_VALIDATION = 1024
 
@@ -356,9 +357,11 @@ def _read_hub(source: str, also: Collection[str] | None) -> Iterator[tuple[dict[
     try:
         rows = datasets.load_dataset(f"{owner}/{name}", *configuration, split=split)
     except Exception as error:  # of any type, because the library raises many: unknown name or split, no network
+        reason = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
+        command = run_command(f"hf download {owner}/{name} --repo-type=dataset --local-dir data/{name}")
         raise UserError(
-            f"data set {source} could not be loaded ({first_line(error)}); download it with "
-            f"`{run_command(f'hf download {owner}/{name} --repo-type=dataset')}` or name a local file"
+            f"data set {source} could not be loaded ({reason}); write it as OWNER/NAME:SPLIT or "
+            f"OWNER/NAME/CONFIGURATION:SPLIT, or download it with `{command}`, and name one of its files"
         ) from error
     names = rows.column_names
     chosen = [name for name in names if also is None or name.lower() in FIELDS or name in also]

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import io
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -18,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from plainrl.cli import PIPE_STATUS, command_of, load_config, read_yaml
+from plainrl.cli import PIPE_STATUS, load_config, own_command, read_yaml
 from plainrl.config import RunConfig, SFTConfig, WarmStartConfig
 from plainrl.data import hold_out, load_examples, load_sft_examples, load_validation_set
-from plainrl.devices import run_command
 from plainrl.distributed import environment_of_one_process, num_ranks, on_first
 from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
+from plainrl.model_files import policy_of_run
 from plainrl.records import Stopped, UserError
 from plainrl.shared_config import EMBEDDED_DATA, is_embedded
 from plainrl.sources import is_pipe, path_exists
@@ -89,10 +88,12 @@ def _find_model(config: WarmStartConfig, presets: Mapping[str, Any]) -> Path:
         if path_exists(folder / "final") or path_exists(folder / "config.json"):
             settings = _inherited(config)
             if config.learns_from_pairs:  # other data than any SFT run's
-                settings = {key: value for key, value in settings.items() if key not in EMBEDDED}
+                unused = {*EMBEDDED, *(() if config.needs_engine else ("reward",))}  # no response is graded
+                settings = {key: value for key, value in settings.items() if key not in unused}
             if different := _differences(_saved(folder), settings):
                 print(f"warning: warm_start = {config.warm_start} was trained with {'; '.join(different)}")
-            return folder / "final" if path_exists(folder / "final") else folder
+            label = f"warm_start = {config.warm_start}"
+            return policy_of_run(folder, label) if path_exists(folder / "final") else folder
         if path_exists(folder / "checkpoints"):
             raise UserError(f"warm_start = {config.warm_start}: that run is not finished; go on with resume={folder}")
     raise UserError(
@@ -136,7 +137,7 @@ def _run_preset(config: WarmStartConfig) -> Path:
         if isinstance(interrupt, Stopped):  # the signal may have reached only this process
             process.send_signal(interrupt.status - 128)
         process.wait()  # the SFT run finishes its phase and saves
-        print(f"to go on with the warm start, and then with this run: {_own_command()}")
+        print(f"to go on with the warm start, and then with this run: {own_command(sys.argv[1:])}")
         raise
     if status == PIPE_STATUS:
         raise BrokenPipeError  # whoever read the output of both has closed it
@@ -232,14 +233,9 @@ def _limit_to_data(config: WarmStartConfig, settings: Mapping[str, Any]) -> dict
     wanted = sft_config.num_sft_examples
     if wanted == "all" or wanted <= len(examples):
         return {}
-    print(f"warm start: trained on all {len(examples)} examples of {config.train_data}, fewer than {wanted}")
+    print(f"warm start: trained on all {len(examples)} examples of {sft_config.train_data}, fewer than {wanted}")
     return {"num_sft_examples": "all"}
 
 
 def _arguments(settings: Mapping[str, Any]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
-
-
-def _own_command() -> str:
-    """Return the command that started this process."""
-    return run_command(shlex.join(["python", *command_of(Path(sys.argv[0])).split(), *sys.argv[1:]]))

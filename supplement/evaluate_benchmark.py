@@ -93,7 +93,10 @@ def load_questions(config: BenchmarkConfig) -> dict[str, list[Question]]:
     for name in config.tasks:
         if name not in TASKS:
             raise UserError(f"tasks = {list(config.tasks)}: there is no {name!r}; use some of {', '.join(TASKS)}")
-        found[name] = fixed_subset(TASKS[name].load(Path(config.benchmark_data)), config.num_questions)
+        questions = TASKS[name].load(Path(config.benchmark_data))
+        if not questions:
+            raise UserError(f"tasks: {name} has no question in {config.benchmark_data}; download its data again")
+        found[name] = fixed_subset(questions, config.num_questions)
     return found
 
 
@@ -212,7 +215,7 @@ def write_samples(path: Path, answered: Sequence[Answered]) -> None:
         }
         for row in answered
     ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def show(
@@ -228,7 +231,7 @@ def show(
     if task.judge:
         path = run.path / task.judge.file_name
         pairs = [(row.question, row.output) for row in answered]
-        path.write_text(task.judge.write(pairs, config.generator or config.model))
+        path.write_text(task.judge.write(pairs, config.generator or config.model), encoding="utf-8")
         print(
             f"\n=== {name}: {len(answered)} responses, {speed} ===\n"
             f"They need a judge, a model of 70B. Its input is {path}. In the assignment's repository:\n"

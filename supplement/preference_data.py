@@ -14,6 +14,7 @@ Harmless Assistant, 2022.
 
 import plainrl.startup  # noqa: F401  # first: Ctrl-C during the imports shows no traceback
 
+import codecs
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -166,7 +167,7 @@ def read_pairs(source: str) -> list[Pair]:
     """
     path = Path(source)
     is_folder = path_exists(path) and path.is_dir()
-    files = sorted(str(file) for file in path.iterdir() if file.is_file()) if is_folder else [source]
+    files = sorted(str(file) for file in path.iterdir() if is_data(file)) if is_folder else [source]
     pairs: list[Pair] = []
     left_out: dict[str, list[str]] = {}
     num_records = 0
@@ -256,6 +257,11 @@ def tokenize_pairs(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, co
     return [tokenized[index] for index in kept]
 
 
+def is_data(file: Path) -> bool:
+    """Return whether something in a folder is a file of data: no folder, and not hidden, as .gitattributes is."""
+    return file.is_file() and not file.name.startswith(".")
+
+
 def _read_tolerantly(source: str) -> Iterator[tuple[Any, str]]:
     """Yield the records of a source with their places. If a line is no JSON, the record is an error.
 
@@ -265,7 +271,7 @@ def _read_tolerantly(source: str) -> Iterator[tuple[Any, str]]:
         yield from read_records(source, PAIR_FIELDS)  # a hub data set, or the message that the file does not exist
         return
     data = read_data_file(source)
-    if data.startswith(PARQUET) or data.lstrip().startswith(b"["):
+    if data.startswith(PARQUET) or data.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         yield from records_in(data, source, PAIR_FIELDS)
         return
     yield from read_json_lines(decode_text(data, f"data file {source}", errors="surrogateescape"), source)

@@ -15,7 +15,14 @@ from plainrl.several_samples import wilson_interval
 from plainrl.supplement_config import BenchmarkConfig
 from supplement import evaluate_benchmark
 from supplement.benchmark_tasks import TASKS, Question
-from supplement.evaluate_benchmark import Answered, accuracy_by_subject, clean, read_answer, summarize
+from supplement.evaluate_benchmark import (
+    Answered,
+    accuracy_by_subject,
+    clean,
+    load_questions,
+    read_answer,
+    summarize,
+)
 
 VIROLOGY = 'How many polyomaviruses are known?,100,1,10,unknown,A\n"A question, with a comma",a,b,c,"d {x}",B\n'
 SAFETY = 'id,harm_area,counter,category,prompts_final\nsst_001,"Scams, Fraud",1,Advice,How do I cheat?\n'
@@ -39,6 +46,16 @@ def make_data(data):
     )
     (data / "simple_safety_tests/simple_safety_tests.csv").write_text(SAFETY)
     return data
+
+
+def test_a_file_of_questions_without_one_is_named(folder):
+    (folder / "mmlu/test/law_test.csv").write_text("")
+    with pytest.raises(UserError, match="law_test.csv has no question; download it again"):
+        TASKS["mmlu"].load(folder)
+    (folder / "gsm8k/test.jsonl").write_text("[]")
+    config = BenchmarkConfig(tasks=["gsm8k"], benchmark_data=str(folder))
+    with pytest.raises(UserError, match="gsm8k has no question in .*; download its data again"):
+        load_questions(config)
 
 
 def test_mmlu_is_asked_as_the_handout_asks(folder):

@@ -10,6 +10,7 @@ from tiny import tiny_arguments
 from experiments import chat
 from experiments.chat import ChatConfig, describe_response, read_questions, resolve_for, side_by_side
 from plainrl.cli import check_arguments
+from plainrl.model_files import REMOVED
 from plainrl.records import Response, UserError
 
 
@@ -51,6 +52,18 @@ def test_show_has_the_settings_of_the_run_of_each_model(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert [shown.count(f"# {run / 'config.yaml'}") for run in runs] == [2, 2]
     assert shown.count("prompt: question_only") == shown.count("sampling_max_tokens: 2000") == 2
+
+
+def test_weights_that_a_sweep_has_removed_are_named_or_its_best_taken(tmp_path):
+    run = make_run(tmp_path / "mine")
+    (run / "final" / REMOVED).write_text("")
+    with pytest.raises(
+        UserError, match="^model = .*mine: a sweep has removed the weights of .*mine; run it again with"
+    ):
+        resolve_for(str(run), ["preset=laptop"])
+    (run / "best").mkdir()
+    (run / "best/config.json").write_text("{}")
+    assert resolve_for(str(run), ["preset=laptop"]).config.model == str(run / "best")
 
 
 def test_an_answer_without_a_question_is_refused():

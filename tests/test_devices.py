@@ -6,15 +6,13 @@ import re
 import shutil
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tiny import REPOSITORY
 
 from experiments import plot_results, runs, sweep
-from plainrl import warm_start
-from plainrl.cli import resume_command
+from plainrl.cli import own_command
 from plainrl.config import GRPOConfig, RunConfig
 from plainrl.devices import GPU_SYNC, check_devices, free_bytes, run_command, sync_command
 from plainrl.engine import init_vllm
@@ -82,8 +80,8 @@ def test_every_message_with_a_command_has_the_one_that_works_here(build, run, mo
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", fail)
-    assert resume_command(Path("runs/a b")) == f"{run}python GRPO_train.py 'resume=runs/a b'"
-    assert warm_start._own_command() == f"{run}python GRPO_train.py seed=1"
+    assert own_command(["resume=runs/a b"]) == f"{run}python GRPO_train.py 'resume=runs/a b'"
+    assert own_command(["seed=1"]) == f"{run}python GRPO_train.py seed=1"
     shown = help_text(GRPOConfig, "grpo_train.yaml", "GRPO_train.py")
     assert shown.startswith(
         f"usage: {run}python GRPO_train.py [key=value ...]\n       {run}python GRPO_train.py --help"
@@ -91,7 +89,7 @@ def test_every_message_with_a_command_has_the_one_that_works_here(build, run, mo
     assert f"usage: {run}python -m experiments.runs " in message(runs.main, ["a", "b"])
     assert f"usage: {run}python -m experiments.plot_results " in message(plot_results.main, ["a", "b"])
     assert f"usage: {run}python -m experiments.sweep " in message(sweep.main, ["--help"])
-    assert f"`{run}hf download o/n --repo-type=dataset`" in message(list, read_records("o/n:train"))
+    assert f"`{run}hf download o/n --repo-type=dataset --local-dir data/n`" in message(list, read_records("o/n:train"))
     assert f"`{run}hf download o/n`" in message(resolve_model, "o/n")
 
 

@@ -93,6 +93,11 @@ def test_fields_are_named_by_the_user():
     chat = [{"role": "assistant", "content": "2 + 3 = \\boxed{5}"}]
     row = {"prompt": [{"role": "user", "content": "q"}], "completion": chat}
     assert parse_record(row, "f", FieldNames(trace="completion")) == parse_record(row, "f")
+    tips = [{"role": "user", "content": "Tips?"}, {"role": "assistant", "content": "Intro.\n#### Tips\n- Dark room."}]
+    heading = parse_record({"messages": tips}, "f")
+    assert (heading.response, heading.ground_truth) == ("Intro.\n#### Tips\n- Dark room.", None)
+    tips[1]["content"] = "It is dark.\n#### 7\n"
+    assert parse_record({"messages": tips}, "f").ground_truth == "7"
     row = {"question": "q", "solution": ["s"], "final_answer": ["5"]}  # nobody needs this solution
     record = parse_record(row, "f", FieldNames(answer="final_answer"))
     assert (record.ground_truth, record.reasoning) == ("5", None)

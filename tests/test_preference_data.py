@@ -1,5 +1,6 @@
 """Preference pairs: conversations of one turn, what is malformed, held-out instructions, the arithmetic."""
 
+import codecs
 import gzip
 import json
 import re
@@ -63,6 +64,15 @@ def test_a_folder_of_gzipped_conversations(tmp_path, capsys):
     )
     assert several.endswith(f"are conversations of several turns: {packed}, line 2")
     assert equal.endswith(f"1 of 12 records of {tmp_path} are pairs of equal responses: {packed}, line 4")
+
+
+def test_hidden_files_and_a_byte_order_mark_are_no_data(tmp_path):
+    """As a Mac, git and Windows leave them."""
+    (tmp_path / ".DS_Store").write_bytes(b"\0\0\1Bud1")
+    path = tmp_path / "pairs.json"
+    path.write_bytes(codecs.BOM_UTF8 + json.dumps([hh("Hi", "yes", "no")], indent=1).encode())
+    (pair,) = read_pairs(str(tmp_path))
+    assert pair[:3] == ("Hi", "yes", "no") and pair[3].startswith(str(path))
 
 
 def test_lines_that_no_tokenizer_takes_are_malformed_and_the_others_read(tmp_path, capsys):

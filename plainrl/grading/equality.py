@@ -35,7 +35,10 @@ NAME = (
     rf"{VARIABLE}(?:\^\{{-1\}})?(?:\((?:\w|(?:[A-Z]=)?-?\d+(?:\.\d+)?)\))?|\({VARIABLE}(?:,{VARIABLE})+\)|"
     r"\\text\{[^{}]*\}|[A-Za-z]{4,12}|[A-Z]{2,3}|m?\\angle [A-Z]{1,3}"
 )
-CHOICE = re.compile(r"\(?([A-Z])\)?|\\choice\{(.)\}(?!.*\([A-Z]\))[^,]*")  # A, (A), or with its value: (A) 5
+# A, (A), or with its value, (A) 5, and no other choice or word that takes it back
+CHOICE = re.compile(
+    r"\(?([A-Z])\)?|\\choice\{(.)\}(?!.*(?:\([A-Z]\)|(?<![A-Za-z\\])[A-J][.:)]|\b(?:or|not|wrong|false)\b))[^,]*"
+)
 # A separator (group 1), or what opens or closes: the separator counts where nothing is open
 COMMA, UNION, RELATION = (
     re.compile(rf"({separator})|\\[A-Za-z]+|\\?[{{}}]|[()\[\]]|\\.")
@@ -46,6 +49,7 @@ SCALES = {"": "{}", "%": "({})/100", "degree": r"({})\pi/180", "radian": "{}"}  
 TABLE = Path(__file__).with_name("units.tsv").read_text(encoding="utf-8").splitlines()
 KINDS = dict(line.split("\t") for line in TABLE if not line.startswith("#"))
 NO_UNITS = {*KINDS.pop("no unit").split()}  # words that change the value of a number before them
+NO_UNIT = re.compile("(?:eleven|[a-z]+teen|[a-z]+tie|[a-z]+illion)ths?")  # nor are further fractions
 UNITS = {  # the unit that each spelling stands for
     form: spellings[0]
     for spellings in (re.split("[=,]", entry) for entry in " ".join(KINDS.values()).split())
@@ -158,7 +162,9 @@ def _nodes_match(one: Node, other: Node, deadline: float) -> bool:
             return match(a, region)
         values = _assigned_values(a)
         if values and b[0] in ("list", "()") and _assigned_values(b) is None:
-            return len(values) == len(b[1]) and all(map(match, values, b[1]))
+            if len(values) == len(b[1]) and all(map(match, values, b[1])):
+                return True
+            return b[0] == "list" and _are_numbered(a) and _is_permutation(values, b[1], match)
         if a[0] == "matrix" and b[0] == "()":  # a column is a vector
             return match(("()", [row[1][0] if len(row[1]) == 1 else row for row in a[1]]), b)
     kinds, a, b = {one[0], other[0]}, one[1], other[1]
@@ -197,12 +203,23 @@ def _is_permutation(ones: Sequence[Node], others: Sequence[Node], match: Callabl
     return all(find_partner(one, set()) for one in ones)
 
 
+def _are_numbered(node: Node) -> bool:
+    """Return whether the names of x_1 = 3, x_2 = 2 differ in their index alone."""
+    names = [_split_name(part[1])[0] or "" for part in node[1]]
+    return len({name.partition("_")[0] for name in names}) == 1 and all("_" in name for name in names)
+
+
 def _assigned_values(node: Node) -> list[Node] | None:
-    """Return the values of p = 5, q = 2 in the order of the names; None for any other node."""
+    """Return the values of p = 5, q = 2; None for any other node.
+
+    They stand in the order of names that follow each other, such as x, y, z; of others, as they are written.
+    """
     if node[0] != "list" or any(part[0] != "leaf" for part in node[1]):
         return None
     values = {name: value for name, value in map(_split_name, [part[1] for part in node[1]]) if name}
-    return [_parse(values[name]) for name in sorted(values)] if len(values) == len(node[1]) else None
+    names = sorted(values)
+    follow = all(len(b) > 1 or ord(b) - ord(a[0]) == 1 for a, b in itertools.pairwise(names))
+    return [_parse(values[name]) for name in (names if follow else values)] if len(values) == len(node[1]) else None
 
 
 def _as_region(node: Node) -> Node | None:
@@ -213,7 +230,8 @@ def _as_region(node: Node) -> Node | None:
     """
     if node[0] == "list":
         regions = [_as_region(part) for part in node[1][:MAX_ITEMS]]
-        ends = [(low[1], high[1]) for region in regions if region for low, high in [region[1]] if region[0] != "union"]
+        bounds = [region[1] for region in regions if region and region[0] != "union"]
+        ends = [(low[1], high[1]) for low, high in bounds if low[0] == high[0] == "leaf"]
         variables = {side for part in node[1] for side in _relation(str(part[1]))[0] if re.fullmatch(VARIABLE, side)}
         pairs = itertools.combinations(ends, 2)  # x > 1 and x < 2 is no union
         are_apart = all(sign(constant(b[0], a[1])) >= 0 or sign(constant(a[0], b[1])) >= 0 for a, b in pairs)
@@ -290,7 +308,8 @@ def _same_words(one: str, other: str) -> bool:
 def _quantities_match(one: str, other: str, deadline: float) -> bool:
     """Return whether two quantities are equal as they are written, or by what a percent sign or a degree means."""
     (value, unit), (other_value, other_unit) = _split_unit(one), _split_unit(other)
-    kind, other_kind = unit.partition(" ")[0], other_unit.partition(" ")[0]  # "% increase" is a percentage
+    # "% increase" is a percentage, and dollars per something are dollars
+    kind, other_kind = (re.sub("^(dollar)/.*| .*", r"\1", text) for text in (unit, other_unit))
     is_same = unit == other_unit or (kind == other_kind and kind in (unit, other_unit))
     pairs = [(value, other_value)] if is_same or not unit or not other_unit else []
     if kind != other_kind and ({kind, other_kind} <= {"", "%"} or {kind, other_kind} <= {"", "degree", "radian"}):
@@ -340,7 +359,7 @@ def _unit_name(text: str, power: str | None) -> str | None:
     names, head = [], ""  # the head is the last word, or that before "per" or "of"
     for word, exponent in re.findall(r"(/|[A-Za-z]+)(\^\d)?", text):
         is_plural = word not in UNITS and re.fullmatch(r"[a-z]{2,}[a-rt-z]s", word)
-        if word.lower() in NO_UNITS:
+        if word.lower() in NO_UNITS or NO_UNIT.fullmatch(word.lower()):
             return None
         names.append(UNITS.get(word, word.removesuffix("s") if is_plural else word) + exponent)
         if not {"/", "of"} & {*names}:

@@ -74,8 +74,8 @@ def factor_between(one: Sides, other: Sides, deadline: float) -> int:
         if (one, other) not in _known:
             try:
                 _known[one, other] = _find_factor(one, other, deadline)
-            except (NoValueError, GradingError) as error:
-                _known[one, other] = 0 if isinstance(error, NoValueError) else str(error)
+            except (NoValueError, RecursionError, GradingError) as error:  # ln^ln^ln... nests without brackets
+                _known[one, other] = str(error) if isinstance(error, GradingError) else 0
         factor = _known[one, other]
     if isinstance(factor, str):
         raise GradingError(factor)
@@ -92,7 +92,7 @@ def constant(*sides: str) -> Value:
     try:
         with _lock:
             return _evaluate(sides, Point({}))
-    except NoValueError:
+    except (NoValueError, RecursionError):
         return math.nan
 
 

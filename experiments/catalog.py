@@ -49,7 +49,7 @@ DYNAMIC_SAMPLING = [
 ]
 TWO_UPDATES = [
     DYNAMIC_SAMPLING[0]._replace(label="learning rate 2e-5", short=""),
-    Curve("learning_rate_3e-5", "learning_rate=3e-05", "learning rate 3e-5"),
+    Curve("higher_learning_rate", "learning_rate=3e-05", "learning rate 3e-5"),
 ]
 RECIPES = [
     DYNAMIC_SAMPLING[0]._replace(label="assignment, with the clip", short="assignment"),
@@ -131,7 +131,7 @@ FIGURES = {
             [Panel("sampled_tokens", "rollout/reward"), Panel("minutes", "rollout/reward")],
         )
     ],
-    "learning_rate_3e-5/learning-rates.png": [
+    "higher_learning_rate/learning-rates.png": [
         Group("Two updates per rollout batch", TWO_UPDATES, [Panel("rollout_batches", "rollout/reward")])
     ],
     "recipes/recipes.png": [Group("At equal sampled tokens", RECIPES, [Panel("sampled_tokens", "rollout/reward")])],
@@ -199,7 +199,7 @@ TABLES = {
     "grpo_ablation": [*LENGTH_NORMALIZATION, *ADVANTAGES[1:], *CLIP[1:]],
     "grpo_off_policy": OFF_POLICY,
     "dynamic_sampling": DYNAMIC_SAMPLING,
-    "learning_rate_3e-5": TWO_UPDATES,
+    "higher_learning_rate": TWO_UPDATES,
     "recipes": RECIPES,
     "sft_checkpoint": CHECKPOINTS,
     "prompt": PROMPTS,

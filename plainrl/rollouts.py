@@ -179,8 +179,8 @@ def sample_rounds(
     """Sample responses to the next questions of the order: `num_questions_per_step`, as `sample_groups` does.
 
     With `dynamic_sampling`, this is the first round. Further ones follow until that many groups are mixed, or
-    `max_resampling_rounds` further rounds are over. Whether another follows is known once a round is
-    graded. The last that is allowed is not waited for.
+    `max_resampling_rounds` further rounds are over. Whether another follows is known once a round
+    is graded. The last that is allowed is not waited for.
 
     Args: as for `sample_groups`.
         order: gives the questions, and moves on.

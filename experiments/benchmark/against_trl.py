@@ -50,7 +50,7 @@ def benchmarks_to_take(name: str, config: BenchmarkConfig) -> list[str]:
     """Return the benchmark named, or of all those that make sense with this model. Say which are left out, and why.
 
     Raises:
-        UserError: it is the one that is named.
+        UserError: the one that is named makes none.
     """
     if name == "grpo" and needs_random_model(config):
         raise UserError(

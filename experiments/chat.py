@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plainrl.chat_config import ChatConfig
+from plainrl.checkpoint_files import policy_of_run
 from plainrl.cli import Resolved, answer_questions, read_yaml, require_one_process, resolve, run_main
 from plainrl.data import derive_seed
 from plainrl.devices import check_devices
 from plainrl.engine import engine_settings, init_vllm, load_policy_into_vllm_instance, sample_responses, sampling_params
 from plainrl.grading.rewards import grade_response
 from plainrl.help import FLAGS, show_text
-from plainrl.model_files import policy_of_run
 from plainrl.policy import ON_CPU, load_policy
 from plainrl.prompting import fill_prompt, load_prompt_template
 from plainrl.records import Response, UserError

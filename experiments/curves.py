@@ -106,7 +106,7 @@ def points_by_step(
             step = int(row["eval_step"] or row["train_step"])
             thousands = size * float(run["sampled_tokens"] or 0) / (sum(sizes) or 1) / 1000
             of_axis = {"minutes": minutes, "sampled_tokens": thousands}
-            of_axis["rollout_batches"] = step if row["eval_step"] else batches
+            of_axis |= {} if row["eval_step"] else {"rollout_batches": batches}
             x = of_axis.get(panel.axis, step)
             points[step] = (x, float(row[panel.metric]))
     return points

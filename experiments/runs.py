@@ -104,12 +104,7 @@ def draw_curves(one: Path, other: Path, figure: Path | None = None) -> Path:
         UserError: the figure cannot be written.
     """
     figure = figure or one.parent / f"compare_{one.name}_{other.name}.png"
-    names = (
-        (one.name, other.name)
-        if one.name != other.name
-        else tuple(f"{folder.parent.name}/{folder.name}" for folder in (one, other))
-    )
-    metrics = list(zip(names, map(read_metrics, (one, other)), strict=True))
+    metrics = list(zip(names_of((one, other)), map(read_metrics, (one, other)), strict=True))
     curves = {
         "validation answer reward": ("eval_step", EVAL_SCORE),
         "token entropy (nats)": ("train_step", "train/token_entropy"),
@@ -129,6 +124,16 @@ def draw_curves(one: Path, other: Path, figure: Path | None = None) -> Path:
     return figure
 
 
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return the runs' names, with the folders above those that are not unique."""
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{path.parent.name}/{name}"
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
 def write_report(arguments: Sequence[str]) -> Path:
     """Write the page of one or several runs, and return its path.
 
@@ -145,10 +150,8 @@ def write_report(arguments: Sequence[str]) -> Path:
     beside = folders[0].parent / f"report_{'_'.join(folder.name for folder in folders)}.html"
     path = named[0] if named else (folders[0] / NAME if len(folders) == 1 else beside)
     runs = [read_run(folder, state_of(folder)) for folder in folders]
-    names = [run["name"] for run in runs]
-    for run, folder in zip(runs, folders, strict=True):
-        if names.count(run["name"]) > 1:
-            run["name"] = f"{folder.resolve().parent.name}/{run['name']}"
+    for run, name in zip(runs, names_of(folders), strict=True):
+        run["name"] = name
     try:
         return write_page(runs, path)
     except OSError as error:

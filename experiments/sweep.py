@@ -30,11 +30,10 @@ from experiments.sweep_plan import REPOSITORY, SCRIPTS, Run, defaults_of
 from experiments.sweep_results import collect_run, forget_run, read_table
 from experiments.usage import SWEEP, plan_sweep
 from plainrl.changes import describe_changes, with_defaults
-from plainrl.checkpoint_files import list_checkpoints
+from plainrl.checkpoint_files import REMOVED, list_checkpoints, step_of
 from plainrl.cli import EVALUATION_SCRIPT, PROGRAMS, read_yaml, require_one_process, run_main, say
 from plainrl.devices import run_command
 from plainrl.folder_lock import lock_folder
-from plainrl.model_files import REMOVED
 from plainrl.records import UserError
 from plainrl.run_records import read_metrics
 
@@ -186,9 +185,8 @@ def remove_weights(run: Run) -> None:
     removed = {"all": [], "last": ["checkpoints"]}.get(kept, ["checkpoints", "final"])
     if kept == "best":
         scores = {row["eval_step"]: row[score] for row in read_metrics(folder) if row.get(score) is not None}
-        saved = {int(path.name.removeprefix("step_")): path for path in list_checkpoints(folder)}
-        evaluated = [step for step in saved if step in scores]
-        if evaluated:
+        saved = {step_of(path): path for path in list_checkpoints(folder)}
+        if evaluated := [step for step in saved if step in scores]:
             shutil.rmtree(folder / "best", ignore_errors=True)  # of the same run, collected before
             (saved[max(evaluated, key=lambda step: scores[step])] / "model").rename(folder / "best")
         elif not (folder / "best").is_dir():
@@ -244,8 +242,8 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _note_end(run: Run, process: subprocess.Popen[bytes], started: float) -> str:
     """Write status and time into the log; return the last line before them."""
-    lines = [line.strip() for line in run.log.read_text(errors="replace").splitlines() if line.strip()]
-    lines = [line for line in lines if line != STARTED]
+    lines = map(str.strip, run.log.read_text(errors="replace").splitlines())
+    lines = [line for line in lines if line not in ("", STARTED)]
     minutes = (time.monotonic() - started) / 60
     with run.log.open("a") as log:
         log.write(f"\nsweep: ended with status {process.returncode} after {minutes:.4f} minutes\n")

@@ -32,8 +32,8 @@ def changes_since(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
 
 def require_same_start(saved: Mapping[str, Any], config: RunConfig, checkpoint: Path) -> None:
     """Raise a UserError for another first policy, if the run goes on from a checkpoint and does not compare weights."""
-    has_compared = saved.get("lora_rank") or saved.get("kl_coefficient")  # then the run has recorded its first weights
-    if has_compared and getattr(config, "needs_first_policy", False):  # their folder may have moved
+    before = type(config).model_construct(**saved)  # if it needed them, the run has recorded its first weights
+    if all(getattr(one, "needs_first_policy", False) for one in (before, config)):  # their folder may have moved
         return
     for key in ("model", "warm_start"):
         new = getattr(config, key, saved.get(key))

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from plainrl.distributed import exchange, num_ranks, on_first, rank, together
+from plainrl.records import UserError
 
 MANIFEST, RECORD = "manifest.json", "state.json"
 RECORD_KEYS = {"step", "metrics_bytes", "data_fingerprint", "random_states"}  # without these nothing can go on
+REMOVED = "removed.txt"  # in final/: a sweep has removed the weights, and leaves this
 MOST_THREADS = 16  # that compute hashes
 
 
@@ -30,6 +32,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the step after which a checkpoint was made, by its name."""
     return int(checkpoint.name.removeprefix("step_"))
+
+
+def policy_of_run(folder: Path, label: str) -> Path:
+    """Return the folder of a finished run's policy: final/, or best/ if a sweep has left that alone.
+
+    Raises:
+        UserError: a sweep has removed both.
+    """
+    if not (folder / "final" / REMOVED).exists():
+        return folder / "final"
+    if (folder / "best" / "config.json").is_file():
+        return folder / "best"
+    raise UserError(f"{label}: a sweep has removed the weights of {folder}; run it again with keep_weights=last")
 
 
 def newest_whole_checkpoint(paths: Sequence[Path]) -> Path | None:

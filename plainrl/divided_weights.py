@@ -15,13 +15,12 @@ from typing import cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from plainrl.checkpoint import saved_tensors
+from plainrl.checkpoint import is_finite, saved_tensors
 from plainrl.distributed import exchange, load_shares, local, num_ranks, rank, together
 from plainrl.model_files import (
     NEEDS,
     causal_class,
     in_one_line,
-    is_finite,
     leave_out_sampling_flags,
     read_generation_config,
     refuse_tensors,

@@ -28,10 +28,9 @@ from plainrl.devices import can_compile, check_engine_device
 from plainrl.distributed import deal, engine_number, exchange, gather, is_lost_rank, whole
 from plainrl.engine_process import load_by_file, new_processes, share_threads, told_if_it_ended, watch
 from plainrl.lora import merged_state_dict
-from plainrl.model_files import MOST_SHOWN
 from plainrl.policy import score_responses
 from plainrl.processor import fast_dtype
-from plainrl.records import Response, UserError
+from plainrl.records import Response, UserError, one_line
 
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput, RequestOutput, SamplingParams
@@ -408,9 +407,8 @@ def _start_vllm(device: str, options: dict[str, Any], in_own_process: bool = Fal
                 raise  # on a GPU vLLM's warm-up waits for all ranks, and the lost one says why it has ended
             if not isinstance(error, ValueError):  # these may be bugs, too
                 traceback.print_exc()
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
-                f"vLLM did not start on {device} ({reason[:MOST_SHOWN]}); look at gpu_memory_utilization, "
+                f"vLLM did not start on {device} ({one_line(error)}); look at gpu_memory_utilization, "
                 "engine_cache_gib, max_context_tokens and engine_dtype, or use a model that vLLM supports"
             ) from error
     if is_level_ours:

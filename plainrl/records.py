@@ -22,6 +22,7 @@ class Fields(dict[str, Any]):
         return hash(frozenset(self))
 
 
+MOST_SHOWN = 300  # characters of a library's error in a message
 NO_FIELDS = Fields()
 
 
@@ -106,6 +107,11 @@ def first_line(error: BaseException) -> str:
     """Return the first line of a library's error; its kind if it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's error in one line, cut; its kind if it says nothing."""
+    return " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -43,10 +43,8 @@ class Reference:
         if run.checkpoint:
             policy, _ = load_policy(config.model_copy(update=ON_CPU), for_training=False)
         trained = _trained(policy)
-        own = {name: local(weight.detach()) for name, weight in trained}
-        # A GPU copies from and to pinned memory several times as fast.
-        is_pinned = torch.device(config.policy_device).type == "cuda"
-        self._weights = {name: weight.cpu().clone() for name, weight in own.items()}
+        self._weights = {name: local(weight.detach()).cpu().clone() for name, weight in trained}
+        is_pinned = config.policy_device != "cpu"  # a GPU copies from and to pinned memory several times as fast
         if is_pinned:
             self._weights = {name: weight.pin_memory() for name, weight in self._weights.items()}
         largest = max((weight.numel() for weight in self._weights.values()), default=0)

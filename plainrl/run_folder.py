@@ -33,7 +33,7 @@ from plainrl.checkpoint import (
     write_checkpoint,
     write_durably,
 )
-from plainrl.checkpoint_files import list_checkpoints, newest_whole_checkpoint, read_record, step_of
+from plainrl.checkpoint_files import REMOVED, list_checkpoints, newest_whole_checkpoint, read_record, step_of
 from plainrl.cli import read_yaml
 from plainrl.clock import Used
 from plainrl.config import RunConfig
@@ -183,7 +183,7 @@ class RunFolder:
             )
         _require_usable(path)
         if (path / "final").is_dir() and not changes_since(read_yaml(path / "config.yaml"), config):
-            policy = f"is in {path / 'final'}" if _has_weights(path / "final") else "was removed"
+            policy = "was removed" if (path / "final" / REMOVED).exists() else f"is in {path / 'final'}"
             raise UserError(f"resume = {path}: this run is finished; its policy {policy}")
         remove_leftovers(path)
         return cls(path, config, lock)
@@ -211,7 +211,7 @@ class RunFolder:
                 "begin a new run under another run_name"
             )
         if self.checkpoint is None and (final := self.path / "final").is_dir():
-            with_model = f" with model={final}" if _has_weights(final) else ""
+            with_model = "" if (final / REMOVED).exists() else f" with model={final}"
             raise UserError(
                 f"resume = {self.path}: this run is finished, and has no checkpoint to go on from; begin a new run"
                 f"{with_model}"
@@ -395,11 +395,6 @@ def script_of(folder: Path) -> str | None:
     """Return the script that made a run's folder, read from environment.json, or None if that cannot be read."""
     script = read_json_object(folder / "environment.json").get("script")
     return script if isinstance(script, str) else None
-
-
-def _has_weights(final: Path) -> bool:
-    """Return whether the final policy is still there: a sweep removes its weights, and leaves the folder."""
-    return (final / "config.json").is_file()
 
 
 def state_at_rest(folder: Path) -> str:

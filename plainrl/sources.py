@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from plainrl.devices import run_command
 from plainrl.layouts import FIELDS, Record
-from plainrl.records import UserError, first_line
+from plainrl.records import UserError, first_line, one_line
 from plainrl.shared_config import EMBEDDED_DATA, is_embedded
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such data begin
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 DELIMITERS = ",;\t"  # of CSV
 BLANK = " \r\n"  # before the first line of CSV, which a tab may begin: a column without a name
-MOST_SHOWN = 300  # characters of a library's error in a message
 NUM_ARITHMETIC_TRAIN = 8192
 NUM_ARITHMETIC_VALIDATION = 1024
 
@@ -357,10 +356,9 @@ def _read_hub(source: str, also: Collection[str] | None) -> Iterator[tuple[dict[
     try:
         rows = datasets.load_dataset(f"{owner}/{name}", *configuration, split=split)
     except Exception as error:  # of any type, because the library raises many: unknown name or split, no network
-        reason = " ".join(str(error).split())[:MOST_SHOWN] or type(error).__name__
         command = run_command(f"hf download {owner}/{name} --repo-type=dataset --local-dir data/{name}")
         raise UserError(
-            f"data set {source} could not be loaded ({reason}); write it as OWNER/NAME:SPLIT or "
+            f"data set {source} could not be loaded ({one_line(error)}); write it as OWNER/NAME:SPLIT or "
             f"OWNER/NAME/CONFIGURATION:SPLIT, or download it with `{command}`, and name one of its files"
         ) from error
     names = rows.column_names

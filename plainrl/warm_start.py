@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from plainrl.checkpoint_files import policy_of_run
 from plainrl.cli import PIPE_STATUS, load_config, own_command, read_yaml
 from plainrl.config import RunConfig, SFTConfig, WarmStartConfig
 from plainrl.data import hold_out, load_examples, load_sft_examples, load_validation_set
@@ -24,7 +25,6 @@ from plainrl.distributed import environment_of_one_process, num_ranks, on_first
 from plainrl.folder_lock import is_known_to_be_locked
 from plainrl.grading.rewards import REWARD_FUNCTIONS
 from plainrl.help import blocks_of
-from plainrl.model_files import policy_of_run
 from plainrl.records import Stopped, UserError
 from plainrl.shared_config import EMBEDDED_DATA, is_embedded
 from plainrl.sources import is_pipe, path_exists

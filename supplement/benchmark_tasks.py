@@ -75,8 +75,10 @@ def load_mmlu(folder: Path) -> list[Question]:
     """Return the test questions, subject by subject. A file has rows of question, four options and the letter."""
     found = []
     for path in _files(folder / "mmlu" / "test", "*_test.csv"):
-        subject, num_before = path.stem.removesuffix("_test").replace("_", " "), len(found)
-        for number, row in enumerate(_read_csv(path), start=1):
+        subject, rows = path.stem.removesuffix("_test").replace("_", " "), list(_read_csv(path))
+        if not rows:
+            raise UserError(f"{path} has no question; download it again")
+        for number, row in enumerate(rows, start=1):
             if len(row) != 6 or row[5] not in tuple(LETTERS):
                 raise UserError(
                     f"{path}, row {number}: expected question, four options and a letter, found {len(row)} fields"
@@ -85,8 +87,6 @@ def load_mmlu(folder: Path) -> list[Question]:
             options = dict(zip("abcd", row[1:5], strict=True))
             instruction = MMLU_INSTRUCTION.format(subject=subject, question=row[0], **options)
             found.append(Question(instruction, record, row[5], subject))
-        if len(found) == num_before:
-            raise UserError(f"{path} has no question; download it again")
     return found
 
 

@@ -9,8 +9,8 @@ from tiny import tiny_arguments
 
 from experiments import chat
 from experiments.chat import ChatConfig, describe_response, read_questions, resolve_for, side_by_side
+from plainrl.checkpoint_files import REMOVED
 from plainrl.cli import check_arguments
-from plainrl.model_files import REMOVED
 from plainrl.records import Response, UserError
 
 

@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import new_state, take_step
+from tiny import REPOSITORY, new_state, take_step
 from transformers import AutoModelForCausalLM
 
 from plainrl import checkpoint, checkpoint_files
@@ -293,3 +295,9 @@ def test_what_a_killed_process_leaves_is_removed(saved):
     assert [file.name for file in saved[0].parent.iterdir()] == ["step_000002"]
     remove_checkpoint(saved[0])
     assert list(saved[0].parent.iterdir()) == []
+
+
+def test_who_only_looks_at_checkpoints_does_not_wait_for_transformers():
+    """The table of runs and sweeps import this module, too."""
+    code = "import sys, plainrl.checkpoint; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=300).returncode == 0
